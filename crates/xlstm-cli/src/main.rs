@@ -1,0 +1,2 @@
+//! The `xlstm` command.
+fn main() {}
