@@ -2,8 +2,11 @@
 //! streamed by a small engine of our own.
 #![deny(missing_docs)]
 
-mod error;
-pub mod text;
+pub mod cell;
 pub mod data;
+pub mod engine;
+mod error;
+pub mod ops;
+pub mod text;
 
 pub use error::{Error, ErrorKind, Result};

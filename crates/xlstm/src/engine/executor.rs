@@ -1,0 +1,297 @@
+//! Replays a tape on the CPU: forward, backward, and the search for the first number
+//! that is not finite.
+
+use super::operation::{Backward, Element, Forward, MAX_SLOTS};
+use super::plan::Plan;
+use super::tape::{Ids, Source, Tape, Var};
+
+/// A tape with its buffers. Replaying allocates nothing once the work space has grown.
+#[derive(Debug)]
+pub struct Executor<T> {
+    tape: Tape,
+    plan: Plan,
+    slots: Vec<Vec<T>>,
+    ids: Vec<Vec<u32>>,
+    scratch: Vec<T>,
+}
+
+/// The first operation of a replay whose result is not finite.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Culprit {
+    /// The model part, such as "blocks.3".
+    pub scope: String,
+    /// The operation in it.
+    pub operation: &'static str,
+    /// Whether the gradient, not the value, is at fault.
+    pub backward: bool,
+}
+
+impl<T: Element> Executor<T> {
+    /// Plans and allocates the buffers of `tape`.
+    pub fn new(tape: Tape) -> Executor<T> {
+        let plan = Plan::new(&tape);
+        let slots = plan.slots.iter().map(|&len| vec![T::ZERO; len]).collect();
+        let ids = tape.ids.iter().map(|&len| vec![0; len]).collect();
+        Executor { tape, plan, slots, ids, scratch: Vec::new() }
+    }
+
+    /// Bytes of all buffers.
+    pub fn bytes(&self) -> usize {
+        let floats: usize = self.slots.iter().map(Vec::len).sum::<usize>() + self.scratch.len();
+        floats * size_of::<T>() + self.ids.iter().map(Vec::len).sum::<usize>() * 4
+    }
+
+    /// Fills every slot that the caller does not own with NaN: a test that an operation
+    /// reads nothing that has not been written.
+    pub fn poison(&mut self) {
+        let owned: Vec<usize> = (0..self.tape.values.len())
+            .filter(|&v| self.tape.values[v].source == Source::Input)
+            .filter_map(|v| self.plan.value[v])
+            .chain(
+                (0..self.tape.values.len())
+                    .filter(|&v| self.tape.values[v].seeded)
+                    .filter_map(|v| self.plan.gradient[v]),
+            )
+            .collect();
+        for (slot, data) in self.slots.iter_mut().enumerate() {
+            if !owned.contains(&slot) {
+                data.fill(T::NAN);
+            }
+        }
+        self.scratch.fill(T::NAN);
+    }
+
+    /// An input, to be set before a replay.
+    pub fn input_mut(&mut self, var: Var) -> &mut [T] {
+        let len = self.tape.shape(var).len();
+        match self.plan.value[var.index()] {
+            Some(slot) => &mut self.slots[slot][..len],
+            None => &mut [],
+        }
+    }
+
+    /// Integers, to be set before a replay.
+    pub fn ids_mut(&mut self, ids: Ids) -> &mut [u32] {
+        &mut self.ids[ids.index()]
+    }
+
+    /// A kept value or an input, after a replay.
+    pub fn value(&self, var: Var) -> &[T] {
+        match self.plan.value[var.index()] {
+            Some(slot) => &self.slots[slot][..self.tape.shape(var).len()],
+            None => &[],
+        }
+    }
+
+    /// The gradient of an input, after backward; or of a seeded value, to be set before.
+    /// Empty where no gradient flows.
+    pub fn gradient(&self, var: Var) -> &[T] {
+        match self.plan.gradient[var.index()] {
+            Some(slot) => &self.slots[slot][..self.tape.shape(var).len()],
+            None => &[],
+        }
+    }
+
+    /// The gradient that backward starts from, of a value marked by `seed_gradient`.
+    pub fn seed_mut(&mut self, var: Var) -> &mut [T] {
+        let len = self.tape.shape(var).len();
+        match self.plan.gradient[var.index()] {
+            Some(slot) => &mut self.slots[slot][..len],
+            None => &mut [],
+        }
+    }
+
+    /// Moves a kept value into an input of the same shape without a copy; the value's
+    /// buffer then holds what the input was.
+    pub fn feed_back(&mut self, value: Var, input: Var) {
+        debug_assert_eq!(self.tape.shape(value), self.tape.shape(input));
+        if let (Some(a), Some(b)) = (self.plan.value[value.index()], self.plan.value[input.index()]) {
+            self.slots.swap(a, b);
+        }
+    }
+
+    /// Runs every node in order. `parameters` are those that the tape was recorded over.
+    pub fn forward(&mut self, parameters: &[Vec<T>]) {
+        for i in 0..self.tape.nodes.len() {
+            self.forward_node(i, parameters);
+        }
+    }
+
+    /// Runs every node backward, adding to `gradients`, one buffer a parameter.
+    pub fn backward(&mut self, parameters: &[Vec<T>], gradients: &mut [Vec<T>]) {
+        self.clear_unwritten_gradients();
+        for i in (0..self.tape.nodes.len()).rev() {
+            self.backward_node(i, parameters, gradients);
+        }
+    }
+
+    /// Replays forward (and backward, when `gradients` is given) and names the first node
+    /// that makes a number that is not finite.
+    pub fn find_non_finite(
+        &mut self,
+        parameters: &[Vec<T>],
+        gradients: Option<&mut [Vec<T>]>,
+    ) -> Option<Culprit> {
+        let culprit = |tape: &Tape, i: usize, backward| Culprit {
+            scope: tape.scopes[tape.nodes[i].scope].clone(),
+            operation: tape.nodes[i].operation.name(),
+            backward,
+        };
+        for i in 0..self.tape.nodes.len() {
+            self.forward_node(i, parameters);
+            if self.tape.nodes[i].outputs.iter().any(|&v| !all_finite(self.value(v))) {
+                return Some(culprit(&self.tape, i, false));
+            }
+        }
+        let gradients = gradients?;
+        self.clear_unwritten_gradients();
+        for i in (0..self.tape.nodes.len()).rev() {
+            self.backward_node(i, parameters, gradients);
+            let bad = self.tape.nodes[i].inputs.iter().flatten().any(|&v| {
+                match self.tape.values[v.index()].source {
+                    Source::Parameter { index, .. } => !all_finite(&gradients[index]),
+                    _ => !all_finite(self.gradient(v)),
+                }
+            });
+            if bad {
+                return Some(culprit(&self.tape, i, true));
+            }
+        }
+        None
+    }
+
+    /// Inputs whose consumers pass no gradient would keep an old one.
+    fn clear_unwritten_gradients(&mut self) {
+        for (var, value) in self.tape.values.iter().enumerate() {
+            if value.source == Source::Input
+                && !value.seeded
+                && let Some(slot) = self.plan.gradient[var]
+            {
+                self.slots[slot].fill(T::ZERO);
+            }
+        }
+    }
+
+    fn forward_node(&mut self, i: usize, parameters: &[Vec<T>]) {
+        let node = &self.tape.nodes[i];
+        let mut taken: [Vec<T>; MAX_SLOTS] = std::array::from_fn(|_| Vec::new());
+        for (hold, var) in taken.iter_mut().zip(&node.outputs) {
+            if let Some(slot) = self.plan.value[var.index()] {
+                *hold = std::mem::take(&mut self.slots[slot]);
+            }
+        }
+        let mut outputs = [const { None }; MAX_SLOTS];
+        for ((out, hold), shape) in outputs.iter_mut().zip(taken.iter_mut()).zip(&node.shapes.outputs) {
+            *out = Some(&mut hold[..shape.len()]);
+        }
+        let mut io = Forward {
+            inputs: [None; MAX_SLOTS],
+            outputs,
+            ids: [&[]; 3],
+            shapes: &node.shapes,
+            scratch: &mut self.scratch,
+        };
+        for (input, var) in io.inputs.iter_mut().zip(&node.inputs) {
+            *input = var.map(|v| read(&self.tape, &self.plan, &self.slots, parameters, v));
+        }
+        for (ids, var) in io.ids.iter_mut().zip(&node.ids) {
+            *ids = &self.ids[var.index()];
+        }
+        T::forward(&*node.operation, &mut io);
+        for (hold, var) in taken.iter_mut().zip(&node.outputs) {
+            if let Some(slot) = self.plan.value[var.index()] {
+                self.slots[slot] = std::mem::take(hold);
+            }
+        }
+    }
+
+    fn backward_node(&mut self, i: usize, parameters: &[Vec<T>], gradients: &mut [Vec<T>]) {
+        for &var in &self.plan.cleared[i] {
+            if let Some(slot) = self.plan.gradient[var] {
+                let len = self.tape.values[var].shape.len();
+                self.slots[slot][..len].fill(T::ZERO);
+            }
+        }
+        let node = &self.tape.nodes[i];
+        if node.outputs.iter().all(|v| self.plan.gradient[v.index()].is_none()) {
+            return;
+        }
+        // Take the gradients to be written out of their places, so that everything else
+        // can be borrowed while they are.
+        let mut taken: [Vec<T>; MAX_SLOTS] = std::array::from_fn(|_| Vec::new());
+        for (hold, var) in taken.iter_mut().zip(&node.inputs) {
+            let Some(var) = var else { continue };
+            match (self.tape.values[var.index()].source, self.plan.gradient[var.index()]) {
+                (Source::Parameter { index, .. }, _) => *hold = std::mem::take(&mut gradients[index]),
+                (_, Some(slot)) => *hold = std::mem::take(&mut self.slots[slot]),
+                _ => {}
+            }
+        }
+        let mut input_gradients = [const { None }; MAX_SLOTS];
+        for ((gradient, hold), var) in input_gradients.iter_mut().zip(taken.iter_mut()).zip(&node.inputs) {
+            let Some(var) = var else { continue };
+            let len = self.tape.shape(*var).len();
+            let offset = match self.tape.values[var.index()].source {
+                Source::Parameter { offset, .. } => offset,
+                _ => 0,
+            };
+            if !hold.is_empty() {
+                *gradient = Some(&mut hold[offset..offset + len]);
+            }
+        }
+        let reads = node.operation.reads();
+        let mut io = Backward {
+            inputs: [None; MAX_SLOTS],
+            outputs: [None; MAX_SLOTS],
+            output_gradients: [None; MAX_SLOTS],
+            input_gradients,
+            ids: [&[]; 3],
+            shapes: &node.shapes,
+            scratch: &mut self.scratch,
+        };
+        for (slot, (input, var)) in io.inputs.iter_mut().zip(&node.inputs).enumerate() {
+            if reads.inputs >> slot & 1 == 1 {
+                *input = var.map(|v| read(&self.tape, &self.plan, &self.slots, parameters, v));
+            }
+        }
+        for (slot, var) in node.outputs.iter().enumerate() {
+            if reads.outputs >> slot & 1 == 1 {
+                io.outputs[slot] = Some(read(&self.tape, &self.plan, &self.slots, parameters, *var));
+            }
+            io.output_gradients[slot] =
+                self.plan.gradient[var.index()].map(|g| &self.slots[g][..node.shapes.outputs[slot].len()]);
+        }
+        for (ids, var) in io.ids.iter_mut().zip(&node.ids) {
+            *ids = &self.ids[var.index()];
+        }
+        T::backward(&*node.operation, &mut io);
+        for (hold, var) in taken.iter_mut().zip(&node.inputs) {
+            let Some(var) = var else { continue };
+            match (self.tape.values[var.index()].source, self.plan.gradient[var.index()]) {
+                (Source::Parameter { index, .. }, _) => gradients[index] = std::mem::take(hold),
+                (_, Some(slot)) => self.slots[slot] = std::mem::take(hold),
+                _ => {}
+            }
+        }
+    }
+}
+
+fn read<'a, T: Element>(
+    tape: &Tape,
+    plan: &Plan,
+    slots: &'a [Vec<T>],
+    parameters: &'a [Vec<T>],
+    var: Var,
+) -> &'a [T] {
+    let value = &tape.values[var.index()];
+    let len = value.shape.len();
+    match (value.source, plan.value[var.index()]) {
+        (Source::Parameter { index, offset }, _) => &parameters[index][offset..offset + len],
+        (_, Some(slot)) => &slots[slot][..len],
+        (_, None) => &[],
+    }
+}
+
+fn all_finite<T: Element>(x: &[T]) -> bool {
+    x.iter().all(|x| x.is_finite())
+}

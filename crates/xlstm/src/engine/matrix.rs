@@ -1,0 +1,205 @@
+//! Strided matrix views and the product of two of them, by the `gemm` crate.
+//!
+//! A view is checked once, where it is made; disjoint parts come from splitting a mutable
+//! one, so that the code above needs no `unsafe`.
+
+use std::marker::PhantomData;
+
+use super::scalar::Scalar;
+
+/// A read-only matrix: element (i, j) lies at `i * row_stride + j * column_stride`.
+#[derive(Clone, Copy, Debug)]
+pub struct MatRef<'a, T> {
+    data: &'a [T],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a, T: Scalar> MatRef<'a, T> {
+    /// Row-major and dense.
+    pub fn new(data: &'a [T], rows: usize, columns: usize) -> Self {
+        MatRef::strided(data, rows, columns, columns)
+    }
+
+    /// Row-major, `row_stride` elements from one row to the next.
+    pub fn strided(data: &'a [T], rows: usize, columns: usize, row_stride: usize) -> Self {
+        assert!(
+            rows == 0 || columns == 0 || data.len() >= (rows - 1) * row_stride + columns,
+            "a {rows}x{columns} view with row stride {row_stride} does not fit {} elements",
+            data.len()
+        );
+        MatRef { data, rows, columns, row_stride, column_stride: 1 }
+    }
+
+    /// The same memory read as the transpose.
+    pub fn t(self) -> Self {
+        MatRef {
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            ..self
+        }
+    }
+
+    /// `count` rows from `first`.
+    pub fn rows_at(self, first: usize, count: usize) -> Self {
+        assert!(first + count <= self.rows);
+        MatRef { data: &self.data[(first * self.row_stride).min(self.data.len())..], rows: count, ..self }
+    }
+
+    /// `count` columns from `first`.
+    pub fn columns_at(self, first: usize, count: usize) -> Self {
+        assert!(first + count <= self.columns);
+        MatRef {
+            data: &self.data[(first * self.column_stride).min(self.data.len())..],
+            columns: count,
+            ..self
+        }
+    }
+
+    /// Row `i` of a matrix whose columns are contiguous.
+    #[inline(always)]
+    pub fn row(&self, i: usize) -> &'a [T] {
+        debug_assert_eq!(self.column_stride, 1);
+        &self.data[i * self.row_stride..][..self.columns]
+    }
+}
+
+/// A mutable matrix; no two live ones share an element.
+#[derive(Debug)]
+pub struct MatMut<'a, T> {
+    data: *mut T,
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    marker: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: a MatMut is an exclusive borrow of the elements it addresses, like `&mut [T]`.
+unsafe impl<T: Send> Send for MatMut<'_, T> {}
+// SAFETY: shared access through `&MatMut` only reads, as through `&&mut [T]`.
+unsafe impl<T: Sync> Sync for MatMut<'_, T> {}
+
+impl<'a, T: Scalar> MatMut<'a, T> {
+    /// Row-major and dense.
+    pub fn new(data: &'a mut [T], rows: usize, columns: usize) -> Self {
+        assert!(data.len() >= rows * columns, "a {rows}x{columns} view of {} elements", data.len());
+        MatMut { data: data.as_mut_ptr(), rows, columns, row_stride: columns, marker: PhantomData }
+    }
+
+    /// A shorter borrow of the same matrix.
+    pub fn reborrow(&mut self) -> MatMut<'_, T> {
+        MatMut { marker: PhantomData, ..*self }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Row `i`.
+    #[inline(always)]
+    pub fn row(&mut self, i: usize) -> &mut [T] {
+        assert!(i < self.rows);
+        // SAFETY: the constructor checked that all rows lie inside the borrow, splits keep
+        // that, and `&mut self` makes this the only access to the row.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(i * self.row_stride), self.columns) }
+    }
+
+    /// `count` rows from `first`, borrowed.
+    pub fn rows_at(&mut self, first: usize, count: usize) -> MatMut<'_, T> {
+        assert!(first + count <= self.rows);
+        // SAFETY: inside the allocation by the check above (one past its end when empty).
+        let data = unsafe { self.data.add(if count == 0 { 0 } else { first * self.row_stride }) };
+        MatMut { data, rows: count, marker: PhantomData, ..*self }
+    }
+
+    /// The matrix cut into blocks of `rows` x `columns`, row blocks outermost: for
+    /// (batch x length, heads x size) data, one block a (sequence, head).
+    pub fn blocks(self, rows: usize, columns: usize) -> Vec<MatMut<'a, T>> {
+        assert!(rows > 0 && columns > 0 && self.rows % rows == 0 && self.columns % columns == 0);
+        let mut blocks = Vec::with_capacity((self.rows / rows) * (self.columns / columns));
+        for i in (0..self.rows).step_by(rows) {
+            for j in (0..self.columns).step_by(columns) {
+                // SAFETY: blocks tile the matrix without overlap, and `self` is consumed.
+                let data = unsafe { self.data.add(i * self.row_stride + j) };
+                blocks.push(MatMut { data, rows, columns, row_stride: self.row_stride, marker: PhantomData });
+            }
+        }
+        blocks
+    }
+
+    /// Sets every element.
+    pub fn fill(&mut self, value: T) {
+        for i in 0..self.rows {
+            self.row(i).fill(value);
+        }
+    }
+}
+
+/// How many threads a product may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Threads {
+    /// The calling thread alone: for products inside parallel work.
+    One,
+    /// The pool's threads.
+    All,
+}
+
+/// C = alpha A B, or C += alpha A B with `accumulate`.
+///
+/// The sum over the inner dimension is blocked in an order that depends on the shape
+/// alone, so the result does not depend on the number of threads.
+pub fn product<T: Scalar>(
+    c: MatMut<'_, T>,
+    alpha: T,
+    a: MatRef<'_, T>,
+    b: MatRef<'_, T>,
+    accumulate: bool,
+    threads: Threads,
+) {
+    let (m, n, k) = (c.rows, c.columns, a.columns);
+    assert!(
+        a.rows == m && b.columns == n && b.rows == k,
+        "product of {}x{} and {}x{} into {m}x{n}",
+        a.rows,
+        a.columns,
+        b.rows,
+        b.columns
+    );
+    if m == 0 || n == 0 {
+        return;
+    }
+    let parallelism = match threads {
+        Threads::One => gemm::Parallelism::None,
+        Threads::All => gemm::Parallelism::Rayon(0),
+    };
+    // SAFETY: all three views were checked against their borrows where they were made, the
+    // dimensions agree, and C, being mutable, overlaps neither A nor B.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.data,
+            1,
+            c.row_stride as isize,
+            accumulate,
+            a.data.as_ptr(),
+            a.column_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.column_stride as isize,
+            b.row_stride as isize,
+            T::ONE,
+            alpha,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}

@@ -1,0 +1,22 @@
+//! The engine: shapes, the tape, the memory plan and the executor that replays it.
+//!
+//! The tape knows no operation; an operation (see [`crate::ops`]) knows no tape. What
+//! lies between is [`operation`]: a name, a shape rule, forward and backward.
+
+pub mod device;
+pub mod executor;
+pub mod matrix;
+pub mod operation;
+pub mod plan;
+pub mod scalar;
+pub mod shape;
+pub mod tape;
+pub mod vector;
+
+pub use device::Device;
+pub use executor::Executor;
+pub use matrix::{MatMut, MatRef, product};
+pub use operation::{Backward, Forward, Kernel, Operation, Reads};
+pub use scalar::Scalar;
+pub use shape::Shape;
+pub use tape::{Ids, Mode, Tape, Var};

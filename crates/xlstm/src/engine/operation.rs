@@ -1,0 +1,219 @@
+//! What an operation is to the engine: shapes, forward, backward, and what backward reads.
+//!
+//! An operation is written once as a [`Kernel`], generic over the element type; the tape
+//! holds it as an [`Operation`], the same thing with the type erased. Gradients are
+//! *added* to the buffers that backward gets, outputs are *written* whole.
+
+use std::fmt::Debug;
+
+use super::{scalar::Scalar, shape::Shape};
+use crate::error::Result;
+
+/// The most inputs, and the most outputs, of one operation.
+pub const MAX_SLOTS: usize = 12;
+
+/// Bit sets over an operation's inputs and outputs: whose values backward reads. All
+/// others may be overwritten as soon as the forward pass is done with them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reads {
+    /// Bit i: the value of input i.
+    pub inputs: u32,
+    /// Bit i: the value of output i.
+    pub outputs: u32,
+}
+
+impl Reads {
+    /// Backward reads the values of these inputs and outputs.
+    pub fn of(inputs: &[usize], outputs: &[usize]) -> Reads {
+        let bits = |indices: &[usize]| indices.iter().fold(0, |set, i| set | 1 << i);
+        Reads { inputs: bits(inputs), outputs: bits(outputs) }
+    }
+}
+
+/// The shapes of a node's inputs and outputs.
+#[derive(Clone, Debug)]
+pub struct NodeShapes {
+    /// One an input; None where an optional input is absent.
+    pub inputs: Vec<Option<Shape>>,
+    /// One an output, results first, then what is saved for backward alone.
+    pub outputs: Vec<Shape>,
+}
+
+impl NodeShapes {
+    /// The shape of an input that is always there.
+    pub fn input(&self, i: usize) -> Shape {
+        self.inputs[i].unwrap_or_else(|| missing("input", i))
+    }
+}
+
+#[cold]
+fn missing(what: &str, i: usize) -> ! {
+    unreachable!("an operation uses {what} {i}, which it did not declare")
+}
+
+/// What forward gets.
+pub struct Forward<'a, T> {
+    /// Input values.
+    pub inputs: [Option<&'a [T]>; MAX_SLOTS],
+    /// Where results go; the previous content is arbitrary.
+    pub outputs: [Option<&'a mut [T]>; MAX_SLOTS],
+    /// Integer inputs: token ids, targets, marks, seeds.
+    pub ids: [&'a [u32]; 3],
+    /// Shapes of all of them.
+    pub shapes: &'a NodeShapes,
+    /// Work space, grown where an operation needs more; its content is arbitrary.
+    pub scratch: &'a mut Vec<T>,
+}
+
+impl<'a, T: Scalar> Forward<'a, T> {
+    /// Input `i`, which is always there.
+    pub fn input(&self, i: usize) -> &'a [T] {
+        self.inputs[i].unwrap_or_else(|| missing("input", i))
+    }
+
+    /// Takes output `i`.
+    pub fn output(&mut self, i: usize) -> &'a mut [T] {
+        self.outputs[i].take().unwrap_or_else(|| missing("output", i))
+    }
+}
+
+/// What backward gets.
+pub struct Backward<'a, T> {
+    /// Input values, as far as declared in [`Reads`].
+    pub inputs: [Option<&'a [T]>; MAX_SLOTS],
+    /// Output values, as far as declared in [`Reads`].
+    pub outputs: [Option<&'a [T]>; MAX_SLOTS],
+    /// Gradients of the outputs; None is a gradient of zero.
+    pub output_gradients: [Option<&'a [T]>; MAX_SLOTS],
+    /// Gradients of the inputs, to be added to; None where nobody asks.
+    pub input_gradients: [Option<&'a mut [T]>; MAX_SLOTS],
+    /// Integer inputs.
+    pub ids: [&'a [u32]; 3],
+    /// Shapes of all of them.
+    pub shapes: &'a NodeShapes,
+    /// Work space, grown where an operation needs more; its content is arbitrary.
+    pub scratch: &'a mut Vec<T>,
+}
+
+impl<'a, T: Scalar> Backward<'a, T> {
+    /// The value of input `i`, which is always there and declared as read.
+    pub fn input(&self, i: usize) -> &'a [T] {
+        self.inputs[i].unwrap_or_else(|| missing("input value", i))
+    }
+
+    /// The value of output `i`, declared as read.
+    pub fn output(&self, i: usize) -> &'a [T] {
+        self.outputs[i].unwrap_or_else(|| missing("output value", i))
+    }
+
+    /// The gradient of output 0 of an operation that has no other with a gradient.
+    pub fn gradient(&self) -> &'a [T] {
+        self.output_gradients[0].unwrap_or_else(|| missing("output gradient", 0))
+    }
+
+    /// Takes the gradient of input `i`, where it is asked for.
+    pub fn input_gradient(&mut self, i: usize) -> Option<&'a mut [T]> {
+        self.input_gradients[i].take()
+    }
+}
+
+/// The first `n` elements of the work space, grown if it is smaller.
+pub fn scratch<T: Scalar>(space: &mut Vec<T>, n: usize) -> &mut [T] {
+    if space.len() < n {
+        space.resize(n, T::ZERO);
+    }
+    &mut space[..n]
+}
+
+/// An operation as its author writes it.
+pub trait Kernel: Debug + Send + Sync + 'static {
+    /// A name for diagnostics.
+    fn name(&self) -> &'static str;
+
+    /// Output shapes from input shapes: results first, then what backward alone needs.
+    ///
+    /// # Errors
+    /// When the inputs do not fit together.
+    fn outputs(&self, inputs: &[Option<Shape>]) -> Result<Vec<Shape>>;
+
+    /// Which values backward reads.
+    fn reads(&self) -> Reads;
+
+    /// Writes every output.
+    fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>);
+
+    /// Adds to every input gradient that is there.
+    fn backward<T: Scalar>(&self, io: &mut Backward<'_, T>);
+}
+
+/// A [`Kernel`] with its element type erased, as the tape holds it.
+pub trait Operation: Debug + Send + Sync {
+    /// See [`Kernel::name`].
+    fn name(&self) -> &'static str;
+    /// See [`Kernel::outputs`].
+    ///
+    /// # Errors
+    /// When the inputs do not fit together.
+    fn outputs(&self, inputs: &[Option<Shape>]) -> Result<Vec<Shape>>;
+    /// See [`Kernel::reads`].
+    fn reads(&self) -> Reads;
+    /// [`Kernel::forward`] in f32.
+    fn forward_f32(&self, io: &mut Forward<'_, f32>);
+    /// [`Kernel::forward`] in f64.
+    fn forward_f64(&self, io: &mut Forward<'_, f64>);
+    /// [`Kernel::backward`] in f32.
+    fn backward_f32(&self, io: &mut Backward<'_, f32>);
+    /// [`Kernel::backward`] in f64.
+    fn backward_f64(&self, io: &mut Backward<'_, f64>);
+}
+
+impl<K: Kernel> Operation for K {
+    fn name(&self) -> &'static str {
+        Kernel::name(self)
+    }
+    fn outputs(&self, inputs: &[Option<Shape>]) -> Result<Vec<Shape>> {
+        Kernel::outputs(self, inputs)
+    }
+    fn reads(&self) -> Reads {
+        Kernel::reads(self)
+    }
+    fn forward_f32(&self, io: &mut Forward<'_, f32>) {
+        self.forward(io);
+    }
+    fn forward_f64(&self, io: &mut Forward<'_, f64>) {
+        self.forward(io);
+    }
+    fn backward_f32(&self, io: &mut Backward<'_, f32>) {
+        self.backward(io);
+    }
+    fn backward_f64(&self, io: &mut Backward<'_, f64>) {
+        self.backward(io);
+    }
+}
+
+/// The element types for which an [`Operation`] can be run: the bridge from a generic
+/// executor to the erased methods.
+pub trait Element: Scalar {
+    /// Calls the forward of this type.
+    fn forward(operation: &dyn Operation, io: &mut Forward<'_, Self>);
+    /// Calls the backward of this type.
+    fn backward(operation: &dyn Operation, io: &mut Backward<'_, Self>);
+}
+
+impl Element for f32 {
+    fn forward(operation: &dyn Operation, io: &mut Forward<'_, f32>) {
+        operation.forward_f32(io);
+    }
+    fn backward(operation: &dyn Operation, io: &mut Backward<'_, f32>) {
+        operation.backward_f32(io);
+    }
+}
+
+impl Element for f64 {
+    fn forward(operation: &dyn Operation, io: &mut Forward<'_, f64>) {
+        operation.forward_f64(io);
+    }
+    fn backward(operation: &dyn Operation, io: &mut Backward<'_, f64>) {
+        operation.backward_f64(io);
+    }
+}

@@ -1,0 +1,135 @@
+//! The memory plan: which buffer each value and each gradient of a tape lives in.
+//!
+//! Time runs over forward steps 0..n and backward steps n..2n (node i runs backward at
+//! 2n-1-i). A value lives from the step that writes it to its last reader; a gradient
+//! from its first contribution to the backward step of the node that made the value.
+//! Buffers whose lives do not overlap share a slot, the best-fitting free one.
+
+use super::tape::{Mode, Source, Tape};
+
+/// Where the values and gradients of a tape live.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    /// Slot of each value; None for parameters.
+    pub(super) value: Vec<Option<usize>>,
+    /// Slot of each gradient; None where none flows, and for parameters.
+    pub(super) gradient: Vec<Option<usize>>,
+    /// Gradients that are cleared before the backward step 2n-1-i of node i.
+    pub(super) cleared: Vec<Vec<usize>>,
+    /// Elements of each slot.
+    pub(super) slots: Vec<usize>,
+}
+
+/// One buffer to place: alive from `birth` to `death`, both included.
+struct Life {
+    var: usize,
+    is_gradient: bool,
+    len: usize,
+    birth: usize,
+    death: usize,
+}
+
+const FOREVER: usize = usize::MAX;
+
+impl Plan {
+    pub(super) fn new(tape: &Tape) -> Plan {
+        let mut lives = lives(tape);
+        lives.sort_by_key(|life| (life.birth, std::cmp::Reverse(life.len)));
+        let mut plan = Plan {
+            value: vec![None; tape.values.len()],
+            gradient: vec![None; tape.values.len()],
+            cleared: vec![Vec::new(); tape.nodes.len()],
+            slots: Vec::new(),
+        };
+        let mut busy: Vec<(usize, usize)> = Vec::new(); // (death, slot)
+        let mut free: Vec<usize> = Vec::new();
+        for life in &lives {
+            busy.retain(|&(death, slot)| {
+                let alive = death >= life.birth;
+                if !alive {
+                    free.push(slot);
+                }
+                alive
+            });
+            let fits = |slot: usize, slots: &[usize]| slots[slot] >= life.len && slots[slot] <= 2 * life.len;
+            let best = (0..free.len())
+                .filter(|&i| fits(free[i], &plan.slots))
+                .min_by_key(|&i| (plan.slots[free[i]], free[i]));
+            let slot = match best {
+                Some(i) => free.swap_remove(i),
+                None => {
+                    plan.slots.push(life.len);
+                    plan.slots.len() - 1
+                }
+            };
+            busy.push((life.death, slot));
+            if life.is_gradient {
+                plan.gradient[life.var] = Some(slot);
+                let steps = 2 * tape.nodes.len();
+                // Seeded gradients are set by the caller, not cleared.
+                if !tape.values[life.var].seeded && life.birth >= tape.nodes.len() {
+                    plan.cleared[steps - 1 - life.birth].push(life.var);
+                }
+            } else {
+                plan.value[life.var] = Some(slot);
+            }
+        }
+        plan
+    }
+}
+
+fn lives(tape: &Tape) -> Vec<Life> {
+    let n = tape.nodes.len();
+    let backward = |node: usize| 2 * n - 1 - node;
+    let train = tape.mode == Mode::Train;
+    let mut death: Vec<usize> = vec![0; tape.values.len()];
+    let mut first_gradient: Vec<Option<usize>> = vec![None; tape.values.len()];
+    for (i, node) in tape.nodes.iter().enumerate() {
+        let reads = node.operation.reads();
+        let flows = train && node.outputs.iter().any(|v| tape.values[v.index()].gradient);
+        for (slot, var) in node.inputs.iter().enumerate() {
+            let Some(var) = var else { continue };
+            let last = if flows && reads.inputs >> slot & 1 == 1 { backward(i) } else { i };
+            death[var.index()] = death[var.index()].max(last);
+            if flows && tape.values[var.index()].gradient {
+                // Nodes come in order, so the last one seen is the first to run backward.
+                first_gradient[var.index()] = Some(backward(i));
+            }
+        }
+        for (slot, var) in node.outputs.iter().enumerate() {
+            let last = if flows && reads.outputs >> slot & 1 == 1 { backward(i) } else { i };
+            death[var.index()] = death[var.index()].max(last);
+        }
+    }
+    let mut lives = Vec::new();
+    for (var, value) in tape.values.iter().enumerate() {
+        let birth = match value.source {
+            Source::Parameter { .. } => continue,
+            Source::Input => 0,
+            Source::Node(node) => node,
+        };
+        let forever = value.kept || value.source == Source::Input;
+        let len = value.shape.len();
+        lives.push(Life {
+            var,
+            is_gradient: false,
+            len,
+            birth: if forever { 0 } else { birth },
+            death: if forever { FOREVER } else { death[var] },
+        });
+        if !(train && value.gradient) {
+            continue;
+        }
+        let birth = match (value.seeded, first_gradient[var]) {
+            (true, _) => 0,
+            (false, Some(first)) => first,
+            (false, None) => continue,
+        };
+        let death = match value.source {
+            Source::Node(node) if !value.seeded => backward(node),
+            _ => FOREVER,
+        };
+        lives.push(Life { var, is_gradient: true, len, birth, death });
+    }
+    lives
+}

@@ -1,0 +1,180 @@
+//! The tape: a forward pass recorded once, for given shapes and mode, as data.
+//!
+//! A node is an operation with the numbers of the buffers that it reads and writes.
+//! Everything that changes between replays (token ids, marks, states, the seed) is an
+//! input buffer, so that a recorded step stays valid for the whole run.
+
+use super::operation::{NodeShapes, Operation};
+use super::shape::Shape;
+use crate::error::{Error, Result};
+
+/// A buffer of floating-point numbers: the number of a value on its tape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Var(pub(super) u32);
+
+/// A buffer of integers: token ids, targets, marks, seeds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ids(pub(super) u32);
+
+impl Var {
+    pub(super) fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl Ids {
+    pub(super) fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// What the tape is recorded for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Dropout is on and gradients are kept.
+    Train,
+    /// Neither: buffers are free again after their last reader.
+    Evaluate,
+}
+
+/// Where a value comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// Set by the caller before a replay.
+    Input,
+    /// Part of parameter `index`, from element `offset`.
+    Parameter { index: usize, offset: usize },
+    /// Written by a node.
+    Node(usize),
+}
+
+/// A value: its shape, origin, and what is to be kept of it.
+#[derive(Clone, Debug)]
+pub(super) struct Value {
+    pub(super) shape: Shape,
+    pub(super) source: Source,
+    /// A gradient flows into it.
+    pub(super) gradient: bool,
+    /// The caller reads it after the replay.
+    pub(super) kept: bool,
+    /// The caller sets the gradient that backward starts from.
+    pub(super) seeded: bool,
+}
+
+/// One operation with its buffers.
+#[derive(Debug)]
+pub(super) struct Node {
+    pub(super) operation: Box<dyn Operation>,
+    pub(super) inputs: Vec<Option<Var>>,
+    pub(super) outputs: Vec<Var>,
+    pub(super) ids: Vec<Ids>,
+    pub(super) shapes: NodeShapes,
+    /// The model part that recorded it, such as "blocks.3": for diagnostics.
+    pub(super) scope: usize,
+}
+
+/// A recorded forward pass.
+#[derive(Debug)]
+pub struct Tape {
+    pub(super) mode: Mode,
+    pub(super) values: Vec<Value>,
+    pub(super) ids: Vec<usize>,
+    pub(super) nodes: Vec<Node>,
+    pub(super) scopes: Vec<String>,
+}
+
+impl Tape {
+    /// An empty tape.
+    pub fn new(mode: Mode) -> Tape {
+        Tape {
+            mode,
+            values: Vec::new(),
+            ids: Vec::new(),
+            nodes: Vec::new(),
+            scopes: vec![String::from("model")],
+        }
+    }
+
+    /// What the tape is recorded for.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// The shape of a value.
+    pub fn shape(&self, var: Var) -> Shape {
+        self.values[var.index()].shape
+    }
+
+    fn value(&mut self, shape: Shape, source: Source, gradient: bool) -> Var {
+        let kept = source == Source::Input;
+        self.values.push(Value { shape, source, gradient, kept, seeded: false });
+        Var(self.values.len() as u32 - 1)
+    }
+
+    /// A value that the caller sets before each replay.
+    pub fn input(&mut self, shape: impl Into<Shape>) -> Var {
+        self.value(shape.into(), Source::Input, false)
+    }
+
+    /// An input whose gradient the caller reads after backward.
+    pub fn input_with_gradient(&mut self, shape: impl Into<Shape>) -> Var {
+        let gradient = self.mode == Mode::Train;
+        self.value(shape.into(), Source::Input, gradient)
+    }
+
+    /// Integers that the caller sets before each replay.
+    pub fn ids(&mut self, count: usize) -> Ids {
+        self.ids.push(count);
+        Ids(self.ids.len() as u32 - 1)
+    }
+
+    /// A view of parameter `index` of the model, from element `offset`.
+    pub fn parameter(&mut self, index: usize, offset: usize, shape: Shape) -> Var {
+        let source = Source::Parameter { index, offset };
+        let gradient = self.mode == Mode::Train;
+        self.value(shape, source, gradient)
+    }
+
+    /// Names the part of the model that records from here on.
+    pub fn scope(&mut self, name: &str) {
+        self.scopes.push(name.to_owned());
+    }
+
+    /// Records an operation; returns its outputs, the saved ones included.
+    ///
+    /// # Errors
+    /// When the operation rejects the shapes of its inputs.
+    pub fn record(
+        &mut self,
+        operation: impl Operation + 'static,
+        inputs: &[Option<Var>],
+        ids: &[Ids],
+    ) -> Result<Vec<Var>> {
+        let shapes: Vec<Option<Shape>> = inputs.iter().map(|v| v.map(|v| self.shape(v))).collect();
+        let outputs = operation.outputs(&shapes).map_err(|e| {
+            Error::shape(format!("{} in {}: {e}", operation.name(), self.scopes[self.scopes.len() - 1]))
+        })?;
+        let gradient = inputs.iter().flatten().any(|v| self.values[v.index()].gradient);
+        let node = self.nodes.len();
+        let vars: Vec<Var> = outputs.iter().map(|s| self.value(*s, Source::Node(node), gradient)).collect();
+        self.nodes.push(Node {
+            operation: Box::new(operation),
+            inputs: inputs.to_vec(),
+            outputs: vars.clone(),
+            ids: ids.to_vec(),
+            shapes: NodeShapes { inputs: shapes, outputs },
+            scope: self.scopes.len() - 1,
+        });
+        Ok(vars)
+    }
+
+    /// Keeps a value until the next replay, for the caller to read.
+    pub fn keep(&mut self, var: Var) {
+        self.values[var.index()].kept = true;
+    }
+
+    /// Lets backward start from a gradient of `var` that the caller sets.
+    pub fn seed_gradient(&mut self, var: Var) {
+        self.values[var.index()].seeded = true;
+    }
+}

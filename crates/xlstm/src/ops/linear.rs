@@ -1,0 +1,121 @@
+//! y = x W^T + b, over all rows of x.
+
+use rayon::prelude::*;
+
+use crate::engine::matrix::{MatMut, MatRef, Threads, product};
+use crate::engine::operation::{Backward, Forward, Kernel, Reads, scratch};
+use crate::engine::tape::{Tape, Var};
+use crate::engine::vector::{add_to, vectorize};
+use crate::engine::{Scalar, Shape};
+use crate::error::{Error, Result};
+use crate::ops::TILE;
+
+/// x (…, in), W (out, in), optional b (out) -> y (…, out).
+#[derive(Debug)]
+struct Linear;
+
+/// Records y = x W^T + b.
+///
+/// # Errors
+/// When the inner dimensions differ.
+pub fn linear(tape: &mut Tape, x: Var, weight: Var, bias: Option<Var>) -> Result<Var> {
+    Ok(tape.record(Linear, &[Some(x), Some(weight), bias], &[])?[0])
+}
+
+impl Kernel for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn outputs(&self, inputs: &[Option<Shape>]) -> Result<Vec<Shape>> {
+        let (Some(x), Some(w)) = (inputs[0], inputs[1]) else {
+            return Err(Error::shape("x and W are needed"));
+        };
+        if x.last() != w.last() {
+            return Err(Error::shape(format!("x {x:?} and W {w:?} differ in their last dimension")));
+        }
+        Ok(vec![x.with_last(w.rows())])
+    }
+
+    fn reads(&self) -> Reads {
+        Reads::of(&[0, 1], &[])
+    }
+
+    fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
+        let y = io.output(0);
+        let (rows, inner, outer) =
+            (io.shapes.input(0).rows(), io.shapes.input(0).last(), io.shapes.outputs[0].last());
+        let x = MatRef::new(io.input(0), rows, inner);
+        let w = MatRef::new(io.input(1), outer, inner);
+        if let Some(bias) = io.inputs[2] {
+            y.par_chunks_mut(outer * TILE).for_each(|tile| {
+                tile.chunks_mut(outer).for_each(|row| row.copy_from_slice(bias));
+            });
+        }
+        let accumulate = io.inputs[2].is_some();
+        product(MatMut::new(y, rows, outer), T::ONE, x, w.t(), accumulate, Threads::All);
+    }
+
+    /// dx += dy W, dW += dy^T x, db += sum over rows of dy.
+    fn backward<T: Scalar>(&self, io: &mut Backward<'_, T>) {
+        let (rows, inner) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
+        let outer = io.shapes.outputs[0].last();
+        let dy = MatRef::new(io.gradient(), rows, outer);
+        if let Some(dx) = io.input_gradient(0) {
+            let w = MatRef::new(io.input(1), outer, inner);
+            product(MatMut::new(dx, rows, inner), T::ONE, dy, w, true, Threads::All);
+        }
+        if let Some(dw) = io.input_gradient(1) {
+            let x = MatRef::new(io.input(0), rows, inner);
+            product(MatMut::new(dw, outer, inner), T::ONE, dy.t(), x, true, Threads::All);
+        }
+        if let Some(db) = io.input_gradient(2) {
+            sum_rows(io.gradient(), outer, db, io.scratch);
+        }
+    }
+}
+
+/// sums += the sum over the rows of x (rows, width), in fixed tiles.
+pub(crate) fn sum_rows<T: Scalar>(x: &[T], width: usize, sums: &mut [T], space: &mut Vec<T>) {
+    reduce_tiles(x.len() / width, width, sums, space, |rows, partial| {
+        for row in x[rows.start * width..rows.end * width].chunks_exact(width) {
+            add_to(row, partial);
+        }
+    });
+}
+
+/// sums += the sum over tiles of rows of what `tile` leaves in its zeroed partial sums.
+/// Tiles are fixed and added in order, so the result does not depend on the threads.
+pub(crate) fn reduce_tiles<T: Scalar>(
+    rows: usize,
+    width: usize,
+    sums: &mut [T],
+    space: &mut Vec<T>,
+    tile: impl Fn(std::ops::Range<usize>, &mut [T]) + Sync,
+) {
+    let tiles = rows.div_ceil(TILE);
+    let partials = scratch(space, tiles * width);
+    partials.par_chunks_mut(width).enumerate().for_each(|(i, partial)| {
+        partial.fill(T::ZERO);
+        vectorize(|| tile(i * TILE..rows.min((i + 1) * TILE), partial));
+    });
+    for partial in partials.chunks_exact(width) {
+        add_to(partial, sums);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check::Check;
+
+    #[test]
+    fn gradients() {
+        Check::new()
+            .input([3, 7, 5])
+            .input([4, 5])
+            .input([4])
+            .run(|tape, v, _| Ok(vec![linear(tape, v[0], v[1], Some(v[2]))?]));
+        Check::new().input([2, 6]).input([3, 6]).run(|tape, v, _| Ok(vec![linear(tape, v[0], v[1], None)?]));
+    }
+}
