@@ -2,8 +2,9 @@
 //! streamed by a small engine of our own.
 #![deny(missing_docs)]
 
-mod error;
-pub mod text;
 pub mod data;
+mod error;
+pub mod rng;
+pub mod text;
 
 pub use error::{Error, ErrorKind, Result};
