@@ -280,7 +280,7 @@ mod tests {
                     let walked = index as usize * length + column;
                     let expected = row * part + walked % part;
                     assert_eq!(batch.inputs[place] as usize, expected);
-                    let reset = walked % part == 0 || documents.contains(&expected);
+                    let reset = walked.is_multiple_of(part) || documents.contains(&expected);
                     assert_eq!(batch.marks[place], if reset { RESET } else { 0 });
                     if walked < part {
                         seen[expected] += 1;
