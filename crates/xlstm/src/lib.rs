@@ -7,6 +7,7 @@ pub mod data;
 pub mod engine;
 mod error;
 pub mod ops;
+pub mod rng;
 pub mod text;
 
 pub use error::{Error, ErrorKind, Result};

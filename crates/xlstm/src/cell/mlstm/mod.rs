@@ -70,10 +70,12 @@ impl MlstmConfig {
     fn normalizer<T: Scalar>(&self, d: T, m: T) -> T {
         let floor = (-m).exp();
         let eps = T::from_f64(self.eps);
+        // An empty state under a wide open exponential forget gate leaves d = 0, exp(-m) = 0.
+        let tiny = T::from_f64(1e-37);
         match (self.normalize, self.input_gate) {
-            (false, _) => floor,
+            (false, _) => floor + tiny,
             (true, InputGate::Exponential) => d.abs().max(floor) + eps,
-            (true, InputGate::Sigmoid) => d.abs().max(floor) + eps * floor,
+            (true, InputGate::Sigmoid) => d.abs().max(floor) + eps * floor + tiny,
         }
     }
 
