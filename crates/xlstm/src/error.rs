@@ -67,8 +67,12 @@ impl Error {
     pub fn io(action: &str, path: &Path, error: &std::io::Error) -> Self {
         let e = Error::new(ErrorKind::Io, format!("cannot {action} {}: {error}", path.display()));
         match error.kind() {
-            std::io::ErrorKind::NotFound => e.hint("check the path; relative paths start at the current folder"),
-            std::io::ErrorKind::PermissionDenied => e.hint("check the permissions of the file and its folder"),
+            std::io::ErrorKind::NotFound => {
+                e.hint("check the path; relative paths start at the current folder")
+            }
+            std::io::ErrorKind::PermissionDenied => {
+                e.hint("check the permissions of the file and its folder")
+            }
             std::io::ErrorKind::StorageFull => e.hint("free some space or choose another folder with --out"),
             _ => e,
         }

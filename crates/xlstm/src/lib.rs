@@ -2,8 +2,12 @@
 //! streamed by a small engine of our own.
 #![deny(missing_docs)]
 
-mod error;
-pub mod text;
 pub mod data;
+mod error;
+pub mod files;
+pub mod model;
+pub mod optim;
+pub mod text;
+pub mod train;
 
 pub use error::{Error, ErrorKind, Result};

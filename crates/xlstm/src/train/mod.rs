@@ -1,0 +1,12 @@
+//! Training: the configuration of a run, its records and what it reports while it runs.
+pub mod config;
+pub mod load;
+pub mod progress;
+pub mod sources;
+
+pub use config::{
+    Batching, DataConfig, OptimizerConfig, RunConfig, SampleConfig, ScheduleConfig, TrainingConfig,
+};
+pub use load::unknown_name;
+pub use progress::{Observer, Progress, Silent, Summary, Validation};
+pub use sources::{Paths, TextSource, TokenizerChoice};
