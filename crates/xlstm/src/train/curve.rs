@@ -111,16 +111,17 @@ fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     points.chunks(group).map(mean).collect()
 }
 
-/// An exponential moving average over about a fortieth of the points, without the pull of its start.
+/// An exponential moving average over about a sixtieth of the points. Near the start, where losses
+/// fall fast, it reaches back over fewer, or it would lag visibly behind.
 fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let keep = 1.0 - 1.0 / (points.len() as f64 / 40.0).max(2.0);
-    let (mut sum, mut weight) = (0.0, 0.0);
-    let average = |&(step, loss): &(f64, f64)| {
-        sum = keep * sum + loss;
-        weight = keep * weight + 1.0;
-        (step, sum / weight)
+    let most = (points.len() as f64 / 60.0).max(2.0);
+    let mut mean = 0.0;
+    let average = |(index, &(step, loss)): (usize, &(f64, f64))| {
+        let reach = (index as f64 / 5.0).min(most);
+        mean += (loss - mean) / (1.0 + reach);
+        (step, mean)
     };
-    points.iter().map(average).collect()
+    points.iter().enumerate().map(average).collect()
 }
 
 /// A range of values with the marks on it.
@@ -168,7 +169,7 @@ impl Axis {
     }
 }
 
-/// The smallest of 1, 2, 2.5 and 5 times a power of ten that is at least `step`.
+/// The smallest of 1, 2 and 5 times a power of ten that is at least `step`.
 fn nice_step(step: f64) -> f64 {
     let power = 10_f64.powf(step.log10().floor());
     let factor = [1.0, 2.0, 5.0, 10.0].into_iter().find(|f| f * power >= step * (1.0 - 1e-9)).unwrap_or(10.0);
