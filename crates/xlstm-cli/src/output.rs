@@ -1,9 +1,8 @@
 //! Writing to stdout and stderr without panics.
 
 use std::io::{self, Write};
-use std::path::Path;
 
-use xlstm::{Error, Result};
+use xlstm::{Error, ErrorKind, Result};
 
 /// Writes data to stdout and flushes it. A reader that has gone away (`xlstm … | head`) ends the
 /// program quietly: there is nobody left to write for.
@@ -14,7 +13,7 @@ pub fn data(text: &str) -> Result<()> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
-        Err(error) => Err(Error::io("write", Path::new("stdout"), &error)),
+        Err(error) => Err(Error::new(ErrorKind::Io, format!("cannot write to stdout: {error}"))),
         Ok(()) => Ok(()),
     }
 }

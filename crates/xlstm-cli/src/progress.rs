@@ -41,6 +41,10 @@ impl Reporter {
 
 impl Observer for Reporter {
     fn on_start(&mut self, summary: &Summary) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(summary.steps);
+            bar.set_position(summary.start_step);
+        }
         self.print(&format!(
             "{}: {} parameters, vocabulary {}, blocks {}",
             summary.folder.display(),
@@ -58,10 +62,6 @@ impl Observer for Reporter {
         if summary.start_step > 0 {
             self.print(&format!("resuming at step {} of {}", summary.start_step, summary.steps));
         }
-        if let Some(bar) = &self.bar {
-            bar.set_length(summary.steps);
-            bar.set_position(summary.start_step);
-        }
     }
 
     fn on_step(&mut self, progress: &Progress) {
@@ -71,9 +71,6 @@ impl Observer for Reporter {
                 bar.set_length(progress.steps);
                 bar.set_position(progress.step);
                 bar.set_message(numbers);
-                if progress.step >= progress.steps {
-                    bar.abandon();
-                }
             }
             None if progress.step.is_multiple_of(self.log_every) || progress.step == progress.steps => {
                 output::note(&format!("step {}/{}  {numbers}", progress.step, progress.steps));

@@ -56,8 +56,8 @@ pub fn next_numbered_folder(parent: &Path) -> Result<PathBuf> {
     let mut number = 0_u64;
     for entry in fs::read_dir(parent).map_err(|e| Error::io("list", parent, &e))? {
         let entry = entry.map_err(|e| Error::io("list", parent, &e))?;
-        let taken = entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok());
-        number = number.max(taken.unwrap_or(0));
+        let taken = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
+        number = number.max(taken.unwrap_or(0).into());
     }
     loop {
         number += 1;

@@ -30,7 +30,7 @@ pub fn run(_args: &DoctorArgs) -> Result<()> {
     line("features", &cpu_features());
     line("threads", &threads());
     line("memory", &memory(Path::new("/proc/meminfo")));
-    line("devices", "cpu");
+    line("cargo features", "none (this version has no optional ones)");
     line("current folder", &current_folder());
     output::data(&report)
 }

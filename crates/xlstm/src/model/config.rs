@@ -272,6 +272,11 @@ impl ModelConfig {
     pub fn validate(&self) -> Result<()> {
         at_least_one("model.embedding_dim", self.embedding_dim)?;
         at_least_one("model.num_blocks", self.num_blocks)?;
+        // Far beyond any model, and within what a list of blocks may hold.
+        if self.num_blocks > 10_000 {
+            return Err(Error::config(format!("model.num_blocks is {}", self.num_blocks))
+                .hint("model.num_blocks is at most 10000"));
+        }
         probability("model.dropout", self.dropout)?;
         if let SlstmAt::Positions(positions) = &self.slstm_at {
             for (index, &position) in positions.iter().enumerate() {
@@ -341,12 +346,12 @@ impl ModelConfig {
 
 /// `ceil(factor * dim / multiple) * multiple`, in the original's order of operations.
 fn round_up(factor: f64, dim: usize, multiple: usize) -> usize {
-    (factor * dim as f64 / multiple as f64).ceil() as usize * multiple
+    ((factor * dim as f64 / multiple as f64).ceil() as usize).saturating_mul(multiple)
 }
 
 /// Refuses 0 for the whole number at `key`.
-pub(crate) fn at_least_one(key: &str, value: usize) -> Result<()> {
-    if value == 0 {
+pub(crate) fn at_least_one<N: PartialEq + From<u8>>(key: &str, value: N) -> Result<()> {
+    if value == N::from(0) {
         return Err(Error::config(format!("{key} is 0")).hint(format!("{key} is at least 1")));
     }
     Ok(())
@@ -443,6 +448,7 @@ mod tests {
                 "bias_init: zeros",
             ),
             (model(|m| m.feedforward.proj_factor = f64::INFINITY), "proj_factor is inf", "finite"),
+            (model(|m| m.num_blocks = usize::MAX), "model.num_blocks is", "at most 10000"),
             (model(|m| m.embedding_dim = 0), "model.embedding_dim is 0", "at least 1"),
         ];
         for (config, message, hint) in cases {

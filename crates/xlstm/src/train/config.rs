@@ -269,9 +269,9 @@ impl OptimizerConfig {
 
 impl TrainingConfig {
     fn validate(&self) -> Result<()> {
-        at_least_one("training.steps", self.steps as usize)?;
+        at_least_one("training.steps", self.steps)?;
         at_least_one("training.accumulation", self.accumulation)?;
-        at_least_one("training.log_every", self.log_every as usize)?;
+        at_least_one("training.log_every", self.log_every)?;
         if self.early_stopping > 0 && self.validate_every == 0 {
             return Err(Error::config(format!(
                 "training.early_stopping is {}, but training.validate_every is 0",

@@ -118,12 +118,11 @@ impl MetricsLog {
         let mut rows = Vec::new();
         let mut lines = bytes.split_inclusive(|&byte| byte == b'\n').enumerate().peekable();
         while let Some((index, text)) = lines.next() {
-            // The line break is written last: without it the line is torn even if it parses.
-            let parsed = serde_json::from_slice(text);
-            match parsed {
+            match serde_json::from_slice(text) {
                 Ok(row) if text.ends_with(b"\n") => rows.push(row),
-                _ if lines.peek().is_none() => {}
+                // The line break is written last: without it the line is torn even if it parses.
                 Ok(_) => {}
+                Err(_) if lines.peek().is_none() => {}
                 Err(_) if text.trim_ascii().is_empty() => {}
                 Err(error) => {
                     return Err(Error::checkpoint(format!(
