@@ -1,6 +1,6 @@
 //! Which blocks are sLSTM blocks: a list of positions, a word, or a ratio.
 //!
-//! The paper writes xLSTM[a:b] for a ratio of `a` mLSTM to `b` sLSTM blocks. As in the
+//! The paper writes `xLSTM[a:b]` for a ratio of `a` mLSTM to `b` sLSTM blocks. As in the
 //! official configurations, the sLSTM blocks of each group of `a + b` start at its second
 //! place: block `i` is an sLSTM block when `1 <= i mod (a + b) <= b`.
 
