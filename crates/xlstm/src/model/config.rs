@@ -132,11 +132,12 @@ pub enum SlstmFunction {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BiasInit {
-    /// Forget-gate biases on a power law from -5 to 7 within each head, steeper in later blocks.
+    /// Forget-gate biases from 5 down to -7 on a power law within each head:
+    /// `5 - 12 (j / (DH - 1))^(0.3 + 1.3 block / (num_blocks - 1))`; the others zero.
     PowerlawBlockdependent,
-    /// Normal with standard deviation sqrt(2 / (5 D)).
+    /// Forget-gate biases in equal steps from 3 to 6 within each head, the others zero.
     SmallInit,
-    /// Uniform within 1 / sqrt(D).
+    /// Uniform in (-1 / sqrt(D), 1 / sqrt(D)).
     Standard,
     /// All zero.
     Zeros,
@@ -148,7 +149,7 @@ pub enum BiasInit {
 pub enum RecurrentWeightInit {
     /// All zero.
     Zeros,
-    /// Uniform within 1 / sqrt(D).
+    /// Uniform in (-1 / sqrt(D), 1 / sqrt(D)).
     Standard,
 }
 
