@@ -1,2 +1,97 @@
-//! The `xlstm` command.
-fn main() {}
+//! The `xlstm` command: trains, evaluates, runs and inspects xLSTM language models.
+//!
+//! Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error, 2 a command
+//! line that makes no sense.
+
+mod builtin;
+mod output;
+mod progress;
+mod verbs;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Trains, evaluates and runs xLSTM language models.
+#[derive(Debug, Parser)]
+#[command(name = "xlstm", version, about, max_term_width = 100, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Train(verbs::train::TrainArgs),
+    Eval(verbs::eval::EvalArgs),
+    Generate(verbs::generate::GenerateArgs),
+    Inspect(verbs::inspect::InspectArgs),
+    Doctor(verbs::doctor::DoctorArgs),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().verb {
+        Verb::Train(args) => verbs::train::run(&args),
+        Verb::Eval(args) => verbs::eval::run(&args),
+        Verb::Generate(args) => verbs::generate::run(&args),
+        Verb::Inspect(args) => verbs::inspect::run(&args),
+        Verb::Doctor(args) => verbs::doctor::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::note(&format!("error: {error}"));
+            if let Some(hint) = error.hint_text() {
+                output::note(&format!("hint: {hint}"));
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn command_lines_parse() {
+        for line in [
+            "xlstm train shakespeare --set seed=2 --set model.num_blocks=2 --out runs --threads 2",
+            "xlstm train --resume runs/1",
+            "xlstm eval --model runs/1 --data a.txt --json --window 512",
+            "xlstm generate --model runs/1 --prompt hello -n 10 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 1",
+            "xlstm generate --model runs/1 --prompt-ids 1,2,3 --state-in a --state-out b --json",
+            "xlstm inspect --model runs/1",
+            "xlstm inspect shakespeare",
+            "xlstm doctor",
+        ] {
+            Cli::try_parse_from(line.split(' ')).unwrap_or_else(|e| panic!("{line}: {e}"));
+        }
+    }
+
+    #[test]
+    fn command_lines_that_make_no_sense_are_refused() {
+        for line in [
+            "xlstm train",
+            "xlstm train shakespeare --resume runs/1",
+            "xlstm eval --model runs/1",
+            "xlstm eval --model m --data a.txt --window 0",
+            "xlstm generate --model m --prompt a --prompt-ids 1",
+            "xlstm generate --model m",
+            "xlstm generate --model m --prompt-ids 1,x",
+            "xlstm generate --model m --prompt a --top-p 1.5",
+            "xlstm generate --model m --prompt a --temperature -1",
+            "xlstm inspect",
+            "xlstm inspect shakespeare --model m",
+        ] {
+            let error = Cli::try_parse_from(line.split(' ')).err().unwrap_or_else(|| panic!("{line}"));
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+}

@@ -6,8 +6,12 @@ pub mod cell;
 pub mod data;
 pub mod engine;
 mod error;
+pub mod files;
+pub mod model;
 pub mod ops;
+pub mod optim;
 pub mod rng;
 pub mod text;
+pub mod train;
 
 pub use error::{Error, ErrorKind, Result};

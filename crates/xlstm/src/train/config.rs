@@ -1,0 +1,366 @@
+//! The configuration of a training run: model, data, optimizer, schedule, loop and samples.
+//!
+//! Every key has a default, so a file holds only what differs; `to_yaml` writes all of
+//! them, which is what a run folder keeps.
+
+use serde::{Deserialize, Serialize};
+
+use super::sources::{Paths, TextSource, TokenizerChoice};
+use crate::error::{Error, Result};
+use crate::model::ModelConfig;
+use crate::model::config::{at_least_one, positive, probability};
+use crate::optim::{Decay, Schedule};
+
+/// A training run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunConfig {
+    /// Seed of the initial weights, the order of the data, dropout and samples. Default 1.
+    pub seed: u64,
+    /// CPU threads; 0 = all. Results do not depend on it. Default 0.
+    pub threads: usize,
+    /// The model.
+    pub model: ModelConfig,
+    /// The text and how it is cut into batches.
+    pub data: DataConfig,
+    /// AdamW.
+    pub optimizer: OptimizerConfig,
+    /// The learning rate over time.
+    pub schedule: ScheduleConfig,
+    /// The loop.
+    pub training: TrainingConfig,
+    /// The sample that is drawn after each validation.
+    pub sample: SampleConfig,
+}
+
+/// The text and how it is cut into batches.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataConfig {
+    /// The training text: `shakespeare` (embedded), a path or a list of paths. Default `shakespeare`.
+    pub train: TextSource,
+    /// The validation text: null, a path or a list of paths. Default null.
+    pub validation: Option<Paths>,
+    /// The last part of the training text that is held out when `validation` is null, in
+    /// [0, 1); 0 = no validation. Default 0.1.
+    pub validation_fraction: f64,
+    /// `characters`, `bytes` or the path of a `tokenizer.json`. Default `characters`.
+    pub tokenizer: TokenizerChoice,
+    /// How sequences are drawn. Default `windows`.
+    pub batching: Batching,
+    /// Sequences in a batch. Default 16.
+    pub batch_size: usize,
+    /// Tokens in a sequence. Default 256.
+    pub length: usize,
+}
+
+/// How training sequences are drawn from the text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Batching {
+    /// Windows at random places; each starts from an empty state.
+    Windows,
+    /// The text in order in `batch_size` lanes; states carry over from batch to batch.
+    Stream,
+}
+
+/// AdamW and gradient clipping.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimizerConfig {
+    /// The highest learning rate, reached at the end of the warm-up. Default 1e-3.
+    pub learning_rate: f64,
+    /// Decay of the first and the second moment. Default [0.9, 0.95].
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment. Default 1e-8.
+    pub eps: f64,
+    /// Decoupled weight decay of the weight matrices. Default 0.1.
+    pub weight_decay: f64,
+    /// Largest global norm of the gradients; null or 0 = no limit. Default 1.
+    pub clip: Option<f64>,
+}
+
+/// The learning rate over time.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ScheduleConfig {
+    /// Steps of linear warm-up from 0. Default 100.
+    pub warmup_steps: u64,
+    /// `cosine`, `linear` or `constant`. Default `cosine`.
+    pub decay: Decay,
+    /// The rate at the end of the decay. Default 1e-4.
+    pub min_learning_rate: f64,
+    /// The step at which the decay ends; null = `training.steps`. Default null.
+    pub decay_steps: Option<u64>,
+}
+
+/// The loop.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainingConfig {
+    /// Optimizer steps. Default 1000.
+    pub steps: u64,
+    /// Batches whose gradients are averaged in a step. Default 1.
+    pub accumulation: usize,
+    /// Steps between validations; 0 = only at the end. Default 250.
+    pub validate_every: u64,
+    /// Batches in a validation; 0 = all of the validation text. Default 0.
+    pub validation_batches: usize,
+    /// Steps between checkpoints; 0 = only at the end. Default 250.
+    pub checkpoint_every: u64,
+    /// Stop after this many validations without a better loss; 0 = off. Default 0.
+    pub early_stopping: u64,
+    /// Steps between rows of metrics and lines of progress. Default 10.
+    pub log_every: u64,
+}
+
+/// The sample that is drawn after each validation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SampleConfig {
+    /// The text that the sample continues. Default a line break.
+    pub prompt: String,
+    /// Tokens to draw; 0 = no sample. Default 200.
+    pub tokens: usize,
+    /// Divides the logits; 0 takes the likeliest token. Default 0.8.
+    pub temperature: f64,
+    /// Draw from this many likeliest tokens; null = all. Default null.
+    pub top_k: Option<usize>,
+    /// Draw from the likeliest tokens that hold this much probability, in (0, 1]; null = all. Default null.
+    pub top_p: Option<f64>,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        RunConfig {
+            seed: 1,
+            threads: 0,
+            model: ModelConfig::default(),
+            data: DataConfig::default(),
+            optimizer: OptimizerConfig::default(),
+            schedule: ScheduleConfig::default(),
+            training: TrainingConfig::default(),
+            sample: SampleConfig::default(),
+        }
+    }
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        DataConfig {
+            train: TextSource::Shakespeare,
+            validation: None,
+            validation_fraction: 0.1,
+            tokenizer: TokenizerChoice::Characters,
+            batching: Batching::Windows,
+            batch_size: 16,
+            length: 256,
+        }
+    }
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        OptimizerConfig {
+            learning_rate: 1e-3,
+            betas: [0.9, 0.95],
+            eps: 1e-8,
+            weight_decay: 0.1,
+            clip: Some(1.0),
+        }
+    }
+}
+
+impl Default for ScheduleConfig {
+    fn default() -> Self {
+        ScheduleConfig { warmup_steps: 100, decay: Decay::Cosine, min_learning_rate: 1e-4, decay_steps: None }
+    }
+}
+
+impl Default for TrainingConfig {
+    fn default() -> Self {
+        TrainingConfig {
+            steps: 1000,
+            accumulation: 1,
+            validate_every: 250,
+            validation_batches: 0,
+            checkpoint_every: 250,
+            early_stopping: 0,
+            log_every: 10,
+        }
+    }
+}
+
+impl Default for SampleConfig {
+    fn default() -> Self {
+        SampleConfig { prompt: "\n".into(), tokens: 200, temperature: 0.8, top_k: None, top_p: None }
+    }
+}
+
+impl RunConfig {
+    /// The learning-rate schedule of the whole run.
+    pub fn learning_rates(&self) -> Schedule {
+        Schedule {
+            max: self.optimizer.learning_rate,
+            min: self.schedule.min_learning_rate,
+            warmup_steps: self.schedule.warmup_steps,
+            decay_steps: self.schedule.decay_steps.unwrap_or(self.training.steps),
+            decay: self.schedule.decay,
+        }
+    }
+
+    /// Checks everything that can be checked before data is read.
+    ///
+    /// # Errors
+    /// A configuration error that names the first key that does not fit, its value and what would.
+    pub fn validate(&self) -> Result<()> {
+        self.model.validate()?;
+        self.data.validate()?;
+        self.optimizer.validate()?;
+        self.validate_schedule()?;
+        self.training.validate()?;
+        self.sample.validate()
+    }
+
+    fn validate_schedule(&self) -> Result<()> {
+        let (schedule, highest) = (&self.schedule, self.optimizer.learning_rate);
+        not_negative("schedule.min_learning_rate", schedule.min_learning_rate)?;
+        if schedule.decay != Decay::Constant && schedule.min_learning_rate > highest {
+            return Err(Error::config(format!(
+                "schedule.min_learning_rate is {}, above optimizer.learning_rate, {highest}",
+                schedule.min_learning_rate
+            ))
+            .hint("lower schedule.min_learning_rate, for instance to a tenth of optimizer.learning_rate"));
+        }
+        match schedule.decay_steps {
+            Some(steps) if steps <= schedule.warmup_steps => Err(Error::config(format!(
+                "schedule.decay_steps is {steps}, within the {} steps of schedule.warmup_steps",
+                schedule.warmup_steps
+            ))
+            .hint("decay_steps counts from the start of training; leave it null for all of training.steps")),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl DataConfig {
+    fn validate(&self) -> Result<()> {
+        at_least_one("data.batch_size", self.batch_size)?;
+        at_least_one("data.length", self.length)?;
+        probability("data.validation_fraction", self.validation_fraction)
+    }
+}
+
+impl OptimizerConfig {
+    /// The largest global norm of the gradients, if there is a limit.
+    pub fn clip_norm(&self) -> Option<f64> {
+        self.clip.filter(|&norm| norm > 0.0)
+    }
+
+    fn validate(&self) -> Result<()> {
+        positive("optimizer.learning_rate", self.learning_rate)?;
+        probability("optimizer.betas[0]", self.betas[0])?;
+        probability("optimizer.betas[1]", self.betas[1])?;
+        positive("optimizer.eps", self.eps)?;
+        not_negative("optimizer.weight_decay", self.weight_decay)?;
+        not_negative("optimizer.clip", self.clip.unwrap_or(0.0))
+    }
+}
+
+impl TrainingConfig {
+    fn validate(&self) -> Result<()> {
+        at_least_one("training.steps", self.steps)?;
+        at_least_one("training.accumulation", self.accumulation)?;
+        at_least_one("training.log_every", self.log_every)?;
+        if self.early_stopping > 0 && self.validate_every == 0 {
+            return Err(Error::config(format!(
+                "training.early_stopping is {}, but training.validate_every is 0",
+                self.early_stopping
+            ))
+            .hint(
+                "early stopping watches the validations; set training.validate_every, for instance to 250",
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl SampleConfig {
+    fn validate(&self) -> Result<()> {
+        not_negative("sample.temperature", self.temperature)?;
+        at_least_one("sample.top_k", self.top_k.unwrap_or(1))?;
+        match self.top_p {
+            Some(top_p) if !(top_p > 0.0 && top_p <= 1.0) => {
+                Err(Error::config(format!("sample.top_p is {top_p}"))
+                    .hint("sample.top_p is greater than 0 and at most 1"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Refuses all but finite numbers from zero up at `key`.
+fn not_negative(key: &str, value: f64) -> Result<()> {
+    if !(value.is_finite() && value >= 0.0) {
+        return Err(Error::config(format!("{key} is {value}"))
+            .hint(format!("{key} is a finite number, 0 or greater")));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_valid() {
+        RunConfig::default().validate().unwrap();
+    }
+
+    #[test]
+    fn every_bad_number_is_named() {
+        type Change = fn(&mut RunConfig);
+        let cases: [(Change, &str); 16] = [
+            (|c| c.data.batch_size = 0, "data.batch_size is 0"),
+            (|c| c.data.length = 0, "data.length is 0"),
+            (|c| c.data.validation_fraction = 1.0, "data.validation_fraction is 1"),
+            (|c| c.optimizer.learning_rate = 0.0, "optimizer.learning_rate is 0"),
+            (|c| c.optimizer.learning_rate = f64::NAN, "optimizer.learning_rate is NaN"),
+            (|c| c.optimizer.betas = [0.9, 1.0], "optimizer.betas[1] is 1"),
+            (|c| c.optimizer.weight_decay = -0.1, "optimizer.weight_decay is -0.1"),
+            (|c| c.optimizer.clip = Some(-1.0), "optimizer.clip is -1"),
+            (|c| c.schedule.min_learning_rate = 0.1, "schedule.min_learning_rate is 0.1"),
+            (|c| c.schedule.decay_steps = Some(50), "schedule.decay_steps is 50"),
+            (|c| c.training.steps = 0, "training.steps is 0"),
+            (|c| c.training.accumulation = 0, "training.accumulation is 0"),
+            (
+                |c| (c.training.early_stopping, c.training.validate_every) = (3, 0),
+                "training.early_stopping is 3",
+            ),
+            (|c| c.sample.top_k = Some(0), "sample.top_k is 0"),
+            (|c| c.sample.top_p = Some(1.5), "sample.top_p is 1.5"),
+            (|c| c.model.mlstm.num_heads = 7, "model.mlstm.num_heads is 7"),
+        ];
+        for (change, message) in cases {
+            let mut config = RunConfig::default();
+            change(&mut config);
+            let error = config.validate().expect_err(message);
+            assert!(error.to_string().contains(message), "{error}");
+            assert!(error.hint_text().is_some(), "{error}");
+        }
+    }
+
+    #[test]
+    fn clipping_is_off_at_null_and_zero() {
+        let with = |clip| OptimizerConfig { clip, ..Default::default() }.clip_norm();
+        assert_eq!((with(None), with(Some(0.0)), with(Some(2.0))), (None, None, Some(2.0)));
+    }
+
+    #[test]
+    fn the_decay_ends_with_training_unless_told() {
+        let mut config = RunConfig::default();
+        assert_eq!(config.learning_rates().decay_steps, 1000);
+        config.schedule.decay_steps = Some(500);
+        assert_eq!(config.learning_rates().decay_steps, 500);
+    }
+}
