@@ -36,6 +36,8 @@ pub trait Scalar:
     const ONE: Self;
     /// The weight of nothing: exp of it is exactly 0.
     const NEG_INFINITY: Self;
+    /// The smallest positive normal number.
+    const MIN_POSITIVE: Self;
     /// The quiet NaN that tests fill unwritten memory with.
     const NAN: Self;
 
@@ -91,6 +93,7 @@ impl Scalar for f64 {
     const ZERO: f64 = 0.0;
     const ONE: f64 = 1.0;
     const NEG_INFINITY: f64 = f64::NEG_INFINITY;
+    const MIN_POSITIVE: f64 = f64::MIN_POSITIVE;
     const NAN: f64 = f64::NAN;
 
     #[inline(always)]
@@ -148,6 +151,7 @@ impl Scalar for f32 {
     const ZERO: f32 = 0.0;
     const ONE: f32 = 1.0;
     const NEG_INFINITY: f32 = f32::NEG_INFINITY;
+    const MIN_POSITIVE: f32 = f32::MIN_POSITIVE;
     const NAN: f32 = f32::NAN;
 
     #[inline(always)]

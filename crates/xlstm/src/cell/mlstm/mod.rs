@@ -71,7 +71,7 @@ impl MlstmConfig {
         let floor = (-m).exp();
         let eps = T::from_f64(self.eps);
         // An empty state under a wide open exponential forget gate leaves d = 0, exp(-m) = 0.
-        let tiny = T::from_f64(1e-37);
+        let tiny = T::MIN_POSITIVE;
         match (self.normalize, self.input_gate) {
             (false, _) => floor + tiny,
             (true, InputGate::Exponential) => d.abs().max(floor) + eps,

@@ -184,8 +184,10 @@ proptest! {
         assert_close("gradient", &truth.1, &fast.1, 1e-7);
         let single = problem.run::<f32>(&gates(Form::Chunkwise(chunk)), &weights);
         prop_assert!(single.0.iter().chain(&single.1).flatten().all(|x| x.is_finite()), "f32 is not finite");
+        // A large h is a normaliser that nearly cancelled: f32 loses as much there.
+        let largest = truth.0[0].iter().fold(1.0, |m: f64, h| m.max(h.abs()));
         if spread < 10.0 {
-            assert_close("output in f32", &truth.0, &single.0, 2e-4);
+            assert_close("output in f32", &truth.0, &single.0, 2e-5 * largest);
         }
     }
 
