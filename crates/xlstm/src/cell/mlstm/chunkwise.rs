@@ -118,7 +118,7 @@ pub(super) fn forward<T: Scalar>(
         if input.is_reset(start) {
             out.c.fill(T::ZERO);
             out.n.fill(T::ZERO);
-            *out.m = T::ZERO;
+            *out.m = config.empty_stabilizer();
         }
         let (q, k, v) =
             (input.q.rows_at(start, len), input.k.rows_at(start, len), input.v.rows_at(start, len));

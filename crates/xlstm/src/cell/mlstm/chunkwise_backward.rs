@@ -56,13 +56,13 @@ pub(super) fn backward<T: Scalar>(
     let (dnum, rest) = rest.split_at_mut(chunk * dhv);
     let (per_token, states) = rest.split_at_mut(4 * chunk);
 
-    let starts = chunk_states(chunk, input, saved, &mut work, states);
+    let starts = chunk_states(config, chunk, input, saved, &mut work, states);
     for (index, &start) in starts.iter().enumerate().rev() {
         let end = starts.get(index + 1).copied().unwrap_or(input.len());
         let len = end - start;
         let fresh = input.is_reset(start);
         let (c, n) = states[index * state_size..][..state_size].split_at(dqk * dhv);
-        let m0 = previous_stabilizer(input, saved, start);
+        let m0 = previous_stabilizer(config, input, saved, start);
         let scale = input.scale();
         let (q, k, v) =
             (input.q.rows_at(start, len), input.k.rows_at(start, len), input.v.rows_at(start, len));
@@ -219,18 +219,24 @@ pub(super) fn backward<T: Scalar>(
     }
 }
 
-fn previous_stabilizer<T: Scalar>(input: &HeadInput<'_, T>, saved: &HeadSaved<'_, T>, start: usize) -> T {
+fn previous_stabilizer<T: Scalar>(
+    config: &MlstmConfig,
+    input: &HeadInput<'_, T>,
+    saved: &HeadSaved<'_, T>,
+    start: usize,
+) -> T {
     if input.is_reset(start) {
-        T::ZERO
+        config.empty_stabilizer()
     } else if start > 0 {
         saved.stabilizers[start - 1]
     } else {
-        saved.initial.map_or(T::ZERO, |(_, _, m)| m)
+        saved.initial.map_or(config.empty_stabilizer(), |(_, _, m)| m)
     }
 }
 
 /// C and n before every chunk, one after the other in `states`; returns the chunks' starts.
 fn chunk_states<T: Scalar>(
+    config: &MlstmConfig,
     chunk: usize,
     input: &HeadInput<'_, T>,
     saved: &HeadSaved<'_, T>,
@@ -262,7 +268,7 @@ fn chunk_states<T: Scalar>(
         let (before, after) = states.split_at_mut((index + 1) * state_size);
         let before = &before[index * state_size..];
         let (c, n) = after[..state_size].split_at_mut(dqk * dhv);
-        let m0 = previous_stabilizer(input, saved, start);
+        let m0 = previous_stabilizer(config, input, saved, start);
         let scaled = &mut work.scaled[..len * dqk];
         let k = input.k.rows_at(start, len);
         vectorize(|| {

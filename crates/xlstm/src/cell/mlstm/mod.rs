@@ -64,18 +64,32 @@ pub struct MlstmConfig {
 }
 
 impl MlstmConfig {
+    /// m of an empty state. The paper's is 0, which eps and the floor of the normaliser see.
+    /// With a sigmoid input gate nothing sees it, and a value that loses every maximum keeps
+    /// a wide open exponential forget gate from drowning the first tokens.
+    fn empty_stabilizer<T: Scalar>(&self) -> T {
+        match self.input_gate {
+            InputGate::Exponential => T::ZERO,
+            InputGate::Sigmoid => T::from_f64(-1e30),
+        }
+    }
+
+    /// m of a given state: that of an empty one where it is empty.
+    fn initial_stabilizer<T: Scalar>(&self, n: &[T], m: T) -> T {
+        let empty = self.input_gate == InputGate::Sigmoid && n.iter().all(|n| *n == T::ZERO);
+        if empty { self.empty_stabilizer() } else { m }
+    }
+
     /// The stabilised normaliser max(|d|, exp(-m)) + eps, or its inverse's inverse exp(-m)
     /// where h is not normalised.
     #[inline(always)]
     fn normalizer<T: Scalar>(&self, d: T, m: T) -> T {
         let floor = (-m).exp();
         let eps = T::from_f64(self.eps);
-        // An empty state under a wide open exponential forget gate leaves d = 0, exp(-m) = 0.
-        let tiny = T::MIN_POSITIVE;
         match (self.normalize, self.input_gate) {
-            (false, _) => floor + tiny,
+            (false, _) => floor,
             (true, InputGate::Exponential) => d.abs().max(floor) + eps,
-            (true, InputGate::Sigmoid) => d.abs().max(floor) + eps * floor + tiny,
+            (true, InputGate::Sigmoid) => d.abs().max(floor) + eps * floor,
         }
     }
 

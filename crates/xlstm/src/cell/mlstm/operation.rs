@@ -214,6 +214,9 @@ impl Kernel for Mlstm {
                 None => to.fill(T::ZERO),
             }
         }
+        for (m, n) in m.iter_mut().zip(n.chunks_exact(dqk)) {
+            *m = self.config.initial_stabilizer(n, *m);
+        }
         let work_size = match self.config.form {
             Form::Recurrent => 1,
             Form::Parallel => 2 * length,
@@ -322,7 +325,8 @@ impl Kernel for Mlstm {
                     denominators: &denominators[task * length..][..length],
                     initial: match initial {
                         (Some(c), Some(n), Some(m)) => {
-                            Some((&c[task * dqk * dhv..][..dqk * dhv], &n[task * dqk..][..dqk], m[task]))
+                            let (c, n) = (&c[task * dqk * dhv..][..dqk * dhv], &n[task * dqk..][..dqk]);
+                            Some((c, n, self.config.initial_stabilizer(n, m[task])))
                         }
                         _ => None,
                     },

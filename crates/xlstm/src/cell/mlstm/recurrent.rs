@@ -16,7 +16,7 @@ pub(super) fn forward<T: Scalar>(
         if input.is_reset(t) {
             out.c.fill(T::ZERO);
             out.n.fill(T::ZERO);
-            *out.m = T::ZERO;
+            *out.m = config.empty_stabilizer();
         }
         if input.is_pad(t) {
             out.h.row(t).fill(T::ZERO);
@@ -72,7 +72,7 @@ pub(super) fn backward<T: Scalar>(
 ) {
     let (length, (dqk, dhv)) = (input.len(), input.sizes);
     let scale = input.scale();
-    let (cs, ns, ms) = all_states(input, saved);
+    let (cs, ns, ms) = all_states(config, input, saved);
     let zeros = vec![T::ZERO; dqk * dhv.max(1)];
     for t in (0..length).rev() {
         (grads.di[t], grads.df[t]) = (T::ZERO, T::ZERO);
@@ -82,8 +82,11 @@ pub(super) fn backward<T: Scalar>(
         let (c0, c1) = (&cs[t * dqk * dhv..][..dqk * dhv], &cs[(t + 1) * dqk * dhv..][..dqk * dhv]);
         let (n0, n1) = (&ns[t * dqk..][..dqk], &ns[(t + 1) * dqk..][..dqk]);
         let (m0, m1) = (ms[t], ms[t + 1]);
-        let (c0, n0, m0) =
-            if input.is_reset(t) { (&zeros[..], &zeros[..dqk], T::ZERO) } else { (c0, n0, m0) };
+        let (c0, n0, m0) = if input.is_reset(t) {
+            (&zeros[..], &zeros[..dqk], config.empty_stabilizer())
+        } else {
+            (c0, n0, m0)
+        };
         let (q, k, v, dh) = (input.q.row(t), input.k.row(t), input.v.row(t), grads.dh.row(t));
         let (dc, dn) = (&mut *grads.dc, &mut *grads.dn);
         // h = num / N
@@ -156,7 +159,11 @@ pub(super) fn backward<T: Scalar>(
 }
 
 /// C, n and m before the first token and after every one.
-fn all_states<T: Scalar>(input: &HeadInput<'_, T>, saved: &HeadSaved<'_, T>) -> (Vec<T>, Vec<T>, Vec<T>) {
+fn all_states<T: Scalar>(
+    config: &MlstmConfig,
+    input: &HeadInput<'_, T>,
+    saved: &HeadSaved<'_, T>,
+) -> (Vec<T>, Vec<T>, Vec<T>) {
     let (length, (dqk, dhv)) = (input.len(), input.sizes);
     let mut cs = vec![T::ZERO; (length + 1) * dqk * dhv];
     let mut ns = vec![T::ZERO; (length + 1) * dqk];
@@ -165,6 +172,8 @@ fn all_states<T: Scalar>(input: &HeadInput<'_, T>, saved: &HeadSaved<'_, T>) -> 
         cs[..dqk * dhv].copy_from_slice(c);
         ns[..dqk].copy_from_slice(n);
         ms[0] = m;
+    } else {
+        ms[0] = config.empty_stabilizer();
     }
     for t in 0..length {
         let (before, after) = cs.split_at_mut((t + 1) * dqk * dhv);
@@ -178,7 +187,7 @@ fn all_states<T: Scalar>(input: &HeadInput<'_, T>, saved: &HeadSaved<'_, T>) -> 
             continue;
         }
         let reset = input.is_reset(t);
-        let kept = input.log_f[t] + if reset { T::ZERO } else { ms[t] };
+        let kept = input.log_f[t] + if reset { config.empty_stabilizer() } else { ms[t] };
         let m = kept.max(input.log_i[t]);
         let f = if reset { T::ZERO } else { (kept - m).exp() };
         let i = (input.log_i[t] - m).exp();
