@@ -2,6 +2,8 @@
 //! states: sLSTM, LSTM and mLSTM, forward and backward, each with the operation that puts
 //! it on a tape.
 
+pub mod slstm;
+
 use serde::{Deserialize, Serialize};
 
 use crate::engine::Scalar;
