@@ -4,7 +4,9 @@ use rayon::prelude::*;
 
 use super::panels::{Strided, add_product, pack, panels_len};
 use super::pointwise::{lstm_backward, slstm_backward};
-use super::{BIAS, CellFunction, LAST, Layout, PARALLEL_FROM, RECURRENT, STATE, Slstm, is_pad, is_reset, mark};
+use super::{
+    BIAS, CellFunction, LAST, Layout, PARALLEL_FROM, RECURRENT, STATE, Slstm, is_pad, is_reset, mark,
+};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
 use crate::engine::operation::scratch;
 use crate::engine::vector::{add_to, vectorize};

@@ -4,7 +4,9 @@ use rayon::prelude::*;
 
 use super::panels::{Strided, add_product, add_product_unpacked, pack, panels_len};
 use super::pointwise::{lstm_forward, slstm_forward};
-use super::{BIAS, CellFunction, LAST, Layout, PARALLEL_FROM, RECURRENT, STATE, Slstm, is_pad, is_reset, mark};
+use super::{
+    BIAS, CellFunction, LAST, Layout, PARALLEL_FROM, RECURRENT, STATE, Slstm, is_pad, is_reset, mark,
+};
 use crate::engine::operation::scratch;
 use crate::engine::vector::vectorize;
 use crate::engine::{Forward, Scalar};
@@ -128,15 +130,7 @@ impl<T: Scalar> Inputs<'_, T> {
     }
 
     #[inline(always)]
-    fn step(
-        &self,
-        task: usize,
-        t: usize,
-        states: &mut [T],
-        raw: &mut [T],
-        out: &mut [T],
-        record: &mut [T],
-    ) {
+    fn step(&self, task: usize, t: usize, states: &mut [T], raw: &mut [T], out: &mut [T], record: &mut [T]) {
         let layout = &self.layout;
         let (dim, rows) = (layout.dim, layout.rows_of(task));
         let head = task % layout.heads;

@@ -189,7 +189,9 @@ impl Kernel for Slstm {
     fn reads(&self) -> Reads {
         let record = LAST + self.state_parts();
         match self.config.function {
-            CellFunction::Slstm => Reads::of(&[RECURRENT, STATE + 1, STATE + 2], &[LAST + 1, LAST + 2, record]),
+            CellFunction::Slstm => {
+                Reads::of(&[RECURRENT, STATE + 1, STATE + 2], &[LAST + 1, LAST + 2, record])
+            }
             CellFunction::Lstm => Reads::of(&[RECURRENT], &[record]),
         }
     }

@@ -14,12 +14,7 @@ pub(super) fn panels_len(inner: usize, width: usize) -> usize {
 /// Writes the matrix with elements `at(k, j)` as panels: [`COLUMNS`] of its columns side
 /// by side, so that a product reads it from end to end. Missing columns are zeros.
 #[inline(always)]
-pub(super) fn pack<T: Scalar>(
-    panels: &mut [T],
-    inner: usize,
-    width: usize,
-    at: impl Fn(usize, usize) -> T,
-) {
+pub(super) fn pack<T: Scalar>(panels: &mut [T], inner: usize, width: usize, at: impl Fn(usize, usize) -> T) {
     for (p, panel) in panels.chunks_exact_mut(inner * COLUMNS).enumerate() {
         let first = p * COLUMNS;
         for (k, line) in panel.chunks_exact_mut(COLUMNS).enumerate() {
