@@ -3,6 +3,7 @@
 //! it on a tape.
 
 pub mod mlstm;
+pub mod slstm;
 
 use serde::{Deserialize, Serialize};
 

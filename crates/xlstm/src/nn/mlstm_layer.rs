@@ -1,0 +1,158 @@
+//! The mLSTM layer of the small family, between an up- and a down-projection:
+//!
+//! ```text
+//! [a, z] = W_up x                 c = SiLU(conv(a))
+//! q, k = blockdiag(c)             v = blockdiag(a)
+//! ~i, ~f = W_i [q; k; v] + b_i, W_f [q; k; v] + b_f
+//! h = norm(mLSTM(q, k, v, ~i, ~f))            (a layer norm a head)
+//! y = W_down ((h + skip ∘ c) ∘ SiLU(z))
+//! ```
+
+use super::parameters::{Builder, Init, Parameter};
+use super::{Context, slstm_layer::conv_parameters};
+use crate::cell::mlstm::{Form, MlstmConfig, MlstmState, mlstm};
+use crate::engine::{Shape, Tape, Var};
+use crate::error::Result;
+use crate::model::ModelConfig;
+use crate::ops::causal_conv::causal_conv;
+use crate::ops::concat_linear::concat_linear;
+use crate::ops::headwise::headwise;
+use crate::ops::linear::linear;
+use crate::ops::norm::{Norm, NormKind, norm};
+use crate::ops::skip_gate::skip_gate;
+
+/// The layer's parameters and options.
+#[derive(Debug)]
+pub struct MlstmLayer {
+    inner: usize,
+    kernel: usize,
+    dropout: f64,
+    cell: MlstmConfig,
+    proj_up: (Parameter, Option<Parameter>),
+    q_proj: (Parameter, Option<Parameter>),
+    k_proj: (Parameter, Option<Parameter>),
+    v_proj: (Parameter, Option<Parameter>),
+    conv: (Parameter, Parameter),
+    igate: (Parameter, Parameter),
+    fgate: (Parameter, Parameter),
+    outnorm: Parameter,
+    learnable_skip: Parameter,
+    proj_down: (Parameter, Option<Parameter>),
+}
+
+impl MlstmLayer {
+    /// Asks for the parameters of one of `config.num_blocks` layers.
+    pub fn new(config: &ModelConfig, builder: &mut Builder) -> MlstmLayer {
+        let options = &config.mlstm;
+        let (dim, inner, heads, block) =
+            (config.embedding_dim, config.inner_dim(), options.num_heads, options.qkv_proj_blocksize);
+        let small = Init::Normal((2.0 / (5.0 * dim as f64)).sqrt());
+        let wang = Init::Normal(2.0 / config.num_blocks as f64 / (dim as f64).sqrt());
+        let bias = |builder: &mut Builder, name: &str, size: usize| {
+            config.bias.then(|| builder.parameter(name, &[size], Init::Constant(0.0)))
+        };
+        let projection = |builder: &mut Builder, name: &str| {
+            let weight = builder.parameter(&format!("{name}.weight"), &[inner / block, block, block], small.clone());
+            (weight, bias(builder, &format!("{name}.bias"), inner))
+        };
+        let learnable_skip = builder.parameter("learnable_skip", &[inner], Init::Constant(1.0));
+        let up = builder.parameter("proj_up.weight", &[2 * inner, dim], small.clone());
+        let proj_up = (up, bias(builder, "proj_up.bias", 2 * inner));
+        let q_proj = projection(builder, "q_proj");
+        let k_proj = projection(builder, "k_proj");
+        let v_proj = projection(builder, "v_proj");
+        let conv = conv_parameters(builder, inner, options.conv1d_kernel_size);
+        let mut gate = |name: &str, bias: Init| {
+            builder.scope(&format!("mlstm_cell.{name}"), |builder| {
+                let weight = builder.parameter("weight", &[heads, 3 * inner], Init::Constant(0.0));
+                (weight, builder.parameter("bias", &[heads], bias))
+            })
+        };
+        let igate = gate("igate", Init::Normal(0.1));
+        let fgate = gate("fgate", Init::steps(3.0, 6.0, heads));
+        let outnorm = builder.parameter("mlstm_cell.outnorm.weight", &[inner], Init::Constant(0.0));
+        let down = builder.parameter("proj_down.weight", &[dim, inner], wang);
+        let proj_down = (down, bias(builder, "proj_down.bias", dim));
+        let cell = MlstmConfig {
+            heads,
+            input_gate: options.input_gate,
+            forget_gate: options.forget_gate,
+            normalize: true,
+            eps: options.eps,
+            form: Form::Chunkwise(options.chunk_size),
+        };
+        MlstmLayer {
+            inner,
+            kernel: options.conv1d_kernel_size,
+            dropout: config.dropout,
+            cell,
+            proj_up,
+            q_proj,
+            k_proj,
+            v_proj,
+            conv,
+            igate,
+            fgate,
+            outnorm,
+            learnable_skip,
+            proj_down,
+        }
+    }
+
+    /// Names and shapes of the state of `batch` sequences.
+    pub fn state_layout(&self, batch: usize) -> Vec<(&'static str, Shape)> {
+        let (heads, size) = (self.cell.heads, self.inner / self.cell.heads);
+        vec![
+            ("mlstm.c", [batch, heads, size, size].into()),
+            ("mlstm.n", [batch, heads, size].into()),
+            ("mlstm.m", [batch, heads].into()),
+            ("conv.window", [batch, self.kernel - 1, self.inner].into()),
+        ]
+    }
+
+    /// x (B, S, D) and the state before it -> y (B, S, D) and the state after it.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn forward(
+        &self,
+        tape: &mut Tape,
+        x: Var,
+        state: Option<&[Var]>,
+        context: &mut Context,
+    ) -> Result<(Var, Vec<Var>)> {
+        let half = |tape: &mut Tape, first: usize| {
+            let bias = self.proj_up.1.map(|b| b.rows(tape, first, self.inner));
+            let weight = self.proj_up.0.rows(tape, first, self.inner);
+            linear(tape, x, weight, bias)
+        };
+        let a = half(tape, 0)?;
+        let z = half(tape, self.inner)?;
+        let (weight, bias) = (self.conv.0.var(tape), self.conv.1.var(tape));
+        let (c, window) = causal_conv(tape, a, weight, Some(bias), state.map(|s| s[3]), context.marks, true)?;
+        let project = |tape: &mut Tape, x: Var, (weight, bias): (Parameter, Option<Parameter>)| {
+            let (weight, bias) = (weight.var(tape), bias.map(|b| b.var(tape)));
+            headwise(tape, x, weight, bias)
+        };
+        let q = project(tape, c, self.q_proj)?;
+        let k = project(tape, c, self.k_proj)?;
+        let v = project(tape, a, self.v_proj)?;
+        let gate = |tape: &mut Tape, (weight, bias): (Parameter, Parameter)| {
+            let (weight, bias) = (weight.var(tape), bias.var(tape));
+            concat_linear(tape, &[q, k, v], weight, Some(bias))
+        };
+        let i = gate(tape, self.igate)?;
+        let f = gate(tape, self.fgate)?;
+        let before = state.map(|s| MlstmState { c: s[0], n: s[1], m: s[2] });
+        let (h, after) = mlstm(tape, &self.cell, q, k, v, (i, f), before, context.marks)?;
+        let weight = self.outnorm.var(tape);
+        let options = Norm { kind: NormKind::Layer, groups: self.cell.heads, eps: 1e-5, unit_offset: true };
+        let h = norm(tape, h, weight, options)?;
+        let skip = self.learnable_skip.var(tape);
+        let gated = skip_gate(tape, h, skip, c, z)?;
+        let (weight, bias) = (self.proj_down.0.var(tape), self.proj_down.1.map(|b| b.var(tape)));
+        let y = linear(tape, gated, weight, bias)?;
+        let y = context.dropout(tape, y, self.dropout)?;
+        Ok((y, vec![after.c, after.n, after.m, window]))
+    }
+}

@@ -1,0 +1,176 @@
+//! Parameters: their official names, shapes, first values and weight-decay groups.
+//!
+//! A model is first described as a list of [`ParameterSpec`], in the order in which its
+//! layers ask for them; [`Parameters`] are the numbers to such a list.
+
+use std::sync::Arc;
+
+use crate::engine::{Scalar, Shape, Tape, Var};
+use crate::error::{Error, Result};
+use crate::rng::Rng;
+
+/// How a parameter starts.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Init {
+    /// All the same.
+    Constant(f64),
+    /// Normal with mean 0 and this standard deviation.
+    Normal(f64),
+    /// Uniform in (-bound, bound).
+    Uniform(f64),
+    /// Given one by one.
+    Values(Vec<f64>),
+}
+
+impl Init {
+    /// `n` equal steps from `first` to `last`.
+    pub fn steps(first: f64, last: f64, n: usize) -> Init {
+        let width = (n.max(2) - 1) as f64;
+        Init::Values((0..n).map(|i| first + (last - first) * i as f64 / width).collect())
+    }
+}
+
+/// One parameter of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParameterSpec {
+    /// Its official name, such as `xlstm_block_stack.blocks.0.xlstm.proj_up.weight`.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// How it starts.
+    pub init: Init,
+    /// Whether weight decay reaches it.
+    pub decay: bool,
+}
+
+/// A parameter by its place in the model's list.
+#[derive(Clone, Copy, Debug)]
+pub struct Parameter {
+    index: usize,
+    shape: Shape,
+}
+
+impl Parameter {
+    /// The whole parameter on a tape.
+    pub fn var(self, tape: &mut Tape) -> Var {
+        tape.parameter(self.index, 0, self.shape)
+    }
+
+    /// `count` of its rows from `first`, as a view.
+    pub fn rows(self, tape: &mut Tape, first: usize, count: usize) -> Var {
+        let row = self.shape.len() / self.shape.dims()[0];
+        let mut dims = self.shape.dims().to_vec();
+        dims[0] = count;
+        tape.parameter(self.index, first * row, Shape::from(&dims[..]))
+    }
+}
+
+/// Collects the parameters of a model while its layers are made.
+#[derive(Debug, Default)]
+pub struct Builder {
+    specs: Vec<ParameterSpec>,
+    prefix: String,
+}
+
+impl Builder {
+    /// An empty list.
+    pub fn new() -> Builder {
+        Builder::default()
+    }
+
+    /// Runs `make` with `name.` before every name.
+    pub fn scope<R>(&mut self, name: &str, make: impl FnOnce(&mut Builder) -> R) -> R {
+        let outer = self.prefix.len();
+        self.prefix.push_str(name);
+        self.prefix.push('.');
+        let made = make(self);
+        self.prefix.truncate(outer);
+        made
+    }
+
+    /// The next parameter. Weight decay reaches what is called a weight, but no norm's.
+    pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Parameter {
+        let name = format!("{}{name}", self.prefix);
+        let decay = name.contains("weight") && !name.contains("norm");
+        self.specs.push(ParameterSpec { name, shape: shape.to_vec(), init, decay });
+        Parameter { index: self.specs.len() - 1, shape: shape.into() }
+    }
+
+    /// The next parameter, with or without weight decay whatever its name.
+    pub fn parameter_with_decay(&mut self, name: &str, shape: &[usize], init: Init, decay: bool) -> Parameter {
+        let parameter = self.parameter(name, shape, init);
+        self.specs[parameter.index].decay = decay;
+        parameter
+    }
+
+    /// The finished list.
+    pub fn finish(self) -> Arc<[ParameterSpec]> {
+        self.specs.into()
+    }
+}
+
+/// The numbers of a model, one buffer a parameter.
+#[derive(Clone, Debug)]
+pub struct Parameters<T> {
+    specs: Arc<[ParameterSpec]>,
+    /// Values, in the order of the specifications.
+    pub values: Vec<Vec<T>>,
+}
+
+impl<T: Scalar> Parameters<T> {
+    /// First values drawn from `seed`; each parameter has a stream of its own, so that
+    /// adding one does not change the others.
+    pub fn initialize(specs: &Arc<[ParameterSpec]>, seed: u64) -> Parameters<T> {
+        let values = specs.iter().enumerate().map(|(i, spec)| {
+            let count = spec.shape.iter().product();
+            let mut rng = Rng::new(seed, i as u64);
+            let draw: Vec<T> = match &spec.init {
+                Init::Constant(value) => vec![T::from_f64(*value); count],
+                Init::Normal(deviation) => (0..count).map(|_| T::from_f64(rng.normal() * deviation)).collect(),
+                Init::Uniform(bound) => {
+                    (0..count).map(|_| T::from_f64((2.0 * rng.uniform() - 1.0) * bound)).collect()
+                }
+                Init::Values(values) => values.iter().map(|x| T::from_f64(*x)).collect(),
+            };
+            debug_assert_eq!(draw.len(), count, "{}", spec.name);
+            draw
+        });
+        Parameters { specs: specs.clone(), values: values.collect() }
+    }
+
+    /// Zeros in the same shapes: gradients and moments.
+    pub fn zeros_like(&self) -> Vec<Vec<T>> {
+        self.values.iter().map(|values| vec![T::ZERO; values.len()]).collect()
+    }
+
+    /// The specifications.
+    pub fn specs(&self) -> &Arc<[ParameterSpec]> {
+        &self.specs
+    }
+
+    /// Number of values in all.
+    pub fn count(&self) -> usize {
+        self.values.iter().map(Vec::len).sum()
+    }
+
+    /// Sets a parameter by name.
+    ///
+    /// # Errors
+    /// When there is none of that name, or it has another shape.
+    pub fn set(&mut self, name: &str, shape: &[usize], values: impl IntoIterator<Item = T>) -> Result<()> {
+        let Some(index) = self.specs.iter().position(|spec| spec.name == name) else {
+            return Err(Error::checkpoint(format!("the model has no parameter {name}"))
+                .hint("the file belongs to a model of another configuration"));
+        };
+        if self.specs[index].shape != shape {
+            return Err(Error::checkpoint(format!(
+                "parameter {name} is {:?} in the model and {shape:?} in the file",
+                self.specs[index].shape
+            ))
+            .hint("the file belongs to a model of another configuration"));
+        }
+        self.values[index].clear();
+        self.values[index].extend(values);
+        Ok(())
+    }
+}
