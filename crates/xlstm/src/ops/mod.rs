@@ -10,8 +10,8 @@ use rayon::prelude::*;
 
 pub mod activation;
 pub mod add;
-//pub mod causal_conv;
-//pub mod concat_linear;
+pub mod causal_conv;
+pub mod concat_linear;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
