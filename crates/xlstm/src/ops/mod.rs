@@ -5,7 +5,21 @@
 //! Work is cut into fixed tiles of rows, whatever the number of threads, so that results
 //! do not depend on it.
 
+use rayon::iter::Either;
+use rayon::prelude::*;
+
+pub mod activation;
+pub mod add;
+pub mod causal_conv;
+pub mod concat_linear;
+pub mod cross_entropy;
+pub mod dropout;
+pub mod embedding;
+pub mod headwise;
+pub mod last_token;
 pub mod linear;
+pub mod norm;
+pub mod skip_gate;
 
 #[cfg(test)]
 pub(crate) mod check;
@@ -17,3 +31,16 @@ pub(crate) const TILE: usize = 32;
 pub const RESET: u32 = 1;
 /// Not a token: states pass through unchanged, its output means nothing.
 pub const PAD: u32 = 2;
+
+/// The tiles of a gradient, `count` in all; where nobody asks for it, `count` times None.
+/// Operations that work out several gradients at once zip these.
+pub(crate) fn gradient_tiles<T: Send>(
+    gradient: Option<&mut [T]>,
+    tile: usize,
+    count: usize,
+) -> impl IndexedParallelIterator<Item = Option<&mut [T]>> {
+    match gradient {
+        Some(gradient) => Either::Left(gradient.par_chunks_mut(tile).map(Some)),
+        None => Either::Right((0..count).into_par_iter().map(|_| None)),
+    }
+}

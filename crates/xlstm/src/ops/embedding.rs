@@ -1,0 +1,112 @@
+//! y = the row of the weight that each token id names.
+
+use rayon::prelude::*;
+
+use crate::engine::matrix::MatMut;
+use crate::engine::operation::{Backward, Forward, Kernel, Reads};
+use crate::engine::tape::{Ids, Tape, Var};
+use crate::engine::vector::{add_to, vectorize};
+use crate::engine::{Scalar, Shape};
+use crate::error::{Error, Result};
+use crate::ops::TILE;
+
+/// ids (batch, length), weight (vocabulary, features) -> y (batch, length, features).
+#[derive(Debug)]
+struct Embedding {
+    batch: usize,
+    length: usize,
+}
+
+/// Records the look-up of `shape` = [batch, length] token ids in `weight`.
+///
+/// The ids are the caller's to validate: one outside the vocabulary panics.
+///
+/// # Errors
+/// When the weight is not a matrix.
+pub fn embedding(tape: &mut Tape, ids: Ids, weight: Var, shape: [usize; 2]) -> Result<Var> {
+    let [batch, length] = shape;
+    Ok(tape.record(Embedding { batch, length }, &[Some(weight)], &[ids])?[0])
+}
+
+impl Kernel for Embedding {
+    fn name(&self) -> &'static str {
+        "embedding"
+    }
+
+    fn outputs(&self, inputs: &[Option<Shape>]) -> Result<Vec<Shape>> {
+        let Some(weight) = inputs[0].filter(|w| w.dims().len() == 2) else {
+            return Err(Error::shape(format!(
+                "the weight is (vocabulary, features), not {:?}",
+                inputs[0].unwrap_or_else(|| Shape::from([]))
+            )));
+        };
+        Ok(vec![[self.batch, self.length, weight.last()].into()])
+    }
+
+    fn reads(&self) -> Reads {
+        Reads::of(&[], &[])
+    }
+
+    fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
+        let y = io.output(0);
+        let (weight, width) = (io.input(0), io.shapes.input(0).last());
+        let ids = &io.ids[0][..self.batch * self.length];
+        y.par_chunks_mut(width * TILE).zip(ids.par_chunks(TILE)).for_each(|(y, ids)| {
+            for (row, &id) in y.chunks_exact_mut(width).zip(ids) {
+                row.copy_from_slice(&weight[id as usize * width..][..width]);
+            }
+        });
+    }
+
+    /// dW[id] += dy, tokens in order, one task a block of columns.
+    fn backward<T: Scalar>(&self, io: &mut Backward<'_, T>) {
+        let Some(dw) = io.input_gradient(0) else { return };
+        let (vocabulary, width) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
+        let ids = &io.ids[0][..self.batch * self.length];
+        let dy = io.gradient();
+        let block = column_block(width);
+        let blocks = MatMut::new(dw, vocabulary, width).blocks(vocabulary, block);
+        blocks.into_par_iter().enumerate().for_each(|(i, mut dw)| {
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (dy, &id) in dy.chunks_exact(width).zip(ids) {
+                        add_to(&dy[i * block..][..block], dw.row(id as usize));
+                    }
+                },
+            );
+        });
+    }
+}
+
+/// The width of the column blocks that work over `width` columns is cut into: a power of
+/// two up to 64, or everything where that would leave slivers.
+pub(crate) fn column_block(width: usize) -> usize {
+    let block = (1 << width.trailing_zeros().min(6)).min(width);
+    if block < 16 { width } else { block }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check::Check;
+
+    #[test]
+    fn gradients() {
+        for width in [5, 96] {
+            Check::new()
+                .input([7, width])
+                .ids(&[3, 0, 3, 6, 1, 3])
+                .run(|tape, v, ids| Ok(vec![embedding(tape, ids[0], v[0], [2, 3])?]));
+        }
+    }
+
+    #[test]
+    fn blocks_of_columns_tile_the_width() {
+        for width in [1, 5, 16, 48, 64, 100, 768] {
+            assert_eq!(width % column_block(width), 0);
+        }
+        assert_eq!(column_block(768), 64);
+        assert_eq!(column_block(100), 100);
+    }
+}

@@ -1,0 +1,364 @@
+//! y_h = x_h W_h^T + b_h for every head h: a linear map with a block-diagonal weight.
+//!
+//! The mLSTM's q, k and v come from hundreds of blocks of 4 x 4; they run as SIMD code
+//! over the columns of a row, many blocks abreast ([`planes`]). Large blocks are one matrix
+//! product a head.
+
+use rayon::prelude::*;
+
+use crate::engine::matrix::{MatMut, MatRef, Threads, product};
+use crate::engine::operation::{Backward, Forward, Kernel, Reads, scratch};
+use crate::engine::tape::{Tape, Var};
+use crate::engine::vector::{axpy, dot, vectorize};
+use crate::engine::{Scalar, Shape};
+use crate::error::{Error, Result};
+use crate::ops::TILE;
+use crate::ops::linear::{reduce_tiles, sum_rows};
+
+/// x (…, NH·I), W (NH, O, I), optional b (NH·O) -> y (…, NH·O).
+#[derive(Debug)]
+struct Headwise;
+
+/// Records the linear map of each head's features by that head's weight.
+///
+/// # Errors
+/// When the heads' inner dimensions do not add up to the rows of x, or the bias does not
+/// have one number an output.
+pub fn headwise(tape: &mut Tape, x: Var, weight: Var, bias: Option<Var>) -> Result<Var> {
+    Ok(tape.record(Headwise, &[Some(x), Some(weight), bias], &[])?[0])
+}
+
+/// Both sides of a block at least this long: a matrix product a head.
+const LARGE: usize = 16;
+
+/// Columns that the small-block loops hold in registers.
+const LANES: usize = 16;
+
+/// NH, O and I of a weight.
+fn sizes(weight: Shape) -> (usize, usize, usize) {
+    let dims = weight.dims();
+    (dims[0], dims[1], dims[2])
+}
+
+impl Kernel for Headwise {
+    fn name(&self) -> &'static str {
+        "headwise"
+    }
+
+    fn outputs(&self, inputs: &[Option<Shape>]) -> Result<Vec<Shape>> {
+        let (Some(x), Some(w)) = (inputs[0], inputs[1]) else {
+            return Err(Error::shape("x and W are needed"));
+        };
+        let &[heads, outer, inner] = w.dims() else {
+            return Err(Error::shape(format!("W is (heads, out, in), not {w:?}")));
+        };
+        if w.len() == 0 || x.last() != heads * inner {
+            return Err(Error::shape(format!("the rows of x {x:?} are not the heads of W {w:?}")));
+        }
+        if let Some(b) = inputs[2]
+            && b.len() != heads * outer
+        {
+            return Err(Error::shape(format!("b {b:?} is not one number an output of W {w:?}")));
+        }
+        Ok(vec![x.with_last(heads * outer)])
+    }
+
+    fn reads(&self) -> Reads {
+        Reads::of(&[0, 1], &[])
+    }
+
+    fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
+        let y = io.output(0);
+        let (x, w, bias) = (io.input(0), io.input(1), io.inputs[2]);
+        let (heads, outer, inner) = sizes(io.shapes.input(1));
+        if outer >= LARGE && inner >= LARGE {
+            if let Some(bias) = bias {
+                y.par_chunks_mut(bias.len() * TILE).for_each(|tile| {
+                    tile.chunks_mut(bias.len()).for_each(|row| row.copy_from_slice(bias));
+                });
+            }
+            let rows = io.shapes.input(0).rows();
+            large_blocks(y, rows, heads, outer, bias.is_some(), x, inner, |head| {
+                MatRef::new(&w[head * outer * inner..], outer, inner).t()
+            });
+            return;
+        }
+        let width = heads * outer;
+        let start = |y: &mut [T]| match bias {
+            Some(bias) => y.copy_from_slice(bias),
+            None => y.fill(T::ZERO),
+        };
+        if (outer, inner) == (4, 4) {
+            let planes = planes::<T, 4>(w, true, io.scratch);
+            y.par_chunks_mut(width * TILE).zip(x.par_chunks(width * TILE)).for_each(|(y, x)| {
+                vectorize(
+                    #[inline(always)]
+                    || {
+                        for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                            start(y);
+                            add_products::<T, 4>(y, x, planes);
+                        }
+                    },
+                );
+            });
+            return;
+        }
+        y.par_chunks_mut(width * TILE).zip(x.par_chunks(heads * inner * TILE)).for_each(|(y, x)| {
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(heads * inner)) {
+                        start(y);
+                        let blocks = x.chunks_exact(inner).zip(w.chunks_exact(outer * inner));
+                        for (y, (x, w)) in y.chunks_exact_mut(outer).zip(blocks) {
+                            for (y, w) in y.iter_mut().zip(w.chunks_exact(inner)) {
+                                *y += dot(x, w);
+                            }
+                        }
+                    }
+                },
+            );
+        });
+    }
+
+    /// dx_h += dy_h W_h, dW_h += dy_h^T x_h, db += sum over rows of dy.
+    fn backward<T: Scalar>(&self, io: &mut Backward<'_, T>) {
+        let (dy, x, w) = (io.gradient(), io.input(0), io.input(1));
+        let (heads, outer, inner) = sizes(io.shapes.input(1));
+        let rows = io.shapes.input(0).rows();
+        let (out_width, in_width) = (heads * outer, heads * inner);
+        let large = outer >= LARGE && inner >= LARGE;
+        if let Some(dx) = io.input_gradient(0) {
+            if large {
+                large_blocks(dx, rows, heads, inner, true, dy, outer, |head| {
+                    MatRef::new(&w[head * outer * inner..], outer, inner)
+                });
+            } else if (outer, inner) == (4, 4) {
+                let planes = planes::<T, 4>(w, false, io.scratch);
+                dx.par_chunks_mut(in_width * TILE).zip(dy.par_chunks(out_width * TILE)).for_each(
+                    |(dx, dy)| {
+                        vectorize(
+                            #[inline(always)]
+                            || {
+                                for (dx, dy) in dx.chunks_exact_mut(in_width).zip(dy.chunks_exact(out_width))
+                                {
+                                    add_products::<T, 4>(dx, dy, planes);
+                                }
+                            },
+                        );
+                    },
+                );
+            } else {
+                dx.par_chunks_mut(in_width * TILE).zip(dy.par_chunks(out_width * TILE)).for_each(
+                    |(dx, dy)| {
+                        vectorize(
+                            #[inline(always)]
+                            || {
+                                for (dx, dy) in dx.chunks_exact_mut(in_width).zip(dy.chunks_exact(out_width))
+                                {
+                                    let blocks = dy.chunks_exact(outer).zip(w.chunks_exact(outer * inner));
+                                    for (dx, (dy, w)) in dx.chunks_exact_mut(inner).zip(blocks) {
+                                        for (dy, w) in dy.iter().zip(w.chunks_exact(inner)) {
+                                            axpy(*dy, w, dx);
+                                        }
+                                    }
+                                }
+                            },
+                        );
+                    },
+                );
+            }
+        }
+        if let Some(dw) = io.input_gradient(1) {
+            if large {
+                dw.par_chunks_mut(outer * inner).enumerate().for_each(|(head, dw)| {
+                    let dy = MatRef::new(dy, rows, out_width).columns_at(head * outer, outer);
+                    let x = MatRef::new(x, rows, in_width).columns_at(head * inner, inner);
+                    product(MatMut::new(dw, outer, inner), T::ONE, dy.t(), x, true, Threads::One);
+                });
+            } else {
+                reduce_tiles(
+                    rows,
+                    w.len(),
+                    dw,
+                    io.scratch,
+                    #[inline(always)]
+                    |rows, partial| {
+                        let dy = &dy[rows.start * out_width..rows.end * out_width];
+                        let x = &x[rows.start * in_width..rows.end * in_width];
+                        if (outer, inner) == (4, 4) {
+                            weight_gradient::<T, 4>(dy, x, out_width, partial);
+                            return;
+                        }
+                        for (dy, x) in dy.chunks_exact(out_width).zip(x.chunks_exact(in_width)) {
+                            let blocks = dy.chunks_exact(outer).zip(x.chunks_exact(inner));
+                            for (dw, (dy, x)) in partial.chunks_exact_mut(outer * inner).zip(blocks) {
+                                for (dw, dy) in dw.chunks_exact_mut(inner).zip(dy) {
+                                    axpy(*dy, x, dw);
+                                }
+                            }
+                        }
+                    },
+                );
+            }
+        }
+        if let Some(db) = io.input_gradient(2) {
+            sum_rows(dy, out_width, db, io.scratch);
+        }
+    }
+}
+
+/// c_h = a_h B_h, or c_h += a_h B_h with `accumulate`, for every head h of c (rows,
+/// heads · `n`) and a (rows, heads · `k`).
+#[allow(clippy::too_many_arguments)]
+fn large_blocks<'a, T: Scalar>(
+    c: &mut [T],
+    rows: usize,
+    heads: usize,
+    n: usize,
+    accumulate: bool,
+    a: &'a [T],
+    k: usize,
+    b: impl Fn(usize) -> MatRef<'a, T> + Sync,
+) {
+    if rows == 0 {
+        return;
+    }
+    // Cut rows, too, so that few heads still occupy many threads.
+    let cut = 1 << rows.trailing_zeros().min(8);
+    let tile = if cut < TILE { rows } else { cut };
+    let a = MatRef::new(a, rows, heads * k);
+    MatMut::new(c, rows, heads * n).blocks(tile, n).into_par_iter().enumerate().for_each(|(i, c)| {
+        let (first, head) = (i / heads * tile, i % heads);
+        let a = a.rows_at(first, tile).columns_at(head * k, k);
+        product(c, T::ONE, a, b(head), accumulate, Threads::One);
+    });
+}
+
+/// The weight (NH, N, N) as N planes of NH·N columns: column c = h N + j of plane i holds
+/// W[h, j, i] with `transposed`, else W[h, i, j]. A row's product is then
+/// y[c] = Σ_i plane_i[c] x[h N + i]: whole vectors of columns, x permuted within blocks.
+fn planes<'a, T: Scalar, const N: usize>(w: &[T], transposed: bool, space: &'a mut Vec<T>) -> [&'a [T]; N] {
+    let width = w.len() / N;
+    let space = scratch(space, w.len());
+    for (h, block) in w.chunks_exact(N * N).enumerate() {
+        for i in 0..N {
+            for j in 0..N {
+                space[i * width + h * N + j] = if transposed { block[j * N + i] } else { block[i * N + j] };
+            }
+        }
+    }
+    let space = &*space;
+    std::array::from_fn(|i| &space[i * width..(i + 1) * width])
+}
+
+/// y[c] += Σ_i plane_i[c] x[(c - c mod N) + i], for one row.
+#[inline(always)]
+fn add_products<T: Scalar, const N: usize>(y: &mut [T], x: &[T], planes: [&[T]; N]) {
+    let width = y.len();
+    let (x, planes) = (&x[..width], planes.map(|plane| &plane[..width]));
+    let mut c = 0;
+    while c + LANES <= width {
+        lanes::<T, N, LANES>(&mut y[c..], &x[c..], planes.map(|plane| &plane[c..]));
+        c += LANES;
+    }
+    while c < width {
+        lanes::<T, N, N>(&mut y[c..], &x[c..], planes.map(|plane| &plane[c..]));
+        c += N;
+    }
+}
+
+/// [`add_products`] for the first L columns.
+#[inline(always)]
+fn lanes<T: Scalar, const N: usize, const L: usize>(y: &mut [T], x: &[T], planes: [&[T]; N]) {
+    let (Some(y), Some(x)) = (y.first_chunk_mut::<L>(), x.first_chunk::<L>()) else { return };
+    let mut sums = *y;
+    for (i, plane) in planes.iter().enumerate() {
+        let Some(plane) = plane.first_chunk::<L>() else { return };
+        for lane in 0..L {
+            sums[lane] = plane[lane].mul_add(x[lane / N * N + i], sums[lane]);
+        }
+    }
+    *y = sums;
+}
+
+/// dw[h, o, i] = Σ over rows of dy[h N + o] x[h N + i], columns outermost so that the sums
+/// stay in registers.
+#[inline(always)]
+fn weight_gradient<T: Scalar, const N: usize>(dy: &[T], x: &[T], width: usize, dw: &mut [T]) {
+    let mut c = 0;
+    while c + LANES <= width {
+        weight_lanes::<T, N, LANES>(dy, x, width, c, dw);
+        c += LANES;
+    }
+    while c < width {
+        weight_lanes::<T, N, N>(dy, x, width, c, dw);
+        c += N;
+    }
+}
+
+/// [`weight_gradient`] for L columns from `first`.
+#[inline(always)]
+fn weight_lanes<T: Scalar, const N: usize, const L: usize>(
+    dy: &[T],
+    x: &[T],
+    width: usize,
+    first: usize,
+    dw: &mut [T],
+) {
+    let mut sums = [[T::ZERO; L]; N];
+    for (dy, x) in dy.chunks_exact(width).zip(x.chunks_exact(width)) {
+        let (Some(dy), Some(x)) = (dy[first..].first_chunk::<L>(), x[first..].first_chunk::<L>()) else {
+            return;
+        };
+        for (i, sums) in sums.iter_mut().enumerate() {
+            for lane in 0..L {
+                sums[lane] = dy[lane].mul_add(x[lane / N * N + i], sums[lane]);
+            }
+        }
+    }
+    for (i, sums) in sums.iter().enumerate() {
+        for (lane, sum) in sums.iter().enumerate() {
+            dw[(first + lane) * N + i] = *sum;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::Mode;
+    use crate::ops::check::Check;
+
+    fn check(rows: usize, heads: usize, outer: usize, inner: usize) {
+        Check::new().input([2, rows, heads * inner]).input([heads, outer, inner]).input([heads * outer]).run(
+            |tape, v, _| Ok(vec![headwise(tape, v[0], v[1], Some(v[2]))?, headwise(tape, v[0], v[1], None)?]),
+        );
+    }
+
+    #[test]
+    fn gradients_of_four_by_four() {
+        check(35, 9, 4, 4);
+        check(3, 1, 4, 4);
+    }
+
+    #[test]
+    fn gradients_of_small_blocks() {
+        check(35, 3, 2, 5);
+        check(5, 2, 20, 3);
+    }
+
+    #[test]
+    fn gradients_of_large_blocks() {
+        check(9, 2, 16, 17);
+        check(32, 2, 17, 16);
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_named() {
+        let mut tape = Tape::new(Mode::Train);
+        let (x, w) = (tape.input([2, 10]), tape.input([3, 4, 4]));
+        let message = headwise(&mut tape, x, w, None).unwrap_err().to_string();
+        assert!(message.contains("[2, 10]") && message.contains("[3, 4, 4]"), "{message}");
+    }
+}
