@@ -7,10 +7,13 @@ pub mod data;
 pub mod engine;
 mod error;
 pub mod files;
+pub mod marks;
 pub mod model;
+pub mod nn;
 pub mod ops;
 pub mod optim;
 pub mod rng;
+pub mod state;
 pub mod text;
 pub mod train;
 

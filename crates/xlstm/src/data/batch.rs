@@ -4,15 +4,8 @@
 //! matter to the model where, since the marks tell what to do with the state.
 
 use super::corpus::Corpus;
+use crate::marks::{IGNORE, PAD, RESET};
 use crate::{Error, Result};
-
-/// The target of a place where nothing is to be predicted.
-pub const IGNORE: u32 = u32::MAX;
-/// The mark of a token that begins a document: the state before it is cleared.
-pub const RESET: u32 = 1;
-/// The mark of a place that holds no token: the state passes through unchanged, the
-/// output is ignored, the target is [`IGNORE`].
-pub const PAD: u32 = 2;
 
 /// Inputs, targets and marks of shape (batch_size, length).
 ///

@@ -7,6 +7,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::batch::{Batch, check_shape};
 use super::corpus::Corpus;
 use crate::rng::{Permutation, Rng};
@@ -16,7 +18,8 @@ use crate::{Error, Result};
 const OFFSET_STREAM: u64 = 0x57_494E_444F_5753;
 
 /// How a corpus is cut into training batches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Batching {
     /// Windows of the batch's length that do not overlap, shuffled anew in each epoch,
     /// each from a cleared state. Where the first window begins is random in each epoch,

@@ -11,7 +11,8 @@ mod batches;
 mod corpus;
 mod evaluation;
 
-pub use batch::{Batch, IGNORE, PAD, RESET};
+pub use crate::marks::{IGNORE, PAD, RESET};
+pub use batch::Batch;
 pub use batches::{Batches, Batching};
 pub use corpus::{Corpus, read_text, split_text};
 pub use evaluation::{Evaluation, sequential, validation_batches};

@@ -119,7 +119,6 @@ impl<T: Element> Executor<T> {
 
     /// Runs every node backward, adding to `gradients`, one buffer a parameter.
     pub fn backward(&mut self, parameters: &[Vec<T>], gradients: &mut [Vec<T>]) {
-        self.clear_unwritten_gradients();
         for i in (0..self.tape.nodes.len()).rev() {
             self.backward_node(i, parameters, gradients);
         }
@@ -144,7 +143,6 @@ impl<T: Element> Executor<T> {
             }
         }
         let gradients = gradients?;
-        self.clear_unwritten_gradients();
         for i in (0..self.tape.nodes.len()).rev() {
             self.backward_node(i, parameters, gradients);
             let bad = self.tape.nodes[i].inputs.iter().flatten().any(|&v| {
@@ -158,18 +156,6 @@ impl<T: Element> Executor<T> {
             }
         }
         None
-    }
-
-    /// Inputs whose consumers pass no gradient would keep an old one.
-    fn clear_unwritten_gradients(&mut self) {
-        for (var, value) in self.tape.values.iter().enumerate() {
-            if value.source == Source::Input
-                && !value.seeded
-                && let Some(slot) = self.plan.gradient[var]
-            {
-                self.slots[slot].fill(T::ZERO);
-            }
-        }
     }
 
     fn forward_node(&mut self, i: usize, parameters: &[Vec<T>]) {

@@ -203,3 +203,52 @@ pub fn product<T: Scalar>(
         );
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every transposition, accumulating or not, against the sum written out.
+    fn check<T: Scalar>(m: usize, n: usize, k: usize, tolerance: f64) {
+        let numbers = |count: usize, seed: usize| -> Vec<T> {
+            (0..count).map(|i| T::from_f64(((i * 37 + seed * 11) % 23) as f64 / 11.0 - 1.0)).collect()
+        };
+        let (a, b, c) = (numbers(m * k, 1), numbers(k * n, 2), numbers(m * n, 3));
+        for case in 0..8 {
+            let (at, bt, accumulate) = (case & 1 == 1, case & 2 == 2, case & 4 == 4);
+            let left = if at { MatRef::new(&a, k, m).t() } else { MatRef::new(&a, m, k) };
+            let right = if bt { MatRef::new(&b, n, k).t() } else { MatRef::new(&b, k, n) };
+            let run = |threads| {
+                let mut got = c.clone();
+                product(MatMut::new(&mut got, m, n), T::from_f64(0.5), left, right, accumulate, threads);
+                got
+            };
+            let got = run(Threads::One);
+            assert_eq!(got, run(Threads::All), "{m}x{n}x{k} case {case}: one thread and all differ");
+            for (i, got) in got.iter().enumerate() {
+                let (row, column) = (i / n, i % n);
+                let term = |l: usize| {
+                    let x = if at { a[l * m + row] } else { a[row * k + l] };
+                    let y = if bt { b[column * k + l] } else { b[l * n + column] };
+                    x.to_f64() * y.to_f64()
+                };
+                let before = if accumulate { c[i].to_f64() } else { 0.0 };
+                let want = before + 0.5 * (0..k).map(term).sum::<f64>();
+                let error = (got.to_f64() - want).abs();
+                assert!(error < tolerance * (k as f64), "{m}x{n}x{k} case {case} [{i}]: {got} and {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_every_small_shape() {
+        for m in [1, 2, 3, 5, 8, 13, 16, 24, 32, 33, 64, 100] {
+            for n in [1, 2, 4, 7, 8, 16, 24, 31, 32, 64] {
+                for k in [1, 3, 4, 8, 16, 26, 32, 65] {
+                    check::<f64>(m, n, k, 1e-13);
+                    check::<f32>(m, n, k, 1e-5);
+                }
+            }
+        }
+    }
+}

@@ -1,9 +1,14 @@
-//! Models: their configuration and how blocks are stacked.
-pub mod config;
-pub mod slstm_at;
+//! Models: blocks stacked into features -> features, the language model around them, and
+//! its recorded passes: training and scoring ([`Objective`]), and running ([`Runner`]).
 
-pub use config::{
-    Activation, BiasInit, BlockKind, FeedforwardConfig, Gate, MlstmConfig, ModelConfig, RecurrentWeightInit,
-    SlstmConfig, SlstmFunction,
-};
-pub use slstm_at::SlstmAt;
+pub mod language_model;
+pub mod objective;
+pub mod runner;
+pub mod stack;
+
+pub use crate::nn::config::{BlockKind, ModelConfig};
+pub use crate::nn::slstm_at::SlstmAt;
+pub use language_model::LanguageModel;
+pub use objective::Objective;
+pub use runner::{Logits, Runner};
+pub use stack::Stack;

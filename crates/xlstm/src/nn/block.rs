@@ -1,13 +1,13 @@
 //! The residual blocks: x + layer(norm(x)), and after an sLSTM layer x + ffn(norm(x)).
 
 use super::Context;
+use super::config::{BlockKind, ModelConfig};
 use super::feed_forward::FeedForward;
 use super::mlstm_layer::MlstmLayer;
 use super::parameters::{Builder, Init, Parameter};
 use super::slstm_layer::SlstmLayer;
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
-use crate::model::{BlockKind, ModelConfig};
 use crate::ops::add::add;
 use crate::ops::norm::{Norm, NormKind, norm};
 
@@ -30,8 +30,9 @@ enum Layer {
 impl Block {
     /// Asks for the parameters of block `index`.
     pub fn new(config: &ModelConfig, kind: BlockKind, index: usize, builder: &mut Builder) -> Block {
-        let norm_weight =
-            |builder: &mut Builder, name: &str| builder.parameter(name, &[config.embedding_dim], Init::Constant(0.0));
+        let norm_weight = |builder: &mut Builder, name: &str| {
+            builder.parameter(name, &[config.embedding_dim], Init::Constant(0.0))
+        };
         let xlstm_norm = norm_weight(builder, "xlstm_norm.weight");
         let layer = match kind {
             BlockKind::Mlstm => Layer::Mlstm(builder.scope("xlstm", |b| MlstmLayer::new(config, b))),

@@ -1,10 +1,10 @@
 //! The gated feed-forward layer: y = W_down (act(g) ∘ u) with [g, u] = W_up x.
 
 use super::Context;
+use super::config::ModelConfig;
 use super::parameters::{Builder, Init, Parameter};
 use crate::engine::{Tape, Var};
 use crate::error::Result;
-use crate::model::ModelConfig;
 use crate::ops::activation::{Activation, gated};
 use crate::ops::linear::linear;
 

@@ -8,12 +8,12 @@
 //! y = W_down ((h + skip ∘ c) ∘ SiLU(z))
 //! ```
 
+use super::config::ModelConfig;
 use super::parameters::{Builder, Init, Parameter};
 use super::{Context, slstm_layer::conv_parameters};
 use crate::cell::mlstm::{Form, MlstmConfig, MlstmState, mlstm};
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
-use crate::model::ModelConfig;
 use crate::ops::causal_conv::causal_conv;
 use crate::ops::concat_linear::concat_linear;
 use crate::ops::headwise::headwise;
@@ -52,7 +52,8 @@ impl MlstmLayer {
             config.bias.then(|| builder.parameter(name, &[size], Init::Constant(0.0)))
         };
         let projection = |builder: &mut Builder, name: &str| {
-            let weight = builder.parameter(&format!("{name}.weight"), &[inner / block, block, block], small.clone());
+            let weight =
+                builder.parameter(&format!("{name}.weight"), &[inner / block, block, block], small.clone());
             (weight, bias(builder, &format!("{name}.bias"), inner))
         };
         let learnable_skip = builder.parameter("learnable_skip", &[inner], Init::Constant(1.0));

@@ -1,12 +1,15 @@
 //! Layers with parameters, made of operations and cells, up to the residual blocks.
 
 pub mod block;
+pub mod config;
 pub mod feed_forward;
 pub mod mlstm_layer;
 pub mod parameters;
+pub mod slstm_at;
 pub mod slstm_layer;
 
 pub use block::Block;
+pub use config::{BlockKind, ModelConfig};
 pub use parameters::{Builder, Init, Parameter, ParameterSpec, Parameters};
 
 use crate::engine::{Ids, Mode, Tape, Var};
@@ -37,7 +40,9 @@ impl Context {
     pub fn dropout(&mut self, tape: &mut Tape, x: Var, rate: f64) -> Result<Var> {
         self.sites += 1;
         match self.seed {
-            Some(seed) if tape.mode() == Mode::Train && rate > 0.0 => dropout(tape, x, rate, seed, self.sites),
+            Some(seed) if tape.mode() == Mode::Train && rate > 0.0 => {
+                dropout(tape, x, rate, seed, self.sites)
+            }
             _ => Ok(x),
         }
     }

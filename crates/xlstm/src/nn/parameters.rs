@@ -97,7 +97,13 @@ impl Builder {
     }
 
     /// The next parameter, with or without weight decay whatever its name.
-    pub fn parameter_with_decay(&mut self, name: &str, shape: &[usize], init: Init, decay: bool) -> Parameter {
+    pub fn parameter_with_decay(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        init: Init,
+        decay: bool,
+    ) -> Parameter {
         let parameter = self.parameter(name, shape, init);
         self.specs[parameter.index].decay = decay;
         parameter
@@ -126,7 +132,9 @@ impl<T: Scalar> Parameters<T> {
             let mut rng = Rng::new(seed, i as u64);
             let draw: Vec<T> = match &spec.init {
                 Init::Constant(value) => vec![T::from_f64(*value); count],
-                Init::Normal(deviation) => (0..count).map(|_| T::from_f64(rng.normal() * deviation)).collect(),
+                Init::Normal(deviation) => {
+                    (0..count).map(|_| T::from_f64(rng.normal() * deviation)).collect()
+                }
                 Init::Uniform(bound) => {
                     (0..count).map(|_| T::from_f64((2.0 * rng.uniform() - 1.0) * bound)).collect()
                 }

@@ -11,12 +11,12 @@
 //! original was trained, and so weights are exchanged with it.
 
 use super::Context;
+use super::config::ModelConfig;
+use super::config::{BiasInit, RecurrentWeightInit};
 use super::parameters::{Builder, Init, Parameter};
 use crate::cell::slstm::{CellFunction, SlstmConfig, SlstmState, slstm};
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
-use crate::model::ModelConfig;
-use crate::model::config::{BiasInit, RecurrentWeightInit};
 use crate::ops::causal_conv::causal_conv;
 use crate::ops::headwise::headwise;
 use crate::ops::norm::{Norm, NormKind, norm};
@@ -54,7 +54,8 @@ impl SlstmLayer {
         let small = Init::Normal((2.0 / (5.0 * dim as f64)).sqrt());
         let standard = Init::Uniform(1.0 / (dim as f64).sqrt());
         let conv = (kernel > 0).then(|| conv_parameters(builder, dim, kernel));
-        let mut gate = |name: &str| builder.parameter(&format!("{name}.weight"), &[heads, size, size], small.clone());
+        let mut gate =
+            |name: &str| builder.parameter(&format!("{name}.weight"), &[heads, size, size], small.clone());
         let (fgate, igate) = (gate("fgate"), gate("igate"));
         let gates = [fgate, igate, gate("zgate"), gate("ogate")];
         let recurrent = match options.recurrent_weight_init {
@@ -92,7 +93,8 @@ impl SlstmLayer {
             CellFunction::Slstm => &["slstm.h", "slstm.c", "slstm.n", "slstm.m"],
             CellFunction::Lstm => &["lstm.h", "lstm.c"],
         };
-        let mut layout: Vec<(&str, Shape)> = names.iter().map(|name| (*name, [batch, self.dim].into())).collect();
+        let mut layout: Vec<(&str, Shape)> =
+            names.iter().map(|name| (*name, [batch, self.dim].into())).collect();
         if self.kernel > 0 {
             layout.push(("conv.window", [batch, self.kernel - 1, self.dim].into()));
         }

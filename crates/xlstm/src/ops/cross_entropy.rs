@@ -9,10 +9,8 @@ use crate::engine::tape::{Ids, Tape, Var};
 use crate::engine::vector::{sum, vectorize};
 use crate::engine::{Scalar, Shape};
 use crate::error::{Error, Result};
+use crate::marks::IGNORE;
 use crate::ops::TILE;
-
-/// A target that does not count: padding, or a document's first token.
-pub const IGNORE: u32 = u32::MAX;
 
 /// logits (…, V), scale (1), targets (rows) -> loss (), nll (rows); saved: ln Σ e^x (rows).
 #[derive(Debug)]

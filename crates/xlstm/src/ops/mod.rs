@@ -27,10 +27,7 @@ pub(crate) mod check;
 /// Rows a parallel task works on. Small enough to balance, large enough to amortise.
 pub(crate) const TILE: usize = 32;
 
-/// This token starts a new document: every state before it is cleared.
-pub const RESET: u32 = 1;
-/// Not a token: states pass through unchanged, its output means nothing.
-pub const PAD: u32 = 2;
+pub use crate::marks::{IGNORE, PAD, RESET};
 
 /// The tiles of a gradient, `count` in all; where nobody asks for it, `count` times None.
 /// Operations that work out several gradients at once zip these.

@@ -1,4 +1,6 @@
-//! Optimisation: how a step changes the parameters.
+//! The optimizer and its learning rate over time.
+pub mod adamw;
 pub mod schedule;
 
+pub use adamw::{AdamW, AdamWOptions, global_norm};
 pub use schedule::{Decay, Schedule};

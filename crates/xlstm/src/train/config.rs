@@ -6,9 +6,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::sources::{Paths, TextSource, TokenizerChoice};
+use crate::data::Batching;
 use crate::error::{Error, Result};
-use crate::model::ModelConfig;
-use crate::model::config::{at_least_one, positive, probability};
+use crate::nn::ModelConfig;
+use crate::nn::config::{at_least_one, positive, probability};
 use crate::optim::{Decay, Schedule};
 
 /// A training run.
@@ -52,16 +53,6 @@ pub struct DataConfig {
     pub batch_size: usize,
     /// Tokens in a sequence. Default 256.
     pub length: usize,
-}
-
-/// How training sequences are drawn from the text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Batching {
-    /// Windows at random places; each starts from an empty state.
-    Windows,
-    /// The text in order in `batch_size` lanes; states carry over from batch to batch.
-    Stream,
 }
 
 /// AdamW and gradient clipping.

@@ -6,9 +6,7 @@ pub mod metrics;
 pub mod progress;
 pub mod sources;
 
-pub use config::{
-    Batching, DataConfig, OptimizerConfig, RunConfig, SampleConfig, ScheduleConfig, TrainingConfig,
-};
+pub use config::{DataConfig, OptimizerConfig, RunConfig, SampleConfig, ScheduleConfig, TrainingConfig};
 pub use curve::Curve;
 pub use load::unknown_name;
 pub use metrics::{MetricsLog, Row, TrainingRow, ValidationRow};

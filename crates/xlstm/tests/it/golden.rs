@@ -28,7 +28,12 @@ impl Golden {
             let path = folder().join(format!("{name}.{extension}"));
             std::fs::read(&path).unwrap_or_else(|e| panic!("cannot read {}: {e}", path.display()))
         };
-        let json = serde_json::from_slice(&read("json")).expect("golden JSON");
+        // Python writes infinities bare, which is not JSON.
+        let text = String::from_utf8(read("json"))
+            .expect("UTF-8")
+            .replace(": Infinity", ": null")
+            .replace(": NaN", ": null");
+        let json = serde_json::from_str(&text).expect("golden JSON");
         Golden { name: name.to_owned(), json, bytes: read("safetensors") }
     }
 
@@ -57,6 +62,12 @@ impl Golden {
     /// The values alone.
     pub fn values(&self, tensor: &str) -> Vec<f64> {
         self.tensor(tensor).1
+    }
+
+    /// [`f32_error`](Golden::f32_error), which Python writes as Infinity or NaN where the
+    /// reference overflows.
+    pub fn f32_error_or_infinite(&self) -> f64 {
+        self.json["f32_torch_error_rel_to_max"]["worst_rel"].as_f64().unwrap_or(f64::INFINITY)
     }
 
     /// The error that the reference itself makes in f32, relative to a tensor's maximum.

@@ -1,7 +1,13 @@
-//! Integration tests.
+//! Integration tests: one binary, a module a subject.
 
 // Golden files and how to compare with them.
 mod golden;
 
+// The mLSTM cell against the official ones, in all forms.
+mod golden_mlstm;
 // The sLSTM and LSTM cells against the official ones.
 mod golden_slstm;
+// Layers, blocks, the stack and whole language models against the official ones.
+mod golden_models;
+// Twenty steps of AdamW against PyTorch's.
+mod golden_optimizer;

@@ -7,7 +7,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::slstm_at::SlstmAt;
+use crate::cell::slstm::CellFunction;
+use crate::cell::{ForgetGate, InputGate};
 use crate::error::{Error, Result};
+use crate::ops::activation::Activation;
 
 /// A language model of mLSTM and sLSTM blocks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -58,9 +61,9 @@ pub struct MlstmConfig {
     /// The inner width is rounded up to a multiple of this. Default 64.
     pub round_proj_up_to_multiple_of: usize,
     /// Activation of the input gate. Default `exponential`.
-    pub input_gate: Gate,
+    pub input_gate: InputGate,
     /// Activation of the forget gate. Default `sigmoid`.
-    pub forget_gate: Gate,
+    pub forget_gate: ForgetGate,
     /// Steps that are computed at once within a sequence; changes speed, not results. Default 64.
     pub chunk_size: usize,
     /// Added to the normaliser of the memory's output. Default 1e-6.
@@ -76,15 +79,15 @@ pub struct SlstmConfig {
     /// Taps of the causal convolution before the input and forget gates; 0 leaves it out. Default 4.
     pub conv1d_kernel_size: usize,
     /// The recurrence: `slstm`, or the classic `lstm` in its place. Default `slstm`.
-    pub function: SlstmFunction,
+    pub function: CellFunction,
     /// Start of the gate biases. Default `powerlaw_blockdependent`.
     pub bias_init: BiasInit,
     /// Start of the recurrent weights. Default `zeros`.
     pub recurrent_weight_init: RecurrentWeightInit,
     /// Activation of the input gate. Default `exponential`.
-    pub input_gate: Gate,
+    pub input_gate: InputGate,
     /// Activation of the forget gate. Default `sigmoid`.
-    pub forget_gate: Gate,
+    pub forget_gate: ForgetGate,
     /// Whether gradients stop at the recurrent weights instead of flowing through time. Default false.
     pub gradient_recurrent_cut: bool,
     /// Largest magnitude of a gradient that flows back through the recurrent weights; null = no
@@ -106,26 +109,6 @@ pub struct FeedforwardConfig {
     pub bias: bool,
     /// Dropout after the layer, a probability in [0, 1). Default 0.
     pub dropout: f64,
-}
-
-/// The activation of an input or forget gate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Gate {
-    /// exp(x), kept in range by the stabiliser state.
-    Exponential,
-    /// 1 / (1 + exp(-x)).
-    Sigmoid,
-}
-
-/// The recurrence of an sLSTM layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum SlstmFunction {
-    /// The sLSTM: normaliser and stabiliser states, four states in all.
-    Slstm,
-    /// The classic LSTM with sigmoid gates, two states.
-    Lstm,
 }
 
 /// The start of an sLSTM layer's gate biases.
@@ -151,25 +134,6 @@ pub enum RecurrentWeightInit {
     Zeros,
     /// Uniform in (-1 / sqrt(D), 1 / sqrt(D)).
     Standard,
-}
-
-/// The activation of a feed-forward gate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Activation {
-    /// x Phi(x), with the exact error function.
-    Gelu,
-    /// max(x, 0).
-    Relu,
-    /// max(x, 0) squared.
-    #[serde(rename = "relu^2", alias = "relu2")]
-    Relu2,
-    /// 1 / (1 + exp(-x)).
-    Sigmoid,
-    /// x sigmoid(x), also called SiLU.
-    Swish,
-    /// The scaled exponential linear unit.
-    Selu,
 }
 
 /// What a residual block holds.
@@ -209,8 +173,8 @@ impl Default for MlstmConfig {
             qkv_proj_blocksize: 4,
             proj_factor: 2.0,
             round_proj_up_to_multiple_of: 64,
-            input_gate: Gate::Exponential,
-            forget_gate: Gate::Sigmoid,
+            input_gate: InputGate::Exponential,
+            forget_gate: ForgetGate::Sigmoid,
             chunk_size: 64,
             eps: 1e-6,
         }
@@ -222,11 +186,11 @@ impl Default for SlstmConfig {
         SlstmConfig {
             num_heads: 4,
             conv1d_kernel_size: 4,
-            function: SlstmFunction::Slstm,
+            function: CellFunction::Slstm,
             bias_init: BiasInit::PowerlawBlockdependent,
             recurrent_weight_init: RecurrentWeightInit::Zeros,
-            input_gate: Gate::Exponential,
-            forget_gate: Gate::Sigmoid,
+            input_gate: InputGate::Exponential,
+            forget_gate: ForgetGate::Sigmoid,
             gradient_recurrent_cut: false,
             gradient_recurrent_clipval: None,
         }
@@ -469,7 +433,7 @@ mod tests {
     fn a_configuration_survives_yaml() {
         let config = model(|m| {
             m.slstm_at = SlstmAt::Ratio { mlstm: 7, slstm: 1 };
-            m.feedforward.act_fn = Activation::Relu2;
+            m.feedforward.act_fn = Activation::ReluSquared;
             m.slstm.gradient_recurrent_clipval = Some(0.1);
         });
         let yaml = serde_saphyr::to_string(&config).unwrap();
