@@ -1,7 +1,7 @@
 //! y_h = x_h W_h^T + b_h for every head h: a linear map with a block-diagonal weight.
 //!
 //! The mLSTM's q, k and v come from hundreds of blocks of 4 x 4; they run as SIMD code
-//! over the columns of a row, many blocks abreast ([`planes`]). Large blocks are one matrix
+//! over the columns of a row, many blocks abreast. Large blocks are one matrix
 //! product a head.
 
 use rayon::prelude::*;
