@@ -152,11 +152,15 @@ impl<'a, T: Scalar> Sequence<'a, T> {
         }
     }
 
-    /// u += Σ_j w_j ∘ x_{t-K+1+j} for the columns of u from `first`, with w (K, E). Four
-    /// taps at a time share one pass; the order of the additions is the same with fewer.
+    /// u_t for `n` columns from `first`, with w (K, E). Four taps at a time share one pass;
+    /// the order of the additions is the same with fewer.
     #[inline(always)]
-    fn convolve(&self, t: usize, first: usize, w: &[T], u: &mut [T]) {
-        let n = u.len();
+    fn convolve(&self, t: usize, first: usize, n: usize, w: &[T], bias: Option<&[T]>) -> [T; BLOCK] {
+        let mut block = [T::ZERO; BLOCK];
+        let u = &mut block[..n];
+        if let Some(bias) = bias {
+            u.copy_from_slice(&bias[first..][..n]);
+        }
         let mut seen = self.seen(t);
         let mut tap = self.taps;
         loop {
@@ -165,10 +169,10 @@ impl<'a, T: Scalar> Sequence<'a, T> {
                 let (x0, x1) = (self.row(s0, first, n), self.row(s1, first, n));
                 let (x2, x3) = (self.row(s2, first, n), self.row(s3, first, n));
                 tap -= 4;
-                let [w3, w2, w1, w0] = [0, 1, 2, 3].map(
-                    #[inline(always)]
-                    |i| &w[(tap + i) * self.width + first..][..n],
-                );
+                let (w0, w1) =
+                    (&w[(tap + 3) * self.width + first..][..n], &w[(tap + 2) * self.width + first..][..n]);
+                let (w2, w3) =
+                    (&w[(tap + 1) * self.width + first..][..n], &w[tap * self.width + first..][..n]);
                 for i in 0..n {
                     let sum = w1[i].mul_add(x1[i], w0[i].mul_add(x0[i], u[i]));
                     u[i] = w3[i].mul_add(x3[i], w2[i].mul_add(x2[i], sum));
@@ -177,28 +181,22 @@ impl<'a, T: Scalar> Sequence<'a, T> {
             }
             for source in group.into_iter().flatten() {
                 tap -= 1;
-                let (w, x) = (&w[tap * self.width + first..][..n], self.row(source, first, n));
-                add_product(w, x, u);
+                add_product(&w[tap * self.width + first..][..n], self.row(source, first, n), u);
             }
-            return;
+            return block;
         }
     }
 }
+
+/// Columns whose u is worked out at a time, in an array of its own: a slice could overlap
+/// the rows for all that the compiler knows.
+const BLOCK: usize = 64;
 
 /// u += w ∘ x.
 #[inline(always)]
 fn add_product<T: Scalar>(w: &[T], x: &[T], u: &mut [T]) {
     for (u, (w, x)) in u.iter_mut().zip(w.iter().zip(x)) {
         *u = w.mul_add(*x, *u);
-    }
-}
-
-/// u = b, or 0.
-#[inline(always)]
-fn start<T: Scalar>(u: &mut [T], bias: Option<&[T]>, first: usize) {
-    match bias {
-        Some(bias) => u.copy_from_slice(&bias[first..][..u.len()]),
-        None => u.fill(T::ZERO),
     }
 }
 
@@ -291,11 +289,10 @@ impl Kernel for CausalConv {
                             y.fill(T::ZERO);
                             continue;
                         }
-                        start(y, bias, 0);
-                        sequence.convolve(t, 0, w, y);
-                        if self.silu {
-                            for y in y {
-                                *y = Swish.value(*y);
+                        for (y, first) in y.chunks_mut(BLOCK).zip((0..).step_by(BLOCK)) {
+                            let u = sequence.convolve(t, first, y.len(), w, bias);
+                            for (y, u) in y.iter_mut().zip(&u) {
+                                *y = if self.silu { Swish.value(*u) } else { *u };
                             }
                         }
                     }
@@ -326,7 +323,7 @@ impl Kernel for CausalConv {
         let (bias, before, marks) = (io.inputs[2], io.inputs[3], self.marked.then_some(io.ids[0]));
         let (dy, dafter) = (io.output_gradients[0], io.output_gradients[1]);
         let (length, width, taps) = sizes(shapes);
-        let (batch, columns) = (x.len() / (length * width), column_block(width));
+        let (batch, columns) = (x.len() / (length * width), column_block(width, 256));
         let blocks = width / columns;
         let dx = gradient_blocks(io.input_gradient(0), [batch, length, width], columns);
         let dbefore = gradient_blocks(io.input_gradient(3), [batch, taps - 1, width], columns);
@@ -354,10 +351,12 @@ impl Kernel for CausalConv {
                         }
                         let dy = &dy[first..][..columns];
                         if self.silu {
-                            start(du, bias, first);
-                            sequence.convolve(t, first, w, du);
-                            for (du, dy) in du.iter_mut().zip(dy) {
-                                *du = *dy * Swish.value_and_derivative(*du).1;
+                            let parts = du.chunks_mut(BLOCK).zip(dy.chunks(BLOCK));
+                            for ((du, dy), first) in parts.zip((first..).step_by(BLOCK)) {
+                                let u = sequence.convolve(t, first, dy.len(), w, bias);
+                                for (du, (dy, u)) in du.iter_mut().zip(dy.iter().zip(&u)) {
+                                    *du = *dy * Swish.value_and_derivative(*u).1;
+                                }
                             }
                         } else {
                             du.copy_from_slice(dy);

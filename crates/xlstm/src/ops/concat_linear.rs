@@ -1,16 +1,16 @@
 //! y = [x_1; x_2; …] W^T + b without building the concatenation.
 //!
-//! The mLSTM's gates are this: q, k and v side by side in, one number a head out. With so
-//! few outputs a matrix product would pack all of x to use each number four times; instead
-//! [`GROUP`] outputs at a time share one pass over each row. Wider outputs are one matrix
-//! product a part, with that part's columns of the weight.
+//! The mLSTM's gates are this: q, k and v side by side in, one number a head out. Each part
+//! is multiplied with its columns of the weight. Backward with so few outputs goes row by
+//! row, straight from the cache: a matrix product would pack all of x (or write all of dx)
+//! to use each number four times, and takes up to twice as long. Forward the product wins.
 
 use rayon::prelude::*;
 
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
 use crate::engine::operation::{Backward, Forward, Kernel, MAX_SLOTS, Reads, scratch};
 use crate::engine::tape::{Tape, Var};
-use crate::engine::vector::{add_to, axpy, sum, vectorize};
+use crate::engine::vector::{add_to, axpy, vectorize};
 use crate::engine::{Scalar, Shape};
 use crate::error::{Error, Result};
 use crate::ops::TILE;
@@ -36,10 +36,10 @@ pub fn concat_linear(tape: &mut Tape, parts: &[Var], weight: Var, bias: Option<V
     Ok(tape.record(operation, &inputs, &[])?[0])
 }
 
-/// Outputs that share one pass over a row.
+/// Rows that share one pass over what they are added to.
 const GROUP: usize = 4;
 
-/// Up to so many outputs are worked out by rows.
+/// Up to so many outputs, backward goes row by row.
 const FEW: usize = 8;
 
 impl Kernel for ConcatLinear {
@@ -89,39 +89,9 @@ impl Kernel for ConcatLinear {
             if width == 0 {
                 continue;
             }
-            if outer > FEW {
-                let w = MatRef::new(w, outer, total).columns_at(first, width);
-                let x = MatRef::new(x, rows, width);
-                product(MatMut::new(y, rows, outer), T::ONE, x, w.t(), true, Threads::All);
-            } else {
-                let row_of_w = |o: usize| &w[o * total + first..][..width];
-                y.par_chunks_mut(outer * TILE).zip(x.par_chunks(width * TILE)).for_each(|(y, x)| {
-                    vectorize(
-                        #[inline(always)]
-                        || {
-                            for (y, x) in y.chunks_exact_mut(outer).zip(x.chunks_exact(width)) {
-                                let mut groups = y.chunks_exact_mut(GROUP);
-                                let mut o = 0;
-                                for y in &mut groups {
-                                    let w = std::array::from_fn(
-                                        #[inline(always)]
-                                        |i| row_of_w(o + i),
-                                    );
-                                    let sums: [T; GROUP] = dots(x, w);
-                                    for (y, sum) in y.iter_mut().zip(sums) {
-                                        *y += sum;
-                                    }
-                                    o += GROUP;
-                                }
-                                for y in groups.into_remainder() {
-                                    *y += dots(x, [row_of_w(o)])[0];
-                                    o += 1;
-                                }
-                            }
-                        },
-                    );
-                });
-            }
+            let w = MatRef::new(w, outer, total).columns_at(first, width);
+            let x = MatRef::new(x, rows, width);
+            product(MatMut::new(y, rows, outer), T::ONE, x, w.t(), true, Threads::All);
             first += width;
         }
     }
@@ -152,7 +122,7 @@ impl Kernel for ConcatLinear {
                     #[inline(always)]
                     || {
                         for (dx, dy) in dx.chunks_exact_mut(width).zip(dy.chunks_exact(outer)) {
-                            add_combination(dx, dy, &w[columns.start..], total);
+                            add_combination(dx, |o| dy[o], &w[columns.start..], total, outer);
                         }
                     },
                 );
@@ -175,7 +145,10 @@ impl Kernel for ConcatLinear {
                         for x in inputs[..self.parts].iter().flatten() {
                             let width = x.len() / all_rows;
                             let x = &x[rows.start * width..rows.end * width];
-                            weight_gradient(dy, x, outer, &mut partial[first..], total);
+                            for o in 0..outer {
+                                let dw = &mut partial[o * total + first..][..width];
+                                add_combination(dw, |row| dy[row * outer + o], x, width, rows.len());
+                            }
                             first += width;
                         }
                     },
@@ -208,103 +181,23 @@ impl ConcatLinear {
     }
 }
 
-/// Independent partial sums, as in [`dot`](crate::engine::vector::dot).
-const LANES: usize = 16;
-
-/// Inner products of x with N others.
+/// y += Σ_i a_i x_i for `count` rows x_i, `stride` elements apart; [`GROUP`] rows share one
+/// pass over y.
 #[inline(always)]
-fn dots<T: Scalar, const N: usize>(x: &[T], w: [&[T]; N]) -> [T; N] {
-    let w = w.map(
-        #[inline(always)]
-        |w| &w[..x.len()],
-    );
-    let mut lanes = [[T::ZERO; LANES]; N];
-    let whole = x.len() / LANES * LANES;
-    for (i, x) in x.chunks_exact(LANES).enumerate() {
-        for (w, lanes) in w.iter().zip(&mut lanes) {
-            let w = &w[i * LANES..][..LANES];
-            for lane in 0..LANES {
-                lanes[lane] = x[lane].mul_add(w[lane], lanes[lane]);
-            }
+fn add_combination<T: Scalar>(y: &mut [T], a: impl Fn(usize) -> T, x: &[T], stride: usize, count: usize) {
+    let width = y.len();
+    let row = |i: usize| &x[i * stride..][..width];
+    let mut i = 0;
+    while i + GROUP <= count {
+        let (a0, a1, a2, a3) = (a(i), a(i + 1), a(i + 2), a(i + 3));
+        let rows = row(i).iter().zip(row(i + 1)).zip(row(i + 2).iter().zip(row(i + 3)));
+        for (y, ((x0, x1), (x2, x3))) in y.iter_mut().zip(rows) {
+            *y = a3.mul_add(*x3, a2.mul_add(*x2, a1.mul_add(*x1, a0.mul_add(*x0, *y))));
         }
+        i += GROUP;
     }
-    for (w, lanes) in w.iter().zip(&mut lanes) {
-        for (lane, (x, w)) in lanes.iter_mut().zip(x[whole..].iter().zip(&w[whole..])) {
-            *lane = x.mul_add(*w, *lane);
-        }
-    }
-    let mut sums = [T::ZERO; N];
-    for (total, lanes) in sums.iter_mut().zip(&lanes) {
-        *total = sum(lanes);
-    }
-    sums
-}
-
-/// dx += Σ_o dy[o] w_o, the w_o being the first columns of rows of `stride` elements.
-#[inline(always)]
-fn add_combination<T: Scalar>(dx: &mut [T], dy: &[T], w: &[T], stride: usize) {
-    let width = dx.len();
-    let row = |o: usize| &w[o * stride..][..width];
-    let mut o = 0;
-    while o + GROUP <= dy.len() {
-        let (w0, w1, w2, w3) = (row(o), row(o + 1), row(o + 2), row(o + 3));
-        for (dx, ((w0, w1), (w2, w3))) in dx.iter_mut().zip(w0.iter().zip(w1).zip(w2.iter().zip(w3))) {
-            let sum = dy[o].mul_add(*w0, dy[o + 1].mul_add(*w1, dy[o + 2].mul_add(*w2, dy[o + 3] * *w3)));
-            *dx += sum;
-        }
-        o += GROUP;
-    }
-    for o in o..dy.len() {
-        axpy(dy[o], row(o), dx);
-    }
-}
-
-/// dw_o = Σ over rows of dy[o] x, the dw_o being the first columns of rows of `stride`
-/// elements; columns outermost so that the sums stay in registers.
-#[inline(always)]
-fn weight_gradient<T: Scalar>(dy: &[T], x: &[T], outer: usize, dw: &mut [T], stride: usize) {
-    let width = x.len() / (dy.len() / outer);
-    let mut c = 0;
-    while c < width {
-        let step = if c + LANES <= width { LANES } else { 1 };
-        let mut o = 0;
-        while o < outer {
-            let count = if o + GROUP <= outer { GROUP } else { 1 };
-            match (count, step) {
-                (GROUP, LANES) => gradient_block::<T, GROUP, LANES>(dy, x, outer, o, c, dw, stride),
-                (GROUP, _) => gradient_block::<T, GROUP, 1>(dy, x, outer, o, c, dw, stride),
-                (_, LANES) => gradient_block::<T, 1, LANES>(dy, x, outer, o, c, dw, stride),
-                _ => gradient_block::<T, 1, 1>(dy, x, outer, o, c, dw, stride),
-            }
-            o += count;
-        }
-        c += step;
-    }
-}
-
-/// [`weight_gradient`] for N outputs from `o` and L columns from `c`.
-#[inline(always)]
-fn gradient_block<T: Scalar, const N: usize, const L: usize>(
-    dy: &[T],
-    x: &[T],
-    outer: usize,
-    o: usize,
-    c: usize,
-    dw: &mut [T],
-    stride: usize,
-) {
-    let width = x.len() / (dy.len() / outer);
-    let mut sums = [[T::ZERO; L]; N];
-    for (dy, x) in dy.chunks_exact(outer).zip(x.chunks_exact(width)) {
-        let (Some(dy), Some(x)) = (dy[o..].first_chunk::<N>(), x[c..].first_chunk::<L>()) else { return };
-        for (sums, dy) in sums.iter_mut().zip(dy) {
-            for lane in 0..L {
-                sums[lane] = dy.mul_add(x[lane], sums[lane]);
-            }
-        }
-    }
-    for (i, sums) in sums.iter().enumerate() {
-        dw[(o + i) * stride + c..][..L].copy_from_slice(sums);
+    for i in i..count {
+        axpy(a(i), row(i), y);
     }
 }
 

@@ -64,7 +64,7 @@ impl Kernel for Embedding {
         let (vocabulary, width) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
         let ids = &io.ids[0][..self.batch * self.length];
         let dy = io.gradient();
-        let block = column_block(width);
+        let block = column_block(width, 64);
         let blocks = MatMut::new(dw, vocabulary, width).blocks(vocabulary, block);
         blocks.into_par_iter().enumerate().for_each(|(i, mut dw)| {
             vectorize(
@@ -80,9 +80,9 @@ impl Kernel for Embedding {
 }
 
 /// The width of the column blocks that work over `width` columns is cut into: a power of
-/// two up to 64, or everything where that would leave slivers.
-pub(crate) fn column_block(width: usize) -> usize {
-    let block = (1 << width.trailing_zeros().min(6)).min(width);
+/// two up to `most`, or everything where that would leave slivers.
+pub(crate) fn column_block(width: usize, most: usize) -> usize {
+    let block = (1 << width.trailing_zeros()).min(most);
     if block < 16 { width } else { block }
 }
 
@@ -104,9 +104,9 @@ mod tests {
     #[test]
     fn blocks_of_columns_tile_the_width() {
         for width in [1, 5, 16, 48, 64, 100, 768] {
-            assert_eq!(width % column_block(width), 0);
+            assert_eq!(width % column_block(width, 64), 0);
         }
-        assert_eq!(column_block(768), 64);
-        assert_eq!(column_block(100), 100);
+        assert_eq!(column_block(768, 64), 64);
+        assert_eq!(column_block(100, 64), 100);
     }
 }

@@ -1,7 +1,7 @@
 //! y_h = x_h W_h^T + b_h for every head h: a linear map with a block-diagonal weight.
 //!
 //! The mLSTM's q, k and v come from hundreds of blocks of 4 x 4; they run as SIMD code
-//! over the columns of a row, many blocks abreast ([`planes`]). Large blocks are one matrix
+//! over the columns of a row, many blocks abreast. Large blocks are one matrix
 //! product a head.
 
 use rayon::prelude::*;
@@ -31,7 +31,7 @@ pub fn headwise(tape: &mut Tape, x: Var, weight: Var, bias: Option<Var>) -> Resu
 /// Both sides of a block at least this long: a matrix product a head.
 const LARGE: usize = 16;
 
-/// Columns that the small-block loops hold in registers.
+/// Columns that a row's products of small blocks are worked out for at a time.
 const LANES: usize = 16;
 
 /// NH, O and I of a weight.
@@ -255,71 +255,57 @@ fn planes<'a, T: Scalar, const N: usize>(w: &[T], transposed: bool, space: &'a m
 /// y[c] += Σ_i plane_i[c] x[(c - c mod N) + i], for one row.
 #[inline(always)]
 fn add_products<T: Scalar, const N: usize>(y: &mut [T], x: &[T], planes: [&[T]; N]) {
-    let width = y.len();
-    let (x, planes) = (&x[..width], planes.map(|plane| &plane[..width]));
-    let mut c = 0;
-    while c + LANES <= width {
-        lanes::<T, N, LANES>(&mut y[c..], &x[c..], planes.map(|plane| &plane[c..]));
-        c += LANES;
-    }
-    while c < width {
-        lanes::<T, N, N>(&mut y[c..], &x[c..], planes.map(|plane| &plane[c..]));
-        c += N;
-    }
+    let whole = y.len() / LANES * LANES;
+    let (y, y_rest) = y.split_at_mut(whole);
+    let (x, x_rest) = x.split_at(whole);
+    add_lanes::<T, N, LANES>(y, x, planes, 0);
+    add_lanes::<T, N, N>(y_rest, x_rest, planes, whole);
 }
 
-/// [`add_products`] for the first L columns.
+/// [`add_products`] L columns at a time, for the columns from `first`.
 #[inline(always)]
-fn lanes<T: Scalar, const N: usize, const L: usize>(y: &mut [T], x: &[T], planes: [&[T]; N]) {
-    let (Some(y), Some(x)) = (y.first_chunk_mut::<L>(), x.first_chunk::<L>()) else { return };
-    let mut sums = *y;
-    for (i, plane) in planes.iter().enumerate() {
-        let Some(plane) = plane.first_chunk::<L>() else { return };
-        for lane in 0..L {
-            sums[lane] = plane[lane].mul_add(x[lane / N * N + i], sums[lane]);
-        }
-    }
-    *y = sums;
-}
-
-/// dw[h, o, i] = Σ over rows of dy[h N + o] x[h N + i], columns outermost so that the sums
-/// stay in registers.
-#[inline(always)]
-fn weight_gradient<T: Scalar, const N: usize>(dy: &[T], x: &[T], width: usize, dw: &mut [T]) {
-    let mut c = 0;
-    while c + LANES <= width {
-        weight_lanes::<T, N, LANES>(dy, x, width, c, dw);
-        c += LANES;
-    }
-    while c < width {
-        weight_lanes::<T, N, N>(dy, x, width, c, dw);
-        c += N;
-    }
-}
-
-/// [`weight_gradient`] for L columns from `first`.
-#[inline(always)]
-fn weight_lanes<T: Scalar, const N: usize, const L: usize>(
-    dy: &[T],
+fn add_lanes<T: Scalar, const N: usize, const L: usize>(
+    y: &mut [T],
     x: &[T],
-    width: usize,
+    planes: [&[T]; N],
     first: usize,
-    dw: &mut [T],
 ) {
-    let mut sums = [[T::ZERO; L]; N];
-    for (dy, x) in dy.chunks_exact(width).zip(x.chunks_exact(width)) {
-        let (Some(dy), Some(x)) = (dy[first..].first_chunk::<L>(), x[first..].first_chunk::<L>()) else {
-            return;
-        };
-        for (i, sums) in sums.iter_mut().enumerate() {
+    let planes = planes.map(
+        #[inline(always)]
+        |plane| plane[first..].as_chunks::<L>().0,
+    );
+    for (c, (y, x)) in y.as_chunks_mut::<L>().0.iter_mut().zip(x.as_chunks::<L>().0).enumerate() {
+        let mut sums = *y;
+        for i in 0..N {
+            let plane = &planes[i][c];
             for lane in 0..L {
-                sums[lane] = dy[lane].mul_add(x[lane / N * N + i], sums[lane]);
+                sums[lane] = plane[lane].mul_add(x[lane / N * N + i], sums[lane]);
             }
         }
+        *y = sums;
     }
-    for (i, sums) in sums.iter().enumerate() {
-        for (lane, sum) in sums.iter().enumerate() {
-            dw[(first + lane) * N + i] = *sum;
+}
+
+/// dw[h, o, i] = Σ over rows of dy[h N + o] x[h N + i], heads outermost so that the sums
+/// stay in registers, each a vector over the outputs.
+#[inline(always)]
+fn weight_gradient<T: Scalar, const N: usize>(dy: &[T], x: &[T], width: usize, dw: &mut [T]) {
+    for (h, dw) in dw.chunks_exact_mut(N * N).enumerate() {
+        let mut sums = [[T::ZERO; N]; N];
+        for (dy, x) in dy.chunks_exact(width).zip(x.chunks_exact(width)) {
+            let (Some(dy), Some(x)) = (dy[h * N..].first_chunk::<N>(), x[h * N..].first_chunk::<N>()) else {
+                return;
+            };
+            for (i, sums) in sums.iter_mut().enumerate() {
+                for o in 0..N {
+                    sums[o] = dy[o].mul_add(x[i], sums[o]);
+                }
+            }
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (o, sum) in sums.iter().enumerate() {
+                dw[o * N + i] = *sum;
+            }
         }
     }
 }

@@ -77,11 +77,18 @@ impl Kernel for Linear {
 
 /// sums += the sum over the rows of x (rows, width), in fixed tiles.
 pub(crate) fn sum_rows<T: Scalar>(x: &[T], width: usize, sums: &mut [T], space: &mut Vec<T>) {
-    reduce_tiles(x.len() / width, width, sums, space, |rows, partial| {
-        for row in x[rows.start * width..rows.end * width].chunks_exact(width) {
-            add_to(row, partial);
-        }
-    });
+    reduce_tiles(
+        x.len() / width,
+        width,
+        sums,
+        space,
+        #[inline(always)]
+        |rows, partial| {
+            for row in x[rows.start * width..rows.end * width].chunks_exact(width) {
+                add_to(row, partial);
+            }
+        },
+    );
 }
 
 /// sums += the sum over tiles of rows of what `tile` leaves in its zeroed partial sums.
@@ -97,7 +104,10 @@ pub(crate) fn reduce_tiles<T: Scalar>(
     let partials = scratch(space, tiles * width);
     partials.par_chunks_mut(width).enumerate().for_each(|(i, partial)| {
         partial.fill(T::ZERO);
-        vectorize(|| tile(i * TILE..rows.min((i + 1) * TILE), partial));
+        vectorize(
+            #[inline(always)]
+            || tile(i * TILE..rows.min((i + 1) * TILE), partial),
+        );
     });
     for partial in partials.chunks_exact(width) {
         add_to(partial, sums);

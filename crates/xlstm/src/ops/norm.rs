@@ -89,7 +89,7 @@ impl Kernel for Norm {
                     for (i, ((y, x), saved)) in groups.zip(saved.chunks_exact_mut(2)).enumerate() {
                         let w = &w[i % self.groups * size..][..size];
                         let mean = match self.kind {
-                            NormKind::Layer => share * sum(x),
+                            NormKind::Layer => share * total(x),
                             NormKind::RootMeanSquare => T::ZERO,
                         };
                         let inverse = T::ONE / (share.mul_add(square_distance(x, mean), eps)).sqrt();
@@ -165,6 +165,22 @@ impl Kernel for Norm {
 
 /// Independent partial sums, as in [`dot`](crate::engine::vector::dot).
 const LANES: usize = 16;
+
+/// Sum of x.
+#[inline(always)]
+fn total<T: Scalar>(x: &[T]) -> T {
+    let mut lanes = [T::ZERO; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane = *x;
+    }
+    for x in chunks {
+        for lane in 0..LANES {
+            lanes[lane] += x[lane];
+        }
+    }
+    sum(&lanes)
+}
 
 /// Sum of (x - mean)².
 #[inline(always)]
