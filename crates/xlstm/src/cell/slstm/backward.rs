@@ -2,7 +2,6 @@
 
 use rayon::prelude::*;
 
-use super::panels::{Strided, add_product, pack, panels_len};
 use super::pointwise::{lstm_backward, slstm_backward};
 use super::{
     BIAS, CellFunction, LAST, Layout, PARALLEL_FROM, RECURRENT, STATE, Slstm, is_pad, is_reset, mark,
@@ -17,8 +16,8 @@ use crate::ops::TILE;
 struct Inputs<'a, T> {
     operation: &'a Slstm,
     layout: Layout,
-    /// R packed by head; empty when the gradient is cut.
-    packed: &'a [T],
+    /// R (NH, 4 DH, DH).
+    recurrent: &'a [T],
     record: &'a [T],
     dh: Option<&'a [T]>,
     /// Gradients of the last state, and its values, as far as they are needed.
@@ -43,9 +42,9 @@ fn parts_of<'a, T>(layout: &Layout, space: &'a [T], task: usize) -> (&'a [T], &'
 
 pub(super) fn backward<T: Scalar>(operation: &Slstm, io: &mut Backward<'_, T>) {
     let layout = Layout::of(io.shapes, operation.config.heads);
-    let (dim, heads, tasks) = (layout.dim, layout.heads, layout.tasks());
+    let (dim, tasks) = (layout.dim, layout.tasks());
     let parts = operation.state_parts();
-    let matrix = io.input(RECURRENT);
+    let recurrent = io.input(RECURRENT);
     let last_gradients =
         [0, 1, 2, 3].map(|part| if part < parts { io.output_gradients[LAST + part] } else { None });
     let last = [0, 1, 2, 3].map(|part| if part < parts { io.outputs[LAST + part] } else { None });
@@ -53,16 +52,9 @@ pub(super) fn backward<T: Scalar>(operation: &Slstm, io: &mut Backward<'_, T>) {
     let record = io.output(LAST + parts);
     let (dh, marks) = (io.output_gradients[0], io.ids[0]);
 
-    let panels = if operation.config.gradient_cut { 0 } else { panels_len(4 * dim, dim) };
     let mut gradients = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].map(|i| io.input_gradient(i));
-    let space = scratch(io.scratch, heads * panels + tasks * space_len(&layout));
-    let (packed, space) = space.split_at_mut(heads * panels);
-    if panels > 0 {
-        for (panels, matrix) in packed.chunks_exact_mut(panels).zip(matrix.chunks_exact(4 * dim * dim)) {
-            vectorize(|| pack(panels, 4 * dim, dim, |k, j| matrix[k * dim + j]));
-        }
-    }
-    let inputs = Inputs { operation, layout, packed, record, dh, last_gradients, last, marks };
+    let space = scratch(io.scratch, tasks * space_len(&layout));
+    let inputs = Inputs { operation, layout, recurrent, record, dh, last_gradients, last, marks };
     let parallel = layout.work() >= PARALLEL_FROM;
     let work = |(task, space): (usize, &mut [T])| inputs.run(task, space);
     if parallel {
@@ -94,14 +86,18 @@ pub(super) fn backward<T: Scalar>(operation: &Slstm, io: &mut Backward<'_, T>) {
             let (_, carry, _) = parts_of(&layout, space, task);
             for row in 0..layout.rows_of(task) {
                 let at = layout.state_at(task, row);
-                let carry = &carry[row * 4 * dim..][..4 * dim];
+                let (dh, carry) = carry.split_at(layout.rows * dim);
+                let carry = &carry[row * 3 * dim..][..3 * dim];
                 let to = &mut gradient[at.clone()];
-                add_to(&carry[part * dim..][..dim], to);
+                match part {
+                    0 => add_to(&dh[row * dim..][..dim], to),
+                    _ => add_to(&carry[(part - 1) * dim..][..dim], to),
+                }
                 // dm0 = g + c0 dc0 + n0 dn0: what a scale of the whole state would change.
                 if part == 3 {
                     for value in [1, 2] {
                         let Some(initial) = initial[value] else { continue };
-                        let carry = &carry[value * dim..][..dim];
+                        let carry = &carry[(value - 1) * dim..][..dim];
                         for ((to, x), dx) in to.iter_mut().zip(&initial[at.clone()]).zip(carry) {
                             *to += *x * *dx;
                         }
@@ -167,7 +163,7 @@ impl<T: Scalar> Inputs<'_, T> {
         self.start(task, carry);
         bias.fill(T::ZERO);
         tile.fill(T::ZERO);
-        vectorize(|| {
+        vectorize(#[inline(always)] || {
             for t in (0..steps).rev() {
                 let draw = &mut draw[t * rows * 4 * dim..][..rows * 4 * dim];
                 self.step(task, t, &record[t * rows * parts..][..rows * parts], carry, draw);
@@ -186,18 +182,21 @@ impl<T: Scalar> Inputs<'_, T> {
     /// The gradients of the last state: dh, dc, dn, and g = dm - c dc - n dn.
     fn start(&self, task: usize, carry: &mut [T]) {
         let dim = self.layout.dim;
-        for (row, carry) in carry.chunks_exact_mut(4 * dim).enumerate().take(self.layout.rows_of(task)) {
+        let (dh, carry) = carry.split_at_mut(self.layout.rows * dim);
+        let rows = dh.chunks_exact_mut(dim).zip(carry.chunks_exact_mut(3 * dim));
+        for (row, (dh, carry)) in rows.enumerate().take(self.layout.rows_of(task)) {
             let at = self.layout.state_at(task, row);
-            for (to, from) in carry.chunks_exact_mut(dim).zip(self.last_gradients) {
+            let parts = std::iter::once(dh).chain(carry.chunks_exact_mut(dim));
+            for (to, from) in parts.zip(self.last_gradients) {
                 match from {
                     Some(from) => to.copy_from_slice(&from[at.clone()]),
                     None => to.fill(T::ZERO),
                 }
             }
-            let (carry, g) = carry.split_at_mut(3 * dim);
+            let (carry, g) = carry.split_at_mut(2 * dim);
             for part in [1, 2] {
                 let Some(value) = self.last[part] else { continue };
-                for ((g, x), dx) in g.iter_mut().zip(&value[at.clone()]).zip(&carry[part * dim..]) {
+                for ((g, x), dx) in g.iter_mut().zip(&value[at.clone()]).zip(&carry[(part - 1) * dim..]) {
                     *g -= *x * *dx;
                 }
             }
@@ -208,9 +207,10 @@ impl<T: Scalar> Inputs<'_, T> {
     /// `carry` of the state before it.
     #[inline(always)]
     fn step(&self, task: usize, t: usize, record: &[T], carry: &mut [T], draw: &mut [T]) {
-        let layout = &self.layout;
+        let (layout, config) = (&self.layout, &self.operation.config);
         let (dim, rows) = (layout.dim, layout.rows_of(task));
         let parts = self.operation.record_parts() * dim;
+        let (carried_h, carry) = carry.split_at_mut(layout.rows * dim);
         for row in 0..rows {
             let draw = &mut draw[row * 4 * dim..][..4 * dim];
             if is_pad(mark(self.marks, layout, task, row, t)) {
@@ -219,30 +219,31 @@ impl<T: Scalar> Inputs<'_, T> {
             }
             let dh = self.dh.map(|dh| &dh[layout.token_at(task, row, t)]);
             let record = &record[row * parts..][..parts];
-            let carry = &mut carry[row * 4 * dim..][..4 * dim];
-            match self.operation.config.function {
-                CellFunction::Slstm => slstm_backward(record, dh, carry, draw),
-                CellFunction::Lstm => lstm_backward(record, dh, carry, draw),
+            let carried_h = &mut carried_h[row * dim..][..dim];
+            let carry = &mut carry[row * 3 * dim..][..3 * dim];
+            match config.function {
+                CellFunction::Slstm => slstm_backward(record, dh, carried_h, carry, draw),
+                CellFunction::Lstm => lstm_backward(record, dh, carried_h, carry, draw),
             }
         }
         // What is left of dh is zero, except at a pad, whose draw is zero.
-        if !self.packed.is_empty() {
-            let len = panels_len(4 * dim, dim);
-            let panels = &self.packed[task % layout.heads * len..][..len];
-            let x = Strided { data: &*draw, stride: 4 * dim };
-            let y = Strided { data: &mut *carry, stride: 4 * dim };
-            add_product(rows, x, 4 * dim, panels, y, dim);
+        if !config.gradient_cut {
+            let matrix = &self.recurrent[task % layout.heads * 4 * dim * dim..];
+            let matrix = MatRef::new(matrix, 4 * dim, dim);
+            let draw = MatRef::new(draw, rows, 4 * dim);
+            product(MatMut::new(carried_h, rows, dim), T::ONE, draw, matrix, true, Threads::One);
         }
         for row in 0..rows {
             let mark = mark(self.marks, layout, task, row, t);
-            let carry = &mut carry[row * 4 * dim..][..4 * dim];
+            let carried_h = &mut carried_h[row * dim..][..dim];
             if is_reset(mark) {
-                carry.fill(T::ZERO);
-            } else if let Some(clip) = self.operation.config.gradient_clip
+                carried_h.fill(T::ZERO);
+                carry[row * 3 * dim..][..3 * dim].fill(T::ZERO);
+            } else if let Some(clip) = config.gradient_clip
                 && !is_pad(mark)
             {
                 let clip = T::from_f64(clip);
-                for dh in &mut carry[..dim] {
+                for dh in carried_h {
                     *dh = clip.min((-clip).max(*dh));
                 }
             }

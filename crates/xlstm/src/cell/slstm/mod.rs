@@ -17,7 +17,6 @@
 
 mod backward;
 mod forward;
-mod panels;
 mod pointwise;
 #[cfg(test)]
 mod tests;
