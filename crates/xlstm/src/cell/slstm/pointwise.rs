@@ -39,7 +39,7 @@ fn store<T: Scalar>(x: &mut [T], dim: usize, part: usize, at: usize, len: usize,
 }
 
 /// `len`, hidden from the compiler: a loop of known length it unrolls into scalar code
-/// instead of vectorising it (10 ns an element instead of HOWMUCH).
+/// instead of vectorising it (10 ns an element).
 #[inline(always)]
 fn trips(len: usize) -> usize {
     std::hint::black_box(len).min(LANES)
