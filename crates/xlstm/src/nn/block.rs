@@ -22,6 +22,8 @@ pub struct Block {
 }
 
 #[derive(Debug)]
+// A model holds a few dozen of these.
+#[allow(clippy::large_enum_variant)]
 enum Layer {
     Mlstm(MlstmLayer),
     Slstm { layer: SlstmLayer, ffn_norm: Parameter, ffn: FeedForward },
