@@ -11,3 +11,5 @@ mod golden_slstm;
 mod golden_models;
 // Twenty steps of AdamW against PyTorch's.
 mod golden_optimizer;
+// Training runs, checkpoints, sessions and model folders.
+mod training;
