@@ -3,10 +3,14 @@
 #![deny(missing_docs)]
 
 pub mod cell;
+pub mod checkpoint;
 pub mod data;
 pub mod engine;
 mod error;
+pub mod eval;
 pub mod files;
+pub mod folder;
+pub mod generate;
 pub mod marks;
 pub mod model;
 pub mod nn;

@@ -376,7 +376,6 @@ fn extreme_gates_stay_finite() {
     }
 }
 
-/// What a run loses when its gradients are asked for in part: nothing.
 #[test]
 fn evaluation_gives_the_outputs_of_training() {
     let device = Device::cpu(2).expect("two threads");
