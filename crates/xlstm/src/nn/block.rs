@@ -23,8 +23,8 @@ pub struct Block {
 
 #[derive(Debug)]
 enum Layer {
-    Mlstm(MlstmLayer),
-    Slstm { layer: SlstmLayer, ffn_norm: Parameter, ffn: FeedForward },
+    Mlstm(Box<MlstmLayer>),
+    Slstm { layer: Box<SlstmLayer>, ffn_norm: Parameter, ffn: FeedForward },
 }
 
 impl Block {
@@ -35,9 +35,11 @@ impl Block {
         };
         let xlstm_norm = norm_weight(builder, "xlstm_norm.weight");
         let layer = match kind {
-            BlockKind::Mlstm => Layer::Mlstm(builder.scope("xlstm", |b| MlstmLayer::new(config, b))),
+            BlockKind::Mlstm => {
+                Layer::Mlstm(Box::new(builder.scope("xlstm", |b| MlstmLayer::new(config, b))))
+            }
             BlockKind::Slstm => {
-                let layer = builder.scope("xlstm", |b| SlstmLayer::new(config, index, b));
+                let layer = Box::new(builder.scope("xlstm", |b| SlstmLayer::new(config, index, b)));
                 let ffn_norm = norm_weight(builder, "ffn_norm.weight");
                 Layer::Slstm { layer, ffn_norm, ffn: builder.scope("ffn", |b| FeedForward::new(config, b)) }
             }

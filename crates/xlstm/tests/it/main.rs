@@ -18,3 +18,5 @@ mod equivalence;
 mod threads;
 // A step, once taken, is taken again without keeping new memory.
 mod memory;
+// Training runs, checkpoints, sessions and model folders.
+mod training;
