@@ -30,7 +30,7 @@
 //! | t, j | a token; a token at or before it | |
 //! | ~i, ~f | pre-activations of the input and the forget gate | sLSTM (B, S, D), mLSTM (B, S, NH) |
 //! | i, f | the gates: i = exp(~i) or σ(~i), f = σ(~f) or exp(~f) | as ~i, ~f |
-//! | m | stabiliser: the running maximum of the exponents, m_t = max(log f_t + m_{t-1}, log i_t) (15) | sLSTM (B, D), mLSTM (B, NH) |
+//! | m | stabiliser: the running maximum of the exponents, m_t = max(log f_t + m_{t-1}, log i_t) (15); in an sLSTM log i_t where n_{t-1} = 0 | sLSTM (B, D), mLSTM (B, NH) |
 //! | h | output of the cell; in the sLSTM it is part of the state | (B, S, D) or (B, S, E) |
 //! | dx | gradient of the loss with respect to x | as x |
 //! | σ, ∘, . | logistic sigmoid; element-wise product; inner product | |

@@ -21,10 +21,12 @@ pub struct Block {
     layer: Layer,
 }
 
+// One a block: its size does not matter.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Layer {
-    Mlstm(Box<MlstmLayer>),
-    Slstm { layer: Box<SlstmLayer>, ffn_norm: Parameter, ffn: FeedForward },
+    Mlstm(MlstmLayer),
+    Slstm { layer: SlstmLayer, ffn_norm: Parameter, ffn: FeedForward },
 }
 
 impl Block {
@@ -35,11 +37,9 @@ impl Block {
         };
         let xlstm_norm = norm_weight(builder, "xlstm_norm.weight");
         let layer = match kind {
-            BlockKind::Mlstm => {
-                Layer::Mlstm(Box::new(builder.scope("xlstm", |b| MlstmLayer::new(config, b))))
-            }
+            BlockKind::Mlstm => Layer::Mlstm(builder.scope("xlstm", |b| MlstmLayer::new(config, b))),
             BlockKind::Slstm => {
-                let layer = Box::new(builder.scope("xlstm", |b| SlstmLayer::new(config, index, b)));
+                let layer = builder.scope("xlstm", |b| SlstmLayer::new(config, index, b));
                 let ffn_norm = norm_weight(builder, "ffn_norm.weight");
                 Layer::Slstm { layer, ffn_norm, ffn: builder.scope("ffn", |b| FeedForward::new(config, b)) }
             }
