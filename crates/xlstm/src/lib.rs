@@ -14,6 +14,7 @@ pub mod generate;
 pub mod marks;
 pub mod model;
 pub mod nn;
+pub mod notation;
 pub mod ops;
 pub mod optim;
 pub mod rng;

@@ -51,9 +51,9 @@ pub(super) fn forward<T: Scalar>(
         }
         let m = advance_row(input, t, log_d, weights);
         vectorize(|| {
-            for j in 0..=t {
-                weights[j] *= scale * dot(input.q.row(t), input.k.row(j));
-                axpy(weights[j], input.v.row(j), h);
+            for (j, weight) in weights[..=t].iter_mut().enumerate() {
+                *weight *= scale * dot(input.q.row(t), input.k.row(j));
+                axpy(*weight, input.v.row(j), h);
             }
             let d = sum(&weights[..=t]);
             let inverse = T::ONE / config.normalizer(d, m);
@@ -98,15 +98,15 @@ pub(super) fn backward<T: Scalar>(
             }
             // Sources from the first on: what crosses u is everything before it.
             let mut crossing = T::ZERO;
-            for j in 0..=t {
+            for (j, &weight) in weights[..=t].iter().enumerate() {
                 if j > 0 {
                     grads.df[j] += crossing;
                 }
                 let p = dot(dnum, input.v.row(j)) + dd;
-                let a = weights[j] * scale * dot(q, input.k.row(j));
+                let a = weight * scale * dot(q, input.k.row(j));
                 grads.di[j] += a * p;
                 crossing += a * p;
-                let dlogit = weights[j] * scale * p;
+                let dlogit = weight * scale * p;
                 axpy(dlogit, input.k.row(j), grads.dq.row(t));
                 axpy(dlogit, q, grads.dk.row(j));
                 axpy(a, dnum, grads.dv.row(j));
