@@ -66,7 +66,14 @@ fn run(config: &RunConfig, folder: &Path, stop_after: Option<u64>) -> xlstm::Res
 }
 
 /// Everything of a run but its clock.
-fn record(folder: &Path) -> (Vec<(u64, u64, String)>, Vec<u8>, Vec<u8>) {
+#[derive(PartialEq)]
+struct Record {
+    rows: Vec<(u64, u64, String)>,
+    model: Vec<u8>,
+    training: Vec<u8>,
+}
+
+fn record(folder: &Path) -> Record {
     let rows = MetricsLog::read(&folder.join("metrics.jsonl")).expect("metrics");
     let rows = rows
         .iter()
@@ -76,7 +83,7 @@ fn record(folder: &Path) -> (Vec<(u64, u64, String)>, Vec<u8>, Vec<u8>) {
         })
         .collect();
     let read = |name: &str| std::fs::read(folder.join("last").join(name)).expect("a checkpoint");
-    (rows, read("model.safetensors"), read("training.safetensors"))
+    Record { rows, model: read("model.safetensors"), training: read("training.safetensors") }
 }
 
 #[test]
