@@ -65,8 +65,11 @@ fn run(config: &RunConfig, folder: &Path, stop_after: Option<u64>) -> xlstm::Res
     train(config, texts, folder, &stop, &mut StopAfter(stop_after, &stop))
 }
 
+/// The rows of the log without its clock, and the files of parameters and moments.
+type Record = (Vec<(u64, u64, String)>, Vec<u8>, Vec<u8>);
+
 /// Everything of a run but its clock.
-fn record(folder: &Path) -> (Vec<(u64, u64, String)>, Vec<u8>, Vec<u8>) {
+fn record(folder: &Path) -> Record {
     let rows = MetricsLog::read(&folder.join("metrics.jsonl")).expect("metrics");
     let rows = rows
         .iter()
