@@ -237,5 +237,8 @@ fn unwind_stabilizer<T: Scalar>(
 
 /// x . y over two slices: the products of states with their gradients.
 fn inner<T: Scalar>(x: &[T], y: &[T]) -> T {
-    vector::vectorize(|| vector::dot(x, y))
+    vector::vectorize(
+        #[inline(always)]
+        || vector::dot(x, y),
+    )
 }
