@@ -65,14 +65,10 @@ fn run(config: &RunConfig, folder: &Path, stop_after: Option<u64>) -> xlstm::Res
     train(config, texts, folder, &stop, &mut StopAfter(stop_after, &stop))
 }
 
-/// Everything of a run but its clock.
-#[derive(PartialEq)]
-struct Record {
-    rows: Vec<(u64, u64, String)>,
-    model: Vec<u8>,
-    training: Vec<u8>,
-}
+/// The rows of the log without its clock, and the files of parameters and moments.
+type Record = (Vec<(u64, u64, String)>, Vec<u8>, Vec<u8>);
 
+/// Everything of a run but its clock.
 fn record(folder: &Path) -> Record {
     let rows = MetricsLog::read(&folder.join("metrics.jsonl")).expect("metrics");
     let rows = rows
@@ -83,7 +79,7 @@ fn record(folder: &Path) -> Record {
         })
         .collect();
     let read = |name: &str| std::fs::read(folder.join("last").join(name)).expect("a checkpoint");
-    Record { rows, model: read("model.safetensors"), training: read("training.safetensors") }
+    (rows, read("model.safetensors"), read("training.safetensors"))
 }
 
 #[test]
