@@ -2,7 +2,7 @@
 //!
 //! This module holds no code. Names are full words everywhere but in the equations of
 //! [`cell`](crate::cell), the layers of [`nn`](crate::nn) and the formulas of backward
-//! passes; there only the symbols below are used. Equation numbers are those of Beck et al.,
+//! passes; there only the symbols below are used. The paper is Beck et al.,
 //! "xLSTM: Extended Long Short-Term Memory", 2024, arXiv 2405.04517.
 //!
 //! # Sizes
@@ -30,34 +30,34 @@
 //! | t, j | a token; a token at or before it | |
 //! | ~i, ~f | pre-activations of the input and the forget gate | sLSTM (B, S, D), mLSTM (B, S, NH) |
 //! | i, f | the gates: i = exp(~i) or σ(~i), f = σ(~f) or exp(~f) | as ~i, ~f |
-//! | m | stabiliser: the running maximum of the exponents, m_t = max(log f_t + m_{t-1}, log i_t) (15); in an sLSTM log i_t where n_{t-1} = 0 | sLSTM (B, D), mLSTM (B, NH) |
+//! | m | stabiliser: the running maximum of the exponents, m_t = max(log f_t + m_{t-1}, log i_t); in an sLSTM log i_t where n_{t-1} = 0 | sLSTM (B, D), mLSTM (B, NH) |
 //! | h | output of the cell; in the sLSTM it is part of the state | (B, S, D) or (B, S, E) |
 //! | dx | gradient of the loss with respect to x | as x |
 //! | σ, ∘, . | logistic sigmoid; element-wise product; inner product | |
 //!
-//! # sLSTM (equations 8 to 17)
+//! # sLSTM
 //!
 //! | Symbol | Meaning | Shape |
 //! |---|---|---|
 //! | ~z, ~o | pre-activations of the cell input and the output gate | (B, S, D) |
 //! | R | recurrent weights, a block a head | (NH, 4 DH, DH) |
 //! | b | biases of the gates, in the order i, f, z, o | (4 D) |
-//! | i', f' | stabilised gates: i' = exp(log i_t - m_t) (16), f' = exp(log f_t + m_{t-1} - m_t) (17) | (B, D) |
-//! | c | cell state: c_t = f' c_{t-1} + i' tanh(~z_t) (8) | (B, D) |
-//! | n | normaliser: n_t = f' n_{t-1} + i' (9) | (B, D) |
-//! | h | h_t = σ(~o_t) c_t / n_t (10) | (B, D) |
+//! | i', f' | stabilised gates: i' = exp(log i_t - m_t), f' = exp(log f_t + m_{t-1} - m_t) | (B, D) |
+//! | c | cell state: c_t = f' c_{t-1} + i' tanh(~z_t) | (B, D) |
+//! | n | normaliser: n_t = f' n_{t-1} + i' | (B, D) |
+//! | h | h_t = σ(~o_t) c_t / n_t | (B, D) |
 //!
 //! In the LSTM, both gates being sigmoids, n and m are absent: c_t = f c_{t-1} + i tanh(~z_t)
 //! and h_t = σ(~o_t) tanh(c_t).
 //!
-//! # mLSTM (equations 19 to 27)
+//! # mLSTM
 //!
 //! | Symbol | Meaning | Shape |
 //! |---|---|---|
 //! | q, k, v | query, key, value | (B, S, NH dqk), the same, (B, S, NH dhv) |
-//! | s | scale dqk^(-1/2). The paper scales k (23); here q is scaled where it is used, so that states hold k as it is | |
+//! | s | scale dqk^(-1/2). The paper scales k; here q is scaled where it is used, so that states hold k as it is | |
 //! | C | matrix memory: C_t = f' C_{t-1} + i' k_t v_t^T (19; there it is the transpose) | (B, NH, dqk, dhv) |
-//! | n | normaliser: n_t = f' n_{t-1} + i' k_t (20) | (B, NH, dqk) |
+//! | n | normaliser: n_t = f' n_{t-1} + i' k_t | (B, NH, dqk) |
 //! | d | what the normaliser gives a query: d_t = s q_t . n_t | (B, NH, S) |
 //! | eps | added to the normaliser of h | |
 //! | N | that normaliser: max(\|d_t\|, exp(-m_t)) + eps | (B, NH, S) |
