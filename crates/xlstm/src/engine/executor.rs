@@ -1,7 +1,7 @@
 //! Replays a tape on the CPU: forward, backward, and the search for the first number
 //! that is not finite.
 
-use super::operation::{Backward, Element, Forward, MAX_SLOTS};
+use super::operation::{Backward, Element, Forward, Gradient, MAX_SLOTS};
 use super::plan::Plan;
 use super::tape::{Ids, Source, Tape, Var};
 
@@ -193,14 +193,13 @@ impl<T: Element> Executor<T> {
     }
 
     fn backward_node(&mut self, i: usize, parameters: &[Vec<T>], gradients: &mut [Vec<T>]) {
-        for &var in &self.plan.cleared[i] {
-            if let Some(slot) = self.plan.gradient[var] {
-                let len = self.tape.values[var].shape.len();
-                self.slots[slot][..len].fill(T::ZERO);
-            }
-        }
         let node = &self.tape.nodes[i];
         if node.outputs.iter().all(|v| self.plan.gradient[v.index()].is_none()) {
+            for &var in &self.plan.first[i] {
+                if let Some(slot) = self.plan.gradient[var] {
+                    self.slots[slot].fill(T::ZERO);
+                }
+            }
             return;
         }
         // Take the gradients to be written out of their places, so that everything else
@@ -223,7 +222,8 @@ impl<T: Element> Executor<T> {
                 _ => 0,
             };
             if !hold.is_empty() {
-                *gradient = Some(&mut hold[offset..offset + len]);
+                let first = self.plan.first[i].contains(&var.index());
+                *gradient = Some(Gradient::new(&mut hold[offset..offset + len], first));
             }
         }
         let reads = node.operation.reads();
@@ -252,6 +252,10 @@ impl<T: Element> Executor<T> {
             *ids = &self.ids[var.index()];
         }
         T::backward(&*node.operation, &mut io);
+        // What the operation had nothing to add to.
+        for gradient in io.input_gradients.iter_mut().filter_map(Option::take) {
+            gradient.cleared();
+        }
         for (hold, var) in taken.iter_mut().zip(&node.inputs) {
             let Some(var) = var else { continue };
             match (self.tape.values[var.index()].source, self.plan.gradient[var.index()]) {

@@ -2,9 +2,12 @@
 //!
 //! An operation is written once as a [`Kernel`], generic over the element type; the tape
 //! holds it as an [`Operation`], the same thing with the type erased. Gradients are
-//! *added* to the buffers that backward gets, outputs are *written* whole.
+//! *added* to the buffers that backward gets (a [`Gradient`] clears itself where it is the
+//! first), outputs are *written* whole.
 
 use std::fmt::Debug;
+
+use rayon::prelude::*;
 
 use super::{scalar::Scalar, shape::Shape};
 use crate::error::Result;
@@ -85,8 +88,8 @@ pub struct Backward<'a, T> {
     pub outputs: [Option<&'a [T]>; MAX_SLOTS],
     /// Gradients of the outputs; None is a gradient of zero.
     pub output_gradients: [Option<&'a [T]>; MAX_SLOTS],
-    /// Gradients of the inputs, to be added to; None where nobody asks.
-    pub input_gradients: [Option<&'a mut [T]>; MAX_SLOTS],
+    /// Gradients of the inputs; None where nobody asks.
+    pub input_gradients: [Option<Gradient<'a, T>>; MAX_SLOTS],
     /// Integer inputs.
     pub ids: [&'a [u32]; 3],
     /// Shapes of all of them.
@@ -112,8 +115,48 @@ impl<'a, T: Scalar> Backward<'a, T> {
     }
 
     /// Takes the gradient of input `i`, where it is asked for.
-    pub fn input_gradient(&mut self, i: usize) -> Option<&'a mut [T]> {
+    pub fn input_gradient(&mut self, i: usize) -> Option<Gradient<'a, T>> {
         self.input_gradients[i].take()
+    }
+}
+
+/// The gradient of an input: a buffer to add to, or, for the first contribution to it in a
+/// replay, one whose content is arbitrary. Clearing it where it is about to be written
+/// spares a pass over memory.
+#[derive(Debug)]
+pub struct Gradient<'a, T> {
+    data: &'a mut [T],
+    first: bool,
+}
+
+impl<'a, T: Scalar> Gradient<'a, T> {
+    /// A buffer with earlier contributions in it, or the place of the `first`.
+    pub(super) fn new(data: &'a mut [T], first: bool) -> Gradient<'a, T> {
+        Gradient { data, first }
+    }
+
+    /// The whole buffer, to be added to.
+    pub fn cleared(self) -> &'a mut [T] {
+        if self.first {
+            self.data.par_chunks_mut(1 << 14).for_each(|tile| tile.fill(T::ZERO));
+        }
+        self.data
+    }
+
+    /// Tiles of `size` elements, to be added to, each cleared by the thread that takes it.
+    pub fn tiles(self, size: usize) -> impl IndexedParallelIterator<Item = &'a mut [T]> {
+        let first = self.first;
+        self.data.par_chunks_mut(size).map(move |tile| {
+            if first {
+                tile.fill(T::ZERO);
+            }
+            tile
+        })
+    }
+
+    /// The buffer as it is, and whether to add to it rather than to overwrite all of it.
+    pub fn into_parts(self) -> (&'a mut [T], bool) {
+        (self.data, !self.first)
     }
 }
 

@@ -14,8 +14,8 @@ pub(super) struct Plan {
     pub(super) value: Vec<Option<usize>>,
     /// Slot of each gradient; None where none flows, and for parameters.
     pub(super) gradient: Vec<Option<usize>>,
-    /// Gradients that are cleared before the backward step 2n-1-i of node i.
-    pub(super) cleared: Vec<Vec<usize>>,
+    /// Gradients whose first contribution comes from the backward step 2n-1-i of node i.
+    pub(super) first: Vec<Vec<usize>>,
     /// Elements of each slot.
     pub(super) slots: Vec<usize>,
 }
@@ -38,7 +38,7 @@ impl Plan {
         let mut plan = Plan {
             value: vec![None; tape.values.len()],
             gradient: vec![None; tape.values.len()],
-            cleared: vec![Vec::new(); tape.nodes.len()],
+            first: vec![Vec::new(); tape.nodes.len()],
             slots: Vec::new(),
         };
         let mut busy: Vec<(usize, usize)> = Vec::new(); // (death, slot)
@@ -66,9 +66,9 @@ impl Plan {
             if life.is_gradient {
                 plan.gradient[life.var] = Some(slot);
                 let steps = 2 * tape.nodes.len();
-                // Seeded gradients are set by the caller, not cleared.
+                // Seeded gradients hold what the caller has set.
                 if !tape.values[life.var].seeded && life.birth >= tape.nodes.len() {
-                    plan.cleared[steps - 1 - life.birth].push(life.var);
+                    plan.first[steps - 1 - life.birth].push(life.var);
                 }
             } else {
                 plan.value[life.var] = Some(slot);

@@ -59,7 +59,7 @@ impl Kernel for Add {
         let dy = io.gradient();
         for input in 0..2 {
             let Some(dx) = io.input_gradient(input) else { continue };
-            dx.par_chunks_mut(tile).zip(dy.par_chunks(tile)).for_each(|(dx, dy)| {
+            dx.tiles(tile).zip(dy.par_chunks(tile)).for_each(|(dx, dy)| {
                 vectorize(
                     #[inline(always)]
                     || add_to(dy, dx),

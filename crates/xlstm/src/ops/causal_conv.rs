@@ -16,7 +16,7 @@ use crate::engine::matrix::MatMut;
 use crate::engine::operation::{Backward, Forward, Kernel, NodeShapes, Reads, scratch};
 use crate::engine::tape::{Ids, Tape, Var};
 use crate::engine::vector::{add_to, vectorize};
-use crate::engine::{Scalar, Shape};
+use crate::engine::{Gradient, Scalar, Shape};
 use crate::error::{Error, Result};
 use crate::ops::activation::Activation::Swish;
 use crate::ops::embedding::column_block;
@@ -325,9 +325,12 @@ impl Kernel for CausalConv {
         let (length, width, taps) = sizes(shapes);
         let (batch, columns) = (x.len() / (length * width), column_block(width, 256));
         let blocks = width / columns;
-        let dx = gradient_blocks(io.input_gradient(0), [batch, length, width], columns);
-        let dbefore = gradient_blocks(io.input_gradient(3), [batch, taps - 1, width], columns);
-        let (dweight, dbias) = (io.input_gradient(1), io.input_gradient(2));
+        let dx =
+            gradient_blocks(io.input_gradient(0).map(Gradient::cleared), [batch, length, width], columns);
+        let dbefore =
+            gradient_blocks(io.input_gradient(3).map(Gradient::cleared), [batch, taps - 1, width], columns);
+        let (dweight, dbias) =
+            (io.input_gradient(1).map(Gradient::cleared), io.input_gradient(2).map(Gradient::cleared));
         // Of each task: dw (K, columns), db (columns), du (columns).
         let share = (taps + 2) * columns;
         let space = scratch(io.scratch, taps * width + batch * blocks * share);

@@ -1,16 +1,16 @@
 //! y = [x_1; x_2; …] W^T + b without building the concatenation.
 //!
 //! The mLSTM's gates are this: q, k and v side by side in, one number a head out. Each part
-//! is multiplied with its columns of the weight. Backward with so few outputs goes row by
-//! row, straight from the cache: a matrix product would pack all of x (or write all of dx)
-//! to use each number four times, and takes up to twice as long. Forward the product wins.
+//! is multiplied with its columns of the weight. With so few outputs this goes row by row,
+//! straight from the cache: a matrix product would pack all of x (or write all of dx) to
+//! use each number four times, and takes up to twice as long.
 
 use rayon::prelude::*;
 
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
 use crate::engine::operation::{Backward, Forward, Kernel, MAX_SLOTS, Reads, scratch};
 use crate::engine::tape::{Tape, Var};
-use crate::engine::vector::{add_to, axpy, vectorize};
+use crate::engine::vector::{add_to, axpy, dot, vectorize};
 use crate::engine::{Scalar, Shape};
 use crate::error::{Error, Result};
 use crate::ops::TILE;
@@ -39,7 +39,7 @@ pub fn concat_linear(tape: &mut Tape, parts: &[Var], weight: Var, bias: Option<V
 /// Rows that share one pass over what they are added to.
 const GROUP: usize = 4;
 
-/// Up to so many outputs, backward goes row by row.
+/// Up to so many outputs, rows go one by one.
 const FEW: usize = 8;
 
 impl Kernel for ConcatLinear {
@@ -79,6 +79,28 @@ impl Kernel for ConcatLinear {
         let (rows, outer) = (io.shapes.outputs[0].rows(), io.shapes.outputs[0].last());
         let (w, total) = (io.input(self.parts), io.shapes.input(self.parts).last());
         let bias = io.inputs[self.parts + 1];
+        if outer <= FEW {
+            let parts = &io.inputs[..self.parts];
+            y.par_chunks_mut(outer * TILE).enumerate().for_each(|(tile, y)| {
+                vectorize(
+                    #[inline(always)]
+                    || {
+                        for (y, row) in y.chunks_exact_mut(outer).zip(tile * TILE..) {
+                            for (o, (y, w)) in y.iter_mut().zip(w.chunks_exact(total)).enumerate() {
+                                *y = bias.map_or(T::ZERO, |bias| bias[o]);
+                                let mut first = 0;
+                                for x in parts.iter().flatten() {
+                                    let width = x.len() / rows;
+                                    *y += dot(&x[row * width..][..width], &w[first..][..width]);
+                                    first += width;
+                                }
+                            }
+                        }
+                    },
+                );
+            });
+            return;
+        }
         y.par_chunks_mut(outer * TILE).for_each(|tile| match bias {
             Some(bias) => tile.chunks_mut(outer).for_each(|row| row.copy_from_slice(bias)),
             None => tile.fill(T::ZERO),
@@ -114,10 +136,11 @@ impl Kernel for ConcatLinear {
             if outer > FEW {
                 let w = MatRef::new(w, outer, total).columns_at(columns.start, width);
                 let dy = MatRef::new(dy, rows, outer);
-                product(MatMut::new(dx, rows, width), T::ONE, dy, w, true, Threads::All);
+                let (dx, accumulate) = dx.into_parts();
+                product(MatMut::new(dx, rows, width), T::ONE, dy, w, accumulate, Threads::All);
                 continue;
             }
-            dx.par_chunks_mut(width * TILE).zip(dy.par_chunks(outer * TILE)).for_each(|(dx, dy)| {
+            dx.tiles(width * TILE).zip(dy.par_chunks(outer * TILE)).for_each(|(dx, dy)| {
                 vectorize(
                     #[inline(always)]
                     || {
@@ -129,6 +152,7 @@ impl Kernel for ConcatLinear {
             });
         }
         if let Some(dw) = io.input_gradient(self.parts) {
+            let dw = dw.cleared();
             if outer > FEW {
                 self.add_weight_products(dw, io);
             } else {
@@ -156,7 +180,7 @@ impl Kernel for ConcatLinear {
             }
         }
         if let Some(db) = io.input_gradient(self.parts + 1) {
-            sum_rows(dy, outer, db, io.scratch);
+            sum_rows(dy, outer, db.cleared(), io.scratch);
         }
     }
 }

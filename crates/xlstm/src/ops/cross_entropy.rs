@@ -92,7 +92,7 @@ impl Kernel for CrossEntropy {
             let tile = tile(vocabulary);
             let targets = io.ids[0][..rows].par_chunks(tile);
             let given = x.par_chunks(tile * vocabulary).zip(log_sum.par_chunks(tile)).zip(targets);
-            dx.par_chunks_mut(tile * vocabulary).zip(given).enumerate().for_each(
+            dx.tiles(tile * vocabulary).zip(given).enumerate().for_each(
                 |(i, (dx, ((x, log_sum), targets)))| {
                     let given = x.chunks_exact(vocabulary).zip(log_sum).zip(targets);
                     for (j, (dx, ((x, &log_sum), &target))) in
@@ -119,7 +119,7 @@ impl Kernel for CrossEntropy {
             );
         }
         if let Some(dscale) = io.input_gradient(1) {
-            dscale[0] += dloss * sum(nll);
+            dscale.cleared()[0] += dloss * sum(nll);
         }
     }
 }

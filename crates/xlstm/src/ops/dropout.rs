@@ -115,6 +115,7 @@ impl Kernel for Dropout {
     /// dx += dy ∘ mask.
     fn backward<T: Scalar>(&self, io: &mut Backward<'_, T>) {
         let Some(dx) = io.input_gradient(0) else { return };
+        let dx = dx.cleared();
         self.apply(
             io.ids[0],
             dx,

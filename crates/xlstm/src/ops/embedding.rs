@@ -61,6 +61,7 @@ impl Kernel for Embedding {
     /// dW[id] += dy, tokens in order, one task a block of columns.
     fn backward<T: Scalar>(&self, io: &mut Backward<'_, T>) {
         let Some(dw) = io.input_gradient(0) else { return };
+        let dw = dw.cleared();
         let (vocabulary, width) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
         let ids = &io.ids[0][..self.batch * self.length];
         let dy = io.gradient();

@@ -31,8 +31,16 @@ pub fn headwise(tape: &mut Tape, x: Var, weight: Var, bias: Option<Var>) -> Resu
 /// Both sides of a block at least this long: a matrix product a head.
 const LARGE: usize = 16;
 
-/// Columns that a row's products of small blocks are worked out for at a time.
-const LANES: usize = 16;
+/// Side of the blocks that the mLSTM's projections are made of.
+const SMALL: usize = 4;
+
+/// Diagonals of such a block.
+const DIAGONALS: usize = 2 * SMALL - 1;
+
+/// Columns whose products with blocks of 4 x 4 are worked out at a time, in an array of its
+/// own: a slice could overlap the others for all that the compiler knows.
+const COLUMNS: usize = 64;
+type Diagonals<T> = [[T; COLUMNS]; DIAGONALS];
 
 /// NH, O and I of a weight.
 fn sizes(weight: Shape) -> (usize, usize, usize) {
@@ -88,15 +96,15 @@ impl Kernel for Headwise {
             Some(bias) => y.copy_from_slice(bias),
             None => y.fill(T::ZERO),
         };
-        if (outer, inner) == (4, 4) {
-            let planes = planes::<T, 4>(w, true, io.scratch);
+        if (outer, inner) == (SMALL, SMALL) {
+            let diagonals = diagonals(w, false, io.scratch);
             y.par_chunks_mut(width * TILE).zip(x.par_chunks(width * TILE)).for_each(|(y, x)| {
                 vectorize(
                     #[inline(always)]
                     || {
                         for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
                             start(y);
-                            add_products::<T, 4>(y, x, planes);
+                            add_products(y, x, diagonals);
                         }
                     },
                 );
@@ -130,46 +138,42 @@ impl Kernel for Headwise {
         let large = outer >= LARGE && inner >= LARGE;
         if let Some(dx) = io.input_gradient(0) {
             if large {
-                large_blocks(dx, rows, heads, inner, true, dy, outer, |head| {
+                let (dx, accumulate) = dx.into_parts();
+                large_blocks(dx, rows, heads, inner, accumulate, dy, outer, |head| {
                     MatRef::new(&w[head * outer * inner..], outer, inner)
                 });
-            } else if (outer, inner) == (4, 4) {
-                let planes = planes::<T, 4>(w, false, io.scratch);
-                dx.par_chunks_mut(in_width * TILE).zip(dy.par_chunks(out_width * TILE)).for_each(
-                    |(dx, dy)| {
-                        vectorize(
-                            #[inline(always)]
-                            || {
-                                for (dx, dy) in dx.chunks_exact_mut(in_width).zip(dy.chunks_exact(out_width))
-                                {
-                                    add_products::<T, 4>(dx, dy, planes);
-                                }
-                            },
-                        );
-                    },
-                );
+            } else if (outer, inner) == (SMALL, SMALL) {
+                let diagonals = diagonals(w, true, io.scratch);
+                dx.tiles(in_width * TILE).zip(dy.par_chunks(out_width * TILE)).for_each(|(dx, dy)| {
+                    vectorize(
+                        #[inline(always)]
+                        || {
+                            for (dx, dy) in dx.chunks_exact_mut(in_width).zip(dy.chunks_exact(out_width)) {
+                                add_products(dx, dy, diagonals);
+                            }
+                        },
+                    );
+                });
             } else {
-                dx.par_chunks_mut(in_width * TILE).zip(dy.par_chunks(out_width * TILE)).for_each(
-                    |(dx, dy)| {
-                        vectorize(
-                            #[inline(always)]
-                            || {
-                                for (dx, dy) in dx.chunks_exact_mut(in_width).zip(dy.chunks_exact(out_width))
-                                {
-                                    let blocks = dy.chunks_exact(outer).zip(w.chunks_exact(outer * inner));
-                                    for (dx, (dy, w)) in dx.chunks_exact_mut(inner).zip(blocks) {
-                                        for (dy, w) in dy.iter().zip(w.chunks_exact(inner)) {
-                                            axpy(*dy, w, dx);
-                                        }
+                dx.tiles(in_width * TILE).zip(dy.par_chunks(out_width * TILE)).for_each(|(dx, dy)| {
+                    vectorize(
+                        #[inline(always)]
+                        || {
+                            for (dx, dy) in dx.chunks_exact_mut(in_width).zip(dy.chunks_exact(out_width)) {
+                                let blocks = dy.chunks_exact(outer).zip(w.chunks_exact(outer * inner));
+                                for (dx, (dy, w)) in dx.chunks_exact_mut(inner).zip(blocks) {
+                                    for (dy, w) in dy.iter().zip(w.chunks_exact(inner)) {
+                                        axpy(*dy, w, dx);
                                     }
                                 }
-                            },
-                        );
-                    },
-                );
+                            }
+                        },
+                    );
+                });
             }
         }
         if let Some(dw) = io.input_gradient(1) {
+            let dw = dw.cleared();
             if large {
                 dw.par_chunks_mut(outer * inner).enumerate().for_each(|(head, dw)| {
                     let dy = MatRef::new(dy, rows, out_width).columns_at(head * outer, outer);
@@ -186,8 +190,8 @@ impl Kernel for Headwise {
                     |rows, partial| {
                         let dy = &dy[rows.start * out_width..rows.end * out_width];
                         let x = &x[rows.start * in_width..rows.end * in_width];
-                        if (outer, inner) == (4, 4) {
-                            weight_gradient::<T, 4>(dy, x, out_width, partial);
+                        if (outer, inner) == (SMALL, SMALL) {
+                            weight_gradient::<T, SMALL>(dy, x, out_width, partial);
                             return;
                         }
                         for (dy, x) in dy.chunks_exact(out_width).zip(x.chunks_exact(in_width)) {
@@ -203,7 +207,7 @@ impl Kernel for Headwise {
             }
         }
         if let Some(db) = io.input_gradient(2) {
-            sum_rows(dy, out_width, db, io.scratch);
+            sum_rows(dy, out_width, db.cleared(), io.scratch);
         }
     }
 }
@@ -235,54 +239,76 @@ fn large_blocks<'a, T: Scalar>(
     });
 }
 
-/// The weight (NH, N, N) as N planes of NH·N columns: column c = h N + j of plane i holds
-/// W[h, j, i] with `transposed`, else W[h, i, j]. A row's product is then
-/// y[c] = Σ_i plane_i[c] x[h N + i]: whole vectors of columns, x permuted within blocks.
-fn planes<'a, T: Scalar, const N: usize>(w: &[T], transposed: bool, space: &'a mut Vec<T>) -> [&'a [T]; N] {
-    let width = w.len() / N;
-    let space = scratch(space, w.len());
-    for (h, block) in w.chunks_exact(N * N).enumerate() {
-        for i in 0..N {
-            for j in 0..N {
-                space[i * width + h * N + j] = if transposed { block[j * N + i] } else { block[i * N + j] };
+/// The weight (NH, 4, 4), or its transpose, as diagonals: of [`COLUMNS`] columns at a time,
+/// seven rows. Column c = 4 h + j of row s holds W[h, j, j + s - 3], or 0 outside the block,
+/// so that the product of a row of x is y[c] = Σ_s diagonal_s[c] x[c + s - 3]: whole vectors
+/// of columns. Shuffling x within blocks takes fewer products, but the compiler makes
+/// gathers and scatters of it.
+fn diagonals<'a, T: Scalar>(w: &[T], transposed: bool, space: &'a mut Vec<T>) -> &'a [Diagonals<T>] {
+    let width = w.len() / SMALL;
+    let space = scratch(space, width.div_ceil(COLUMNS) * DIAGONALS * COLUMNS);
+    space.fill(T::ZERO);
+    for (h, block) in w.chunks_exact(SMALL * SMALL).enumerate() {
+        for j in 0..SMALL {
+            for i in 0..SMALL {
+                let (c, s) = (h * SMALL + j, i + SMALL - 1 - j);
+                let at = (c / COLUMNS * DIAGONALS + s) * COLUMNS + c % COLUMNS;
+                space[at] = if transposed { block[i * SMALL + j] } else { block[j * SMALL + i] };
             }
         }
     }
-    let space = &*space;
-    std::array::from_fn(|i| &space[i * width..(i + 1) * width])
+    space.as_chunks().0.as_chunks().0
 }
 
-/// y[c] += Σ_i plane_i[c] x[(c - c mod N) + i], for one row.
+/// y[c] += Σ_s diagonal_s[c] x[c + s - 3], for one row; x is 0 outside. All loops run over
+/// arrays: a length known only at run time would cost a scalar rest.
 #[inline(always)]
-fn add_products<T: Scalar, const N: usize>(y: &mut [T], x: &[T], planes: [&[T]; N]) {
-    let whole = y.len() / LANES * LANES;
-    let (y, y_rest) = y.split_at_mut(whole);
-    let (x, x_rest) = x.split_at(whole);
-    add_lanes::<T, N, LANES>(y, x, planes, 0);
-    add_lanes::<T, N, N>(y_rest, x_rest, planes, whole);
-}
-
-/// [`add_products`] L columns at a time, for the columns from `first`.
-#[inline(always)]
-fn add_lanes<T: Scalar, const N: usize, const L: usize>(
-    y: &mut [T],
-    x: &[T],
-    planes: [&[T]; N],
-    first: usize,
-) {
-    let planes = planes.map(
-        #[inline(always)]
-        |plane| plane[first..].as_chunks::<L>().0,
-    );
-    for (c, (y, x)) in y.as_chunks_mut::<L>().0.iter_mut().zip(x.as_chunks::<L>().0).enumerate() {
-        let mut sums = *y;
-        for i in 0..N {
-            let plane = &planes[i][c];
-            for lane in 0..L {
-                sums[lane] = plane[lane].mul_add(x[lane / N * N + i], sums[lane]);
+fn add_products<T: Scalar>(y: &mut [T], x: &[T], diagonals: &[Diagonals<T>]) {
+    const EDGE: usize = SMALL - 1;
+    const SEEN: usize = COLUMNS + 2 * EDGE;
+    let width = y.len();
+    for (first, diagonals) in (0..).step_by(COLUMNS).zip(diagonals) {
+        let n = COLUMNS.min(width - first);
+        let seen = first.saturating_sub(EDGE)..width.min(first + n + EDGE);
+        let mut padded = [T::ZERO; SEEN];
+        let x = match x[seen.clone()].first_chunk::<SEEN>() {
+            Some(x) => x,
+            None => {
+                padded[EDGE + seen.start - first..][..seen.len()].copy_from_slice(&x[seen]);
+                &padded
+            }
+        };
+        let mut sums = [T::ZERO; COLUMNS];
+        let y = &mut y[first..][..n];
+        match <&mut [T; COLUMNS]>::try_from(&mut *y) {
+            Ok(y) => {
+                add_block(y, x, diagonals, &mut sums);
+                *y = sums;
+            }
+            Err(_) => {
+                let mut whole = [T::ZERO; COLUMNS];
+                whole[..n].copy_from_slice(y);
+                add_block(&whole, x, diagonals, &mut sums);
+                y.copy_from_slice(&sums[..n]);
             }
         }
-        *y = sums;
+    }
+}
+
+/// sums = y + [`COLUMNS`] columns of the products of x.
+#[inline(always)]
+fn add_block<T: Scalar, const SEEN: usize>(
+    y: &[T; COLUMNS],
+    x: &[T; SEEN],
+    diagonals: &Diagonals<T>,
+    sums: &mut [T; COLUMNS],
+) {
+    for c in 0..COLUMNS {
+        let mut sum = y[c];
+        for s in 0..DIAGONALS {
+            sum = diagonals[s][c].mul_add(x[c + s], sum);
+        }
+        sums[c] = sum;
     }
 }
 

@@ -48,6 +48,7 @@ impl Kernel for LastToken {
         let x = io.shapes.input(0);
         let (width, sequence) = (x.last(), x.dims()[1] * x.last());
         let Some(dx) = io.input_gradient(0) else { return };
+        let dx = dx.cleared();
         for (dx, dy) in dx.chunks_exact_mut(sequence).zip(io.gradient().chunks_exact(width)) {
             add_to(dy, &mut dx[sequence - width..]);
         }

@@ -63,14 +63,16 @@ impl Kernel for Linear {
         let dy = MatRef::new(io.gradient(), rows, outer);
         if let Some(dx) = io.input_gradient(0) {
             let w = MatRef::new(io.input(1), outer, inner);
-            product(MatMut::new(dx, rows, inner), T::ONE, dy, w, true, Threads::All);
+            let (dx, accumulate) = dx.into_parts();
+            product(MatMut::new(dx, rows, inner), T::ONE, dy, w, accumulate, Threads::All);
         }
         if let Some(dw) = io.input_gradient(1) {
             let x = MatRef::new(io.input(0), rows, inner);
-            product(MatMut::new(dw, outer, inner), T::ONE, dy.t(), x, true, Threads::All);
+            let (dw, accumulate) = dw.into_parts();
+            product(MatMut::new(dw, outer, inner), T::ONE, dy.t(), x, accumulate, Threads::All);
         }
         if let Some(db) = io.input_gradient(2) {
-            sum_rows(io.gradient(), outer, db, io.scratch);
+            sum_rows(io.gradient(), outer, db.cleared(), io.scratch);
         }
     }
 }

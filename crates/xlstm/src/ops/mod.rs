@@ -8,6 +8,8 @@
 use rayon::iter::Either;
 use rayon::prelude::*;
 
+use crate::engine::{Gradient, Scalar};
+
 pub mod activation;
 pub mod add;
 pub mod causal_conv;
@@ -31,13 +33,13 @@ pub use crate::marks::{IGNORE, PAD, RESET};
 
 /// The tiles of a gradient, `count` in all; where nobody asks for it, `count` times None.
 /// Operations that work out several gradients at once zip these.
-pub(crate) fn gradient_tiles<T: Send>(
-    gradient: Option<&mut [T]>,
+pub(crate) fn gradient_tiles<T: Scalar>(
+    gradient: Option<Gradient<'_, T>>,
     tile: usize,
     count: usize,
 ) -> impl IndexedParallelIterator<Item = Option<&mut [T]>> {
     match gradient {
-        Some(gradient) => Either::Left(gradient.par_chunks_mut(tile).map(Some)),
+        Some(gradient) => Either::Left(gradient.tiles(tile).map(Some)),
         None => Either::Right((0..count).into_par_iter().map(|_| None)),
     }
 }

@@ -111,7 +111,7 @@ impl Kernel for Norm {
         let offset = self.offset::<T>();
         let share = T::from_f64(1.0 / size as f64);
         if let Some(dx) = io.input_gradient(0) {
-            let tiles = dx.par_chunks_mut(width * TILE).zip(dy.par_chunks(width * TILE));
+            let tiles = dx.tiles(width * TILE).zip(dy.par_chunks(width * TILE));
             let tiles = tiles.zip(x.par_chunks(width * TILE)).zip(saved.par_chunks(2 * self.groups * TILE));
             tiles.for_each(|(((dx, dy), x), saved)| {
                 vectorize(
@@ -142,7 +142,7 @@ impl Kernel for Norm {
             reduce_tiles(
                 x.len() / width,
                 width,
-                dw,
+                dw.cleared(),
                 io.scratch,
                 #[inline(always)]
                 |rows, partial| {

@@ -114,7 +114,7 @@ impl Kernel for SkipGate {
             reduce_tiles(
                 dy.len() / width,
                 width,
-                ds,
+                ds.cleared(),
                 io.scratch,
                 #[inline(always)]
                 |rows, partial| {

@@ -100,6 +100,15 @@ pub(super) fn scale_rows<T: Scalar>(
     }
 }
 
+/// The rows of a column block side by side: at a stride of a few kilobytes, rows share so
+/// few lines of the cache that a product with the transpose takes twice as long.
+pub(super) fn dense<'w, T: Scalar>(from: MatRef<'_, T>, width: usize, to: &'w mut [T]) -> MatRef<'w, T> {
+    for (t, row) in to.chunks_exact_mut(width).enumerate() {
+        row.copy_from_slice(from.row(t));
+    }
+    MatRef::new(to, to.len() / width, width)
+}
+
 /// All tokens of one head.
 pub(super) fn forward<T: Scalar>(
     config: &MlstmConfig,
@@ -129,7 +138,8 @@ pub(super) fn forward<T: Scalar>(
             #[inline(always)]
             || chunk_gates(&input.log_i[start..end], &input.log_f[start..end], *out.m, &mut *work.gates),
         );
-        product(MatMut::new(scores, len, len), scale, q, k.t(), false, Threads::One);
+        let keys = dense(k, dqk, scaled);
+        product(MatMut::new(scores, len, len), scale, q, keys.t(), false, Threads::One);
         let denominators = &mut out.denominators[start..end];
         vectorize(
             #[inline(always)]

@@ -19,7 +19,7 @@
 //! The stabiliser cancels everywhere but in eps and in the last state; what is left walks
 //! back along its maxima ([`unwind_stabilizer`]).
 
-use super::chunkwise::{Work, chunk_gates, chunk_weights, scale_rows};
+use super::chunkwise::{Work, chunk_gates, chunk_weights, dense, scale_rows};
 use super::{HeadGradients, HeadInput, HeadSaved, MlstmConfig, chunk_end, inner, unwind_stabilizer};
 use crate::engine::Scalar;
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
@@ -34,7 +34,7 @@ pub(super) fn work_size<T: Scalar>(
 ) -> usize {
     let chunks = length.div_ceil(chunk) + resets;
     let state = dqk * dhv + dqk;
-    let pieces = chunk * (chunk + dqk + dhv) + 4 * chunk;
+    let pieces = chunk * (chunk + dqk + 2 * dhv) + 4 * chunk;
     Work::<T>::size(chunk, dqk) + pieces + chunks * state
 }
 
@@ -54,6 +54,7 @@ pub(super) fn backward<T: Scalar>(
     let (p, rest) = rest.split_at_mut(chunk * chunk);
     let (rows, rest) = rest.split_at_mut(chunk * dqk);
     let (dnum, rest) = rest.split_at_mut(chunk * dhv);
+    let (values, rest) = rest.split_at_mut(chunk * dhv);
     let (per_token, states) = rest.split_at_mut(4 * chunk);
 
     let starts = chunk_states(config, chunk, input, saved, &mut work, states);
@@ -82,7 +83,8 @@ pub(super) fn backward<T: Scalar>(
             #[inline(always)]
             || chunk_gates(&input.log_i[start..end], &input.log_f[start..end], m0, &mut *work.gates),
         );
-        product(MatMut::new(scores, len, len), scale, q, k.t(), false, Threads::One);
+        let keys = dense(k, dqk, scaled);
+        product(MatMut::new(scores, len, len), scale, q, keys.t(), false, Threads::One);
         vectorize(
             #[inline(always)]
             || {
@@ -119,7 +121,8 @@ pub(super) fn backward<T: Scalar>(
             true,
             Threads::One,
         );
-        product(MatMut::new(p, len, len), T::ONE, numerators, v.t(), false, Threads::One);
+        let values = dense(v, dhv, &mut values[..len * dhv]);
+        product(MatMut::new(p, len, len), T::ONE, numerators, values.t(), false, Threads::One);
         vectorize(
             #[inline(always)]
             || {

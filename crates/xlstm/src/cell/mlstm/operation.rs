@@ -11,7 +11,7 @@ use crate::engine::matrix::{MatMut, MatRef};
 use crate::engine::operation::{Backward, Forward, Kernel, Reads, scratch};
 use crate::engine::tape::{Ids, Tape, Var};
 use crate::engine::vector::vectorize;
-use crate::engine::{Scalar, Shape};
+use crate::engine::{Gradient, Scalar, Shape};
 use crate::error::{Error, Result};
 use crate::ops::{PAD, RESET};
 
@@ -309,9 +309,11 @@ impl Kernel for Mlstm {
             zeros
         });
         let blocks = |data, size| MatMut::new(data, batch * length, heads * size).blocks(length, size);
-        let dq = blocks(io.input_gradients[0].take().unwrap_or(spare_q), dqk);
-        let dk = blocks(io.input_gradients[1].take().unwrap_or(spare_k), dqk);
-        let dv = blocks(io.input_gradients[2].take().unwrap_or(spare_v), dhv);
+        let [dq, dk, dv] = [0, 1, 2].map(|i| io.input_gradients[i].take().map(Gradient::into_parts));
+        let (dq, keep_q) = dq.unwrap_or((spare_q, true));
+        let (dk, keep_k) = dk.unwrap_or((spare_k, true));
+        let (dv, keep_v) = dv.unwrap_or((spare_v, true));
+        let (dq, dk, dv) = (blocks(dq, dqk), blocks(dk, dqk), blocks(dv, dhv));
         dq.into_par_iter()
             .zip(dk)
             .zip(dv)
@@ -319,7 +321,12 @@ impl Kernel for Mlstm {
             .zip(dc.par_chunks_mut(dqk * dhv).zip(dn.par_chunks_mut(dqk)).zip(&mut *dm))
             .zip(work.par_chunks_mut(work_size))
             .enumerate()
-            .for_each(|(task, (((((dq, dk), dv), (di, df)), ((dc, dn), dm)), work))| {
+            .for_each(|(task, (((((mut dq, mut dk), mut dv), (di, df)), ((dc, dn), dm)), work))| {
+                for (block, keep) in [(&mut dq, keep_q), (&mut dk, keep_k), (&mut dv, keep_v)] {
+                    if !keep {
+                        block.fill(T::ZERO);
+                    }
+                }
                 let input = self.head_input(sizes, task, qkv, (log_i, log_f), marks);
                 let from = (task / heads) * length * heads * dhv + (task % heads) * dhv;
                 let saved = HeadSaved {
@@ -357,11 +364,12 @@ impl Kernel for Mlstm {
                     }
                 }
             });
-        let asked = (io.input_gradients[3].take(), io.input_gradients[4].take());
+        let [i, f] = [3, 4].map(|i| io.input_gradients[i].take().map(Gradient::cleared));
+        let asked = (i, f);
         self.add_gate_gradients(sizes, gates, marks, (di, df), asked);
         for (i, from) in [(C0, &*dc), (C0 + 1, &*dn), (C0 + 2, &*dm)] {
             if let Some(to) = io.input_gradients[i].take() {
-                for (to, from) in to.iter_mut().zip(from) {
+                for (to, from) in to.cleared().iter_mut().zip(from) {
                     *to += *from;
                 }
             }

@@ -9,7 +9,7 @@ use super::{
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
 use crate::engine::operation::scratch;
 use crate::engine::vector::{add_to, vectorize};
-use crate::engine::{Backward, Scalar};
+use crate::engine::{Backward, Gradient, Scalar};
 use crate::ops::TILE;
 
 /// What all tasks read.
@@ -52,7 +52,7 @@ pub(super) fn backward<T: Scalar>(operation: &Slstm, io: &mut Backward<'_, T>) {
     let record = io.output(LAST + parts);
     let (dh, marks) = (io.output_gradients[0], io.ids[0]);
 
-    let mut gradients = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].map(|i| io.input_gradient(i));
+    let mut gradients = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].map(|i| io.input_gradient(i).map(Gradient::cleared));
     let space = scratch(io.scratch, tasks * space_len(&layout));
     let inputs = Inputs { operation, layout, recurrent, record, dh, last_gradients, last, marks };
     let parallel = layout.work() >= PARALLEL_FROM;
