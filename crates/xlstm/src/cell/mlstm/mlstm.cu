@@ -268,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) mlstm_scores(
 /// C and n before every chunk, C' = e_L C + (w ∘ K)^T V, n' = e_L n + (w ∘ K)^T 1, and the last ones.
 /// grid (TV, TQ, B NH), block 256: a block walks one 64 x 64 tile of C along the sequence.
 /// Out: states, normals; C_last (B, NH, dqk, dhv), n_last (B, NH, dqk) or null.
-extern "C" __global__ void __launch_bounds__(THREADS) mlstm_states(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) mlstm_states(
     const element_t *k, const element_t *v, const float *w, const float *e, const float *C0, const float *n0,
     float *states, float *normals, float *C_last, float *n_last, int S, int NH, int dqk, int dhv
 ) {
@@ -507,7 +507,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) mlstm_backward_scores(
 /// those of the last state to those of the first; and C . dC + n . dn of both states, by tile.
 /// grid (TV, TQ, B NH), block 256. In: dC_last, dn_last (null: zero), C_last, n_last (forward's
 /// outputs; read where dC_last or dn_last is given), C0, n0 (null: zero). Added to: dC0, dn0.
-extern "C" __global__ void __launch_bounds__(THREADS) mlstm_backward_states(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) mlstm_backward_states(
     const element_t *q, const element_t *dh, const float *inverse, const float *dd, const float *e,
     const float *C0, const float *n0, const float *C_last, const float *n_last, const float *dC_last,
     const float *dn_last, float *dstates, float *dnormals, float *inner_last, float *inner_first, float *dC0,

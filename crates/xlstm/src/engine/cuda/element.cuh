@@ -1,8 +1,9 @@
 // What every kernel file starts with: it is put textually before each .cu file.
 //
 // Activations and their gradients are `element_t`: f32, or bf16 with -DELEMENT_BF16. Gate
-// pre-activations and their gradients are `gate_t`: f32, or bf16 with -DGATE_BF16. All
-// arithmetic, states, saved values and work space are f32.
+// pre-activations and their gradients are `gate_t`: f32, or bf16 with -DGATE_BF16. Parameters
+// are `weight_t`: f32, or bf16 with -DWEIGHT_BF16; their gradients are f32, as are all
+// arithmetic, states, saved values and work space.
 
 #define RESET 1u
 #define PAD 2u
@@ -27,6 +28,11 @@ typedef float element_t;
 typedef bf16_t gate_t;
 #else
 typedef float gate_t;
+#endif
+#ifdef WEIGHT_BF16
+typedef bf16_t weight_t;
+#else
+typedef float weight_t;
 #endif
 
 #define NEG_INFINITY __int_as_float(0xff800000)
