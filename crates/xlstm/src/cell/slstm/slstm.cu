@@ -10,7 +10,8 @@
 //              dR (4 DH, DH) += draw^T (4 DH, B S) before (B S, DH)
 //              with draw's rows NH 4 DH and before's rows NH DH apart
 //
-// Sizes: B sequences, S tokens >= 1, NH heads <= 65535, DH features a head, a multiple of 4.
+// Sizes: B sequences, S tokens >= 1, NH heads <= 65535, DH <= 1024 features a head (fastest as a
+// multiple of 4).
 // Blocks hold ROWS sequences (4, or -DROWS=1, 2, 8). Gates ~i, ~f, ~z, ~o and their gradients
 // (B, S, NH DH): gate_t. R (NH, 4 DH, DH), b (4, NH DH): weight_t. h, dh (B, S, NH DH): element_t.
 // States h, c, n, m and their gradients (B, NH DH): f32; initial ones null: zeros; an LSTM has no n
@@ -62,6 +63,14 @@ extern "C" __global__ void __launch_bounds__(256) slstm_transpose(const weight_t
 __device__ __forceinline__ void multiply(
     const float *x, int pitch, const weight_t *matrix, int width, int column, int count, float sum[ROWS]
 ) {
+    if (pitch % 4 || count % 4) {
+        for (int k = 0; k < count; k++) {
+            float m = load(matrix + (long long)k * width + column);
+#pragma unroll
+            for (int row = 0; row < ROWS; row++) sum[row] = fmaf(x[row * pitch + k], m, sum[row]);
+        }
+        return;
+    }
 #pragma unroll 2
     for (int k = 0; k < count; k += 4) {
         float m[4];
