@@ -10,7 +10,8 @@
 //              dR (4 DH, DH) += draw^T (4 DH, B S) before (B S, DH)
 //              with draw's rows NH 4 DH and before's rows NH DH apart
 //
-// Sizes: B sequences, S tokens >= 1, NH heads <= 65535, DH features a head, a multiple of 4.
+// Sizes: B sequences, S tokens >= 1, NH heads <= 65535, DH <= 1024 features a head (fastest as a
+// multiple of 4).
 // Blocks hold ROWS sequences (4, or -DROWS=1, 2, 8). Gates ~i, ~f, ~z, ~o and their gradients
 // (B, S, NH DH): gate_t. R (NH, 4 DH, DH), b (4, NH DH): weight_t. h, dh (B, S, NH DH): element_t.
 // States h, c, n, m and their gradients (B, NH DH): f32; initial ones null: zeros; an LSTM has no n
@@ -23,7 +24,7 @@
 // Work space: transposed (NH, DH, 4 DH): weight_t; draw (B, S, NH, 4, DH): f32.
 // flags: 1 sigmoid input gate, 2 exponential forget gate, 4 LSTM, 8 gradient cut, 16 R in shared
 // memory. Launch (forward and backward): grid (ceil(B / ROWS), NH), block
-// min(1024, 4 DH rounded up to 32), dynamic shared memory ROWS 32 DH + (flags & 16 ? 4 DH DH
+// min(1024, 4 DH rounded up to 32), dynamic shared memory ROWS 48 DH + (flags & 16 ? 4 DH DH
 // sizeof(weight_t) : 0) bytes, above 48 KB by the function's attribute.
 // Outputs are written whole, gradients added to what is there; null gradients are not wanted
 // (given: zero).
@@ -62,6 +63,14 @@ extern "C" __global__ void __launch_bounds__(256) slstm_transpose(const weight_t
 __device__ __forceinline__ void multiply(
     const float *x, int pitch, const weight_t *matrix, int width, int column, int count, float sum[ROWS]
 ) {
+    if (pitch % 4 || count % 4) {
+        for (int k = 0; k < count; k++) {
+            float m = load(matrix + (long long)k * width + column);
+#pragma unroll
+            for (int row = 0; row < ROWS; row++) sum[row] = fmaf(x[row * pitch + k], m, sum[row]);
+        }
+        return;
+    }
 #pragma unroll 2
     for (int k = 0; k < count; k += 4) {
         float m[4];
@@ -213,10 +222,9 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_backward(
     int flags
 ) {
     extern __shared__ __align__(16) float shared[];
-    // Carried: dh, dc, dn, g. The gates' gradients of a token; then, in their place, the product's
-    // four parts.
-    float *carry = shared, *raw = carry + ROWS * 4 * DH;
-    const weight_t *matrix = place(R, raw + ROWS * 4 * DH, DH, flags);
+    // Carried: dh, dc, dn, g. The gates' gradients of a token. Their product with R, in four parts.
+    float *carry = shared, *raw = carry + ROWS * 4 * DH, *product = raw + ROWS * 4 * DH;
+    const weight_t *matrix = place(R, product + ROWS * 4 * DH, DH, flags);
     int first = blockIdx.x * ROWS, head = blockIdx.y, width = NH * DH, column = head * DH;
     bool lstm = flags & LSTM;
     int parts = parts_of(flags);
@@ -287,24 +295,14 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_backward(
             out[3 * DH] = to[3 * DH] = d_o;
         }
         __syncthreads();
-        // Part g of the product, sum_d draw[g][d] R[g][d][k], in place of the four gates' gradients.
-        float sums[4][ROWS];
-        bool cut = flags & GRADIENT_CUT;
-        for (int pass = 0; pass < 4; pass++) {
-            int j = threadIdx.x + pass * blockDim.x;
+        // Part g of the product: sum_d draw[g][d] R[g][d][k].
+        for (int j = threadIdx.x; j < 4 * DH; j += blockDim.x) {
+            int gate = j / DH, k = j % DH;
+            float sum[ROWS] = {};
+            if (!(flags & GRADIENT_CUT))
+                multiply(raw + gate * DH, 4 * DH, matrix + (long long)gate * DH * DH, DH, k, DH, sum);
 #pragma unroll
-            for (int row = 0; row < ROWS; row++) sums[pass][row] = 0.0f;
-            if (j < 4 * DH && !cut) {
-                int gate = j / DH, k = j % DH;
-                multiply(raw + gate * DH, 4 * DH, matrix + (long long)gate * DH * DH, DH, k, DH, sums[pass]);
-            }
-        }
-        __syncthreads();
-        for (int pass = 0; pass < 4; pass++) {
-            int j = threadIdx.x + pass * blockDim.x;
-            if (j < 4 * DH)
-#pragma unroll
-                for (int row = 0; row < ROWS; row++) raw[row * 4 * DH + j] = sums[pass][row];
+            for (int row = 0; row < ROWS; row++) product[row * 4 * DH + j] = sum[row];
         }
         __syncthreads();
         for (int x = threadIdx.x; x < ROWS * DH; x += blockDim.x) {
@@ -312,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_backward(
             if (first + row >= B) continue;
             unsigned mark = marks ? marks[(long long)(first + row) * S + t] : 0u;
             float *mine = carry + row * 4 * DH + d;
-            const float *from = raw + row * 4 * DH + d;
+            const float *from = product + row * 4 * DH + d;
             float dh_before = mine[0] + (from[0] + from[DH] + from[2 * DH] + from[3 * DH]);
             if (mark & RESET) {
                 dh_before = mine[DH] = mine[2 * DH] = mine[3 * DH] = 0.0f;
