@@ -355,3 +355,23 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_bias(const float *draw,
         db[gate * NH * DH + head * DH + d] += sum;
     }
 }
+
+/// before (B, S, NH DH) = the h before each token, 0 at pads, from h and h0 (null: zeros). For a
+/// caller that did not save it. One thread an element; width: NH DH.
+extern "C" __global__ void slstm_before(
+    const element_t *h, const float *h0, const unsigned *marks, float *before, long long n, int S, int width
+) {
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    long long token = i / width, first = token / S * S;
+    int t = (int)(token - first), column = (int)(i - token * width);
+    unsigned mark = marks ? marks[token] : 0;
+    float value = 0.0f;
+    if (!(mark & (RESET | PAD))) {
+        int u = t - 1;
+        bool cleared = false;
+        for (; marks && u >= 0 && marks[first + u] & PAD; u--) cleared |= marks[first + u] & RESET;
+        if (!cleared) value = u >= 0 ? load(h + (first + u) * width + column) : h0 ? h0[token / S * width + column] : 0.0f;
+    }
+    before[i] = value;
+}

@@ -130,6 +130,13 @@ impl Gpu {
         Ok(count.map_err(|e| driver("count multiprocessors", e))? as usize)
     }
 
+    /// Bytes of shared memory that a block can have.
+    pub(crate) fn shared_memory(&self) -> Result<usize> {
+        let bytes =
+            self.context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
+        Ok(bytes.map_err(|e| driver("measure shared memory", e))? as usize)
+    }
+
     /// Makes the GPU the current one of this thread; every entry point calls it.
     pub(crate) fn enter(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|e| driver("enter the context", e))
@@ -222,6 +229,7 @@ impl Gpu {
         name: &'static str,
         grid: [usize; 3],
         block: [usize; 2],
+        shared: usize,
         arguments: &[Argument],
     ) -> Result<()> {
         if grid.contains(&0) {
@@ -232,6 +240,12 @@ impl Gpu {
                 .hint("use a smaller batch"));
         }
         let function = self.function(source, name)?;
+        if shared > SHARED_BY_DEFAULT {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function's module lives as long as self.
+            unsafe { result::function::set_function_attribute(function, attribute, shared as i32) }
+                .map_err(|e| driver(&format!("give {name} {shared} bytes of shared memory"), e))?;
+        }
         let mut words: Vec<u64> = arguments.iter().map(|a| a.word()).collect();
         let mut pointers: Vec<*mut c_void> =
             words.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect();
@@ -243,7 +257,7 @@ impl Gpu {
                 function,
                 (dims(grid[0]), dims(grid[1]), dims(grid[2])),
                 (dims(block[0]), dims(block[1]), 1),
-                0,
+                dims(shared),
                 self.raw_stream(),
                 &mut pointers,
             )
@@ -252,15 +266,16 @@ impl Gpu {
     }
 }
 
+/// Bytes of shared memory that a kernel gets without asking.
+const SHARED_BY_DEFAULT: usize = 48 << 10;
+
 /// A kernel argument.
 #[derive(Clone, Copy, Debug)]
 pub enum Argument {
-    /// A device pointer; 0 is null.
+    /// A device pointer, 0 is null; or a 64-bit integer.
     Pointer(u64),
     /// A 32-bit integer.
     Int(u32),
-    /// A 64-bit integer.
-    Long(u64),
     /// A 32-bit float.
     Float(f32),
 }
@@ -268,7 +283,7 @@ pub enum Argument {
 impl Argument {
     fn word(self) -> u64 {
         match self {
-            Argument::Pointer(x) | Argument::Long(x) => x,
+            Argument::Pointer(x) => x,
             Argument::Int(x) => u64::from(x),
             Argument::Float(x) => u64::from(x.to_bits()),
         }

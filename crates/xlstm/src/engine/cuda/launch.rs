@@ -76,7 +76,32 @@ impl Queue {
         block: usize,
         arguments: &[Argument],
     ) -> Result<()> {
-        self.gpu.launch(source, name, grid, [block, 1], arguments)
+        self.gpu.launch(source, name, grid, [block, 1], 0, arguments)
+    }
+
+    /// Launches a kernel on a grid of two-dimensional blocks.
+    pub(crate) fn launch_square(
+        &self,
+        source: &Source,
+        name: &'static str,
+        grid: [usize; 3],
+        block: [usize; 2],
+        arguments: &[Argument],
+    ) -> Result<()> {
+        self.gpu.launch(source, name, grid, block, 0, arguments)
+    }
+
+    /// Launches a kernel with bytes of dynamic shared memory.
+    pub(crate) fn launch_shared(
+        &self,
+        source: &Source,
+        name: &'static str,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        self.gpu.launch(source, name, grid, [block, 1], shared, arguments)
     }
 
     /// Launches a kernel with a thread an element, 256 a block.
@@ -87,7 +112,7 @@ impl Queue {
         n: usize,
         arguments: &[Argument],
     ) -> Result<()> {
-        self.gpu.launch(source, name, [n.div_ceil(256), 1, 1], [256, 1], arguments)
+        self.gpu.launch(source, name, [n.div_ceil(256), 1, 1], [256, 1], 0, arguments)
     }
 
     /// Queues a matrix product.
