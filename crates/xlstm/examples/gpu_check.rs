@@ -184,7 +184,10 @@ impl Table<'_> {
     fn row(&mut self, name: &str, error: f64, tolerance: f64, note: &str) {
         let passed = error <= tolerance;
         self.failures += usize::from(!passed);
-        println!("{name:<34} {error:>9.1e} {tolerance:>9.1e}  {}  {note}", if passed { "ok  " } else { "FAIL" });
+        println!(
+            "{name:<34} {error:>9.1e} {tolerance:>9.1e}  {}  {note}",
+            if passed { "ok  " } else { "FAIL" }
+        );
     }
 
     /// The GPU against the CPU in f64, and against itself.
@@ -199,7 +202,8 @@ impl Table<'_> {
                 };
                 let same = if first == second { "same bits" } else { "DIFFERENT BITS" };
                 self.failures += usize::from(first != second);
-                let note = format!("forward {:.0e}, backward {:.0e}, {same}", parts(0), parts(1).max(parts(2)));
+                let note =
+                    format!("forward {:.0e}, backward {:.0e}, {same}", parts(0), parts(1).max(parts(2)));
                 if parts(0).max(parts(1)).max(parts(2)) > tolerance {
                     for (i, kind) in ["output", "input gradient", "parameter gradient"].iter().enumerate() {
                         for (j, (t, g)) in truth[i].iter().zip(&first[i]).enumerate() {
@@ -221,7 +225,9 @@ fn marks(n: usize) -> Vec<u32> {
 fn operations(table: &mut Table<'_>) {
     const T: f64 = 2e-5;
     let new = Case::default;
-    table.compare("add", &new().input(&[3, 37, 50]).input(&[3, 37, 50]), T, &|t, v, _| Ok(vec![add(t, v[0], v[1])?]));
+    table.compare("add", &new().input(&[3, 37, 50]).input(&[3, 37, 50]), T, &|t, v, _| {
+        Ok(vec![add(t, v[0], v[1])?])
+    });
     for (rows, inner, outer) in [(130, 96, 64), (7, 5, 3), (512, 256, 384), (1, 33, 65)] {
         let case = new().input(&[2, rows, inner]).input(&[outer, inner]).input(&[outer]);
         let name = format!("linear {rows}x{inner}x{outer}");
@@ -235,13 +241,17 @@ fn operations(table: &mut Table<'_>) {
         table.compare(&name, &case, T, &|t, v, _| Ok(vec![headwise(t, v[0], v[1], Some(v[2]))?]));
     }
     let case = new().input(&[2, 70, 64]).input(&[2, 70, 33]).input(&[2, 70, 64]).input(&[4, 161]).input(&[4]);
-    table.compare("concat_linear", &case, T, &|t, v, _| Ok(vec![concat_linear(t, &v[..3], v[3], Some(v[4]))?]));
+    table.compare("concat_linear", &case, T, &|t, v, _| {
+        Ok(vec![concat_linear(t, &v[..3], v[3], Some(v[4]))?])
+    });
     for (kind, groups, width) in
         [(NormKind::Layer, 1, 96), (NormKind::Layer, 4, 256), (NormKind::RootMeanSquare, 3, 33)]
     {
         let options = Norm { kind, groups, eps: 1e-5, unit_offset: groups != 3 };
         let case = new().between(&[3, 67, width], -1.0, 3.0).input(&[width]);
-        table.compare(&format!("norm {kind:?} {groups}"), &case, T, &|t, v, _| Ok(vec![norm(t, v[0], v[1], options)?]));
+        table.compare(&format!("norm {kind:?} {groups}"), &case, T, &|t, v, _| {
+            Ok(vec![norm(t, v[0], v[1], options)?])
+        });
     }
     let case = new().input(&[2, 67, 150]).input(&[150]).input(&[2, 67, 150]).input(&[2, 67, 150]);
     table.compare("skip_gate", &case, T, &|t, v, _| Ok(vec![skip_gate(t, v[0], v[1], v[2], v[3])?]));
@@ -279,7 +289,9 @@ fn operations(table: &mut Table<'_>) {
 }
 
 fn cells(table: &mut Table<'_>) {
-    for (length, dqk, dhv, marked) in [(1, 16, 16, false), (70, 16, 24, true), (200, 64, 64, false), (130, 80, 96, true)] {
+    for (length, dqk, dhv, marked) in
+        [(1, 16, 16, false), (70, 16, 24, true), (200, 64, 64, false), (130, 80, 96, true)]
+    {
         let (batch, heads) = (2, 3);
         let mut case = Case::default()
             .input(&[batch, length, heads * dqk])
@@ -349,9 +361,15 @@ fn cells(table: &mut Table<'_>) {
 }
 
 fn golden_parts(table: &mut Table<'_>) -> Outcome<()> {
-    for name in
-        ["mlstm_layer", "mlstm_layer_bias", "slstm_layer", "slstm_layer_noconv", "mlstm_block", "slstm_block", "stack"]
-    {
+    for name in [
+        "mlstm_layer",
+        "mlstm_layer_bias",
+        "slstm_layer",
+        "slstm_layer_noconv",
+        "mlstm_block",
+        "slstm_block",
+        "stack",
+    ] {
         let golden = Golden::load(name);
         let config = golden_models::config(&golden.json["config"]["args"]);
         let mut b = Builder::new();
@@ -359,7 +377,8 @@ fn golden_parts(table: &mut Table<'_>) -> Outcome<()> {
         macro_rules! forward {
             ($part:expr) => {{
                 let part = $part;
-                Box::new(move |t: &mut Tape, x: Var| Ok(part.forward(t, x, None, &mut Context::default())?.0)) as Forward
+                Box::new(move |t: &mut Tape, x: Var| Ok(part.forward(t, x, None, &mut Context::default())?.0))
+                    as Forward
             }};
         }
         let forward = match golden.json["config"]["build"].as_str().unwrap_or_default() {
@@ -382,7 +401,12 @@ fn golden_parts(table: &mut Table<'_>) -> Outcome<()> {
         let x = distance(&inputs[0], &golden.values("grad.x"));
         let p = worst_gradient(&golden, &parameters, &gradients);
         let tolerance = (4.0 * golden.f32_error()).max(1e-5);
-        table.row(&format!("golden {name}"), y.max(x).max(p), tolerance, &format!("y {y:.0e}, dx {x:.0e}, dw {p:.0e}"));
+        table.row(
+            &format!("golden {name}"),
+            y.max(x).max(p),
+            tolerance,
+            &format!("y {y:.0e}, dx {x:.0e}, dw {p:.0e}"),
+        );
     }
     Ok(())
 }
@@ -426,7 +450,8 @@ fn golden_language_models(table: &mut Table<'_>) -> Outcome<()> {
         let ids = tape.ids(shape[0]);
         let layout = model.state_layout(shape[0]);
         let before: Vec<Var> = layout.iter().map(|(_, shape)| tape.input(shape.dims())).collect();
-        let (features, after) = model.features(&mut tape, ids, [shape[0], 1], Some(&before), &mut Context::default())?;
+        let (features, after) =
+            model.features(&mut tape, ids, [shape[0], 1], Some(&before), &mut Context::default())?;
         let logits = model.logits(&mut tape, features)?;
         after.iter().chain([&logits]).for_each(|&var| tape.keep(var));
         let mut executor = CudaExecutor::new(tape, Precision::F32, table.gpu)?;
@@ -512,7 +537,9 @@ fn golden_training(table: &mut Table<'_>) -> Outcome<()> {
         let (mut losses, mut norms) = (Vec::new(), Vec::new());
         for (i, data) in data.chunks(rows * (length + 1)).enumerate() {
             let part = |from: usize| -> Vec<u32> {
-                data.chunks(length + 1).flat_map(|row| row[from..from + length].iter().map(|x| *x as u32)).collect()
+                data.chunks(length + 1)
+                    .flat_map(|row| row[from..from + length].iter().map(|x| *x as u32))
+                    .collect()
             };
             training.executor.set_ids(training.tokens, &part(0))?;
             training.executor.set_ids(training.targets, &part(1))?;
@@ -543,6 +570,20 @@ fn golden_training(table: &mut Table<'_>) -> Outcome<()> {
         table.row(&format!("training 20 steps, {name}: end"), worst, 1.0, "in units of the bound");
         ends.push(end);
     }
+    // A gradient that is not finite changes nothing.
+    let mut training = Training::new(&model, [rows, length], table.gpu)?;
+    let mut parameters = CudaTensors::zeros(table.gpu, &layout)?;
+    let mut gradients = CudaTensors::zeros(table.gpu, &layout)?;
+    let mut spoiled = start.values.clone();
+    spoiled[0][0] = f32::INFINITY;
+    parameters.upload(&spoiled)?;
+    let mut optimizer = CudaOptimizer::new(table.gpu, model.specs(), options)?;
+    let mut step = CudaStep::new();
+    for _ in 0..3 {
+        step.run(&mut training.executor, &mut parameters, &mut gradients, &mut optimizer, 1e-3)?;
+    }
+    let untouched = parameters.download()? == spoiled && !optimizer.norm()?.is_finite();
+    table.row("infinite gradients change nothing", f64::from(u8::from(!untouched)), 0.0, "");
     table.row("captured and plain: same bits", f64::from(u8::from(ends[0] != ends[1])), 0.0, "");
     Ok(())
 }
@@ -604,6 +645,13 @@ fn times(table: &mut Table<'_>) -> Outcome<()> {
             training.executor.value(training.loss)?[0],
             training.executor.nodes(),
         );
+        let times = training.executor.profile(&parameters, &mut gradients)?;
+        let total: f64 = times.iter().map(|t| t.1 + t.2).sum();
+        print!("   node by node {total:.1} ms:");
+        for (name, forward, backward) in times.iter().take(9) {
+            print!(" {name} {forward:.2} + {backward:.2},");
+        }
+        println!();
     }
     Ok(())
 }

@@ -445,8 +445,7 @@ impl Kernel for CausalConv {
         let (blocks, tiles) = (width.div_ceil(256), length.div_ceil(CUDA_TOKENS));
         let du = io.queue.scratch(batch * length * width)?;
         let partials = io.queue.scratch(batch * tiles * (taps + 1) * width)?;
-        let arguments =
-            arguments![x, w, bias, window, marks, dy, du, partials, length, width, taps, silu];
+        let arguments = arguments![x, w, bias, window, marks, dy, du, partials, length, width, taps, silu];
         let grid = [blocks, tiles, batch];
         io.queue.launch(&SOURCE, "causal_conv_backward_taps", grid, 256, arguments)?;
         if let Some(dx) = dx {

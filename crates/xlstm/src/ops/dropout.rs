@@ -96,8 +96,7 @@ impl Dropout {
     fn launch(&self, queue: &Queue, seed: u64, x: u64, y: u64, n: usize, accumulate: bool) -> Result<()> {
         let threshold = (self.rate * 2f64.powi(32)) as u32;
         let kept = 1.0 / (1.0 - self.rate);
-        let arguments =
-            arguments![seed, x, y, n as u64, self.site, threshold, kept, u32::from(accumulate)];
+        let arguments = arguments![seed, x, y, n as u64, self.site, threshold, kept, u32::from(accumulate)];
         queue.launch_each(&SOURCE, "dropout", n, arguments)
     }
 }

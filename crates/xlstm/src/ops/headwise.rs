@@ -7,7 +7,9 @@
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
-use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, blas::Operand, blas::Product, launch::ROWS};
+use crate::engine::cuda::{
+    CudaBackward, CudaForward, Source, blas::Operand, blas::Product, context::arguments, launch::ROWS,
+};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
 use crate::engine::operation::{Backward, Forward, Kernel, Reads, scratch};
 use crate::engine::tape::{Tape, Var};

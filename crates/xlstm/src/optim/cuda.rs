@@ -87,12 +87,7 @@ impl CudaOptimizer {
     }
 
     /// Queues the norm and the update.
-    fn queue(
-        &self,
-        queue: &Queue,
-        parameters: &CudaTensors,
-        gradients: &CudaTensors,
-    ) -> Result<()> {
+    fn queue(&self, queue: &Queue, parameters: &CudaTensors, gradients: &CudaTensors) -> Result<()> {
         let total = gradients.layout().total();
         let tiles = total.div_ceil(NORM_TILE);
         let AdamWOptions { betas: [b1, b2], eps, clip, .. } = self.options;

@@ -1,7 +1,7 @@
 //! The mLSTM on a GPU: the launches of mlstm.cu, in its order and with its work space.
 
-use super::operation::Sizes;
 use super::MlstmConfig;
+use super::operation::Sizes;
 use crate::cell::{ForgetGate, InputGate};
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
 use crate::error::Result;
@@ -34,7 +34,25 @@ pub(super) fn forward(
     let queue = &mut *io.queue;
     if length == 1 {
         let arguments = arguments![
-            q, k, v, i, f, marks, c0, n0, m0, h, c, n, m, stabilizers, denominators, heads, dqk, dhv, flags,
+            q,
+            k,
+            v,
+            i,
+            f,
+            marks,
+            c0,
+            n0,
+            m0,
+            h,
+            c,
+            n,
+            m,
+            stabilizers,
+            denominators,
+            heads,
+            dqk,
+            dhv,
+            flags,
             eps
         ];
         return queue.launch(&SOURCE, "mlstm_step", [value_tiles, tasks, 1], 256, arguments);
@@ -46,16 +64,28 @@ pub(super) fn forward(
     let normals = queue.scratch(tasks * chunks * dqk)?;
     let arguments = arguments![i, f, marks, n0, m0, stabilizers, m, length, heads, dqk, flags];
     queue.launch(&SOURCE, "mlstm_gates", [tasks, 1, 1], 32, arguments)?;
-    let arguments = arguments![
-        q, k, i, f, marks, n0, m0, stabilizers, scores, w, e, length, heads, dqk, flags
-    ];
-    queue.launch(&SOURCE, "mlstm_scores", [chunks, tasks, 1], 256, arguments)?;
     let arguments =
-        arguments![k, v, w, e, c0, n0, states, normals, c, n, length, heads, dqk, dhv];
+        arguments![q, k, i, f, marks, n0, m0, stabilizers, scores, w, e, length, heads, dqk, flags];
+    queue.launch(&SOURCE, "mlstm_scores", [chunks, tasks, 1], 256, arguments)?;
+    let arguments = arguments![k, v, w, e, c0, n0, states, normals, c, n, length, heads, dqk, dhv];
     queue.launch(&SOURCE, "mlstm_states", [value_tiles, key_tiles, tasks], 256, arguments)?;
     let arguments = arguments![
-        q, v, marks, stabilizers, scores, e, states, normals, h, denominators, length, heads, dqk, dhv,
-        flags, eps
+        q,
+        v,
+        marks,
+        stabilizers,
+        scores,
+        e,
+        states,
+        normals,
+        h,
+        denominators,
+        length,
+        heads,
+        dqk,
+        dhv,
+        flags,
+        eps
     ];
     queue.launch(&SOURCE, "mlstm_outputs", [value_tiles, chunks, tasks], 256, arguments)
 }
@@ -102,23 +132,61 @@ pub(super) fn backward(
             zeros
         }
     };
-    let arguments = arguments![
-        h, dh, marks, stabilizers, denominators, inverse, dd, dm, length, heads, dhv, flags, eps
-    ];
+    let arguments =
+        arguments![h, dh, marks, stabilizers, denominators, inverse, dd, dm, length, heads, dhv, flags, eps];
     queue.launch(&SOURCE, "mlstm_backward_tokens", [(chunks * L).div_ceil(8), tasks, 1], 256, arguments)?;
     let arguments = arguments![
-        q, k, v, dh, i, f, marks, n0, m0, stabilizers, inverse, dd, scores, pairs, w, e, di, df, length,
-        heads, dqk, dhv, flags
+        q,
+        k,
+        v,
+        dh,
+        i,
+        f,
+        marks,
+        n0,
+        m0,
+        stabilizers,
+        inverse,
+        dd,
+        scores,
+        pairs,
+        w,
+        e,
+        di,
+        df,
+        length,
+        heads,
+        dqk,
+        dhv,
+        flags
     ];
     queue.launch(&SOURCE, "mlstm_backward_scores", [chunks, tasks, 1], 256, arguments)?;
     let none = None::<u64>;
-    let arguments =
-        arguments![k, v, w, e, c0, n0, states, normals, none, none, length, heads, dqk, dhv];
+    let arguments = arguments![k, v, w, e, c0, n0, states, normals, none, none, length, heads, dqk, dhv];
     let tiles = [value_tiles, key_tiles, tasks];
     queue.launch(&SOURCE, "mlstm_states", tiles, 256, arguments)?;
     let arguments = arguments![
-        q, dh, inverse, dd, e, c0, n0, c, n, dc, dn, dstates, dnormals, inner_last, inner_first, dc0, dn0,
-        length, heads, dqk, dhv
+        q,
+        dh,
+        inverse,
+        dd,
+        e,
+        c0,
+        n0,
+        c,
+        n,
+        dc,
+        dn,
+        dstates,
+        dnormals,
+        inner_last,
+        inner_first,
+        dc0,
+        dn0,
+        length,
+        heads,
+        dqk,
+        dhv
     ];
     queue.launch(&SOURCE, "mlstm_backward_states", tiles, 256, arguments)?;
     if let Some(dv) = dv {
@@ -126,15 +194,33 @@ pub(super) fn backward(
         queue.launch(&SOURCE, "mlstm_backward_values", [value_tiles, chunks, tasks], 256, arguments)?;
     }
     let arguments = arguments![
-        q, k, v, dh, inverse, dd, pairs, w, e, states, normals, dstates, dnormals, dq, dk, arriving,
-        leaving, crossing, length, heads, dqk, dhv
+        q, k, v, dh, inverse, dd, pairs, w, e, states, normals, dstates, dnormals, dq, dk, arriving, leaving,
+        crossing, length, heads, dqk, dhv
     ];
     queue.launch(&SOURCE, "mlstm_backward_keys", [key_tiles, chunks, tasks], 256, arguments)?;
     let arguments = arguments![arriving, leaving, crossing, di, df, key_tiles];
     queue.launch(&SOURCE, "mlstm_backward_gates", [chunks, tasks, 1], L, arguments)?;
     let arguments = arguments![
-        i, f, marks, n0, m0, stabilizers, dm, di, df, dm_last, inner_last, inner_first, di_out, df_out, dm0,
-        length, heads, dqk, flags, key_tiles * value_tiles
+        i,
+        f,
+        marks,
+        n0,
+        m0,
+        stabilizers,
+        dm,
+        di,
+        df,
+        dm_last,
+        inner_last,
+        inner_first,
+        di_out,
+        df_out,
+        dm0,
+        length,
+        heads,
+        dqk,
+        flags,
+        key_tiles * value_tiles
     ];
     queue.launch(&SOURCE, "mlstm_backward_unwind", [tasks, 1, 1], 32, arguments)
 }

@@ -6,13 +6,15 @@ use crate::cell::{ForgetGate, InputGate};
 use crate::engine::cuda::blas::{Operand, Product};
 use crate::engine::cuda::launch::Queue;
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 const SOURCE: Source = Source::new("slstm", include_str!("slstm.cu"));
 
 /// Sequences of a block: ROWS of slstm.cu.
 const ROWS: usize = 4;
 const R_SHARED: u32 = 16;
+/// The largest head that slstm.cu takes.
+const LARGEST: usize = 1024;
 
 /// Flags and bytes of shared memory.
 fn flags(slstm: &Slstm, dim: usize, queue: &Queue) -> Result<(u32, usize)> {
@@ -23,7 +25,15 @@ fn flags(slstm: &Slstm, dim: usize, queue: &Queue) -> Result<(u32, usize)> {
         | u32::from(config.gradient_cut) << 3;
     let (own, matrix) = (ROWS * 48 * dim, 16 * dim * dim);
     // A matrix that fits stays on chip for the whole sequence.
-    let fits = own + matrix <= queue.gpu().shared_memory()?;
+    let available = queue.gpu().shared_memory()?;
+    if dim > LARGEST || own > available {
+        return Err(Error::shape(format!(
+            "{} heads of {dim} features are too large for this GPU",
+            config.heads
+        ))
+        .hint("use more heads, or --device cpu"));
+    }
+    let fits = own + matrix <= available;
     Ok(if fits { (flags | R_SHARED, own + matrix) } else { (flags, own) })
 }
 
@@ -137,8 +147,7 @@ pub(super) fn backward(slstm: &Slstm, io: &mut CudaBackward<'_>) -> Result<()> {
     let Some(dr) = io.input_gradients[RECURRENT] else { return Ok(()) };
     let n = batch * steps * heads * dim;
     let before = io.queue.scratch(n)?;
-    let arguments =
-        arguments![io.outputs[0], state(0), io.ids[0], before, n as u64, steps, heads * dim];
+    let arguments = arguments![io.outputs[0], state(0), io.ids[0], before, n as u64, steps, heads * dim];
     io.queue.launch_each(&SOURCE, "slstm_before", n, arguments)?;
     io.queue.product(&Product {
         size: [4 * dim, dim, batch * steps],

@@ -132,8 +132,7 @@ impl Gpu {
 
     /// Bytes of shared memory that a block can have.
     pub(crate) fn shared_memory(&self) -> Result<usize> {
-        let bytes =
-            self.context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
+        let bytes = self.context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
         Ok(bytes.map_err(|e| driver("measure shared memory", e))? as usize)
     }
 
@@ -370,5 +369,18 @@ impl Drop for Buffer {
         let _ = self.gpu.synchronize();
         // SAFETY: allocated in `zeros`, freed once.
         let _ = unsafe { result::free_sync(self.pointer) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_without_a_gpu_gets_an_error_with_a_hint() {
+        // Where there is a GPU 99, or the libraries are all there, the message is another.
+        let error = Gpu::new(99).expect_err("no GPU 99");
+        assert_eq!(error.kind(), ErrorKind::Device);
+        assert!(error.hint_text().is_some(), "{error}");
     }
 }

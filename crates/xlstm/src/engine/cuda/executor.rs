@@ -1,11 +1,12 @@
 //! Replays a tape on a GPU: the twin of [`Executor`](crate::engine::Executor).
 
 use std::sync::Arc;
+use std::time::Instant;
 
+use super::Precision;
 use super::context::{Buffer, Gpu};
 use super::launch::{CudaBackward, CudaForward, Queue};
 use super::parameters::CudaTensors;
-use super::Precision;
 use crate::engine::operation::MAX_SLOTS;
 use crate::engine::plan::Plan;
 use crate::engine::tape::{Ids, Source, Tape, Var};
@@ -174,23 +175,7 @@ impl CudaExecutor {
     /// When a kernel cannot be compiled or launched.
     pub fn forward(&mut self, parameters: &CudaTensors) -> Result<()> {
         self.queue.gpu().enter()?;
-        for i in 0..self.tape.nodes.len() {
-            let node = &self.tape.nodes[i];
-            let mut inputs = [None; MAX_SLOTS];
-            let mut outputs = [0; MAX_SLOTS];
-            for (input, var) in inputs.iter_mut().zip(&node.inputs) {
-                *input = var.and_then(|var| self.read(var, parameters));
-            }
-            for (output, &var) in outputs.iter_mut().zip(&node.outputs) {
-                *output = self.value_pointer(var).unwrap_or(0);
-            }
-            let ids = self.ids_of(i);
-            self.queue.restart();
-            let mut io =
-                CudaForward { inputs, outputs, ids, shapes: &node.shapes, queue: &mut self.queue };
-            node.operation.forward_on_gpu(&mut io)?;
-        }
-        Ok(())
+        (0..self.tape.nodes.len()).try_for_each(|i| self.forward_node(i, parameters))
     }
 
     /// Queues every node backward, adding to `gradients`.
@@ -199,49 +184,109 @@ impl CudaExecutor {
     /// When a kernel cannot be compiled or launched.
     pub fn backward(&mut self, parameters: &CudaTensors, gradients: &mut CudaTensors) -> Result<()> {
         self.queue.gpu().enter()?;
-        for i in (0..self.tape.nodes.len()).rev() {
-            for &var in &self.plan.cleared[i] {
-                if let Some(slot) = self.plan.gradient[var] {
-                    self.queue.zero(self.slot(slot), self.tape.values[var].shape.len())?;
-                }
+        (0..self.tape.nodes.len()).rev().try_for_each(|i| self.backward_node(i, parameters, gradients))
+    }
+
+    /// Runs forward and backward node by node, each waited for; returns the operations with
+    /// their milliseconds forward and backward, the most expensive first. A wait costs some
+    /// ten microseconds, which small operations show.
+    ///
+    /// # Errors
+    /// When a kernel cannot be compiled or launched.
+    pub fn profile(
+        &mut self,
+        parameters: &CudaTensors,
+        gradients: &mut CudaTensors,
+    ) -> Result<Vec<(&'static str, f64, f64)>> {
+        let mut times: Vec<(&'static str, f64, f64)> = Vec::new();
+        let nodes = self.tape.nodes.len();
+        self.queue.gpu().synchronize()?;
+        for (i, is_forward) in (0..nodes).map(|i| (i, true)).chain((0..nodes).rev().map(|i| (i, false))) {
+            let start = Instant::now();
+            if is_forward {
+                self.forward_node(i, parameters)?;
+            } else {
+                self.backward_node(i, parameters, gradients)?;
             }
-            let node = &self.tape.nodes[i];
-            if node.outputs.iter().all(|v| self.plan.gradient[v.index()].is_none()) {
-                continue;
+            self.queue.gpu().synchronize()?;
+            let spent = start.elapsed().as_secs_f64() * 1e3;
+            let name = self.tape.nodes[i].operation.name();
+            let place = times.iter().position(|row| row.0 == name).unwrap_or_else(|| {
+                times.push((name, 0.0, 0.0));
+                times.len() - 1
+            });
+            if is_forward {
+                times[place].1 += spent;
+            } else {
+                times[place].2 += spent;
             }
-            let reads = node.operation.reads();
-            let (mut inputs, mut input_gradients) = ([None; MAX_SLOTS], [None; MAX_SLOTS]);
-            let (mut outputs, mut output_gradients) = ([0; MAX_SLOTS], [None; MAX_SLOTS]);
-            for (slot, var) in node.inputs.iter().enumerate() {
-                let Some(var) = *var else { continue };
-                if reads.inputs >> slot & 1 == 1 {
-                    inputs[slot] = self.read(var, parameters);
-                }
-                input_gradients[slot] = match self.tape.values[var.index()].source {
-                    Source::Parameter { index, offset } => Some(gradients.at(index, offset)),
-                    _ => self.gradient_pointer(var),
-                };
-            }
-            for (slot, &var) in node.outputs.iter().enumerate() {
-                if reads.outputs >> slot & 1 == 1 {
-                    outputs[slot] = self.value_pointer(var).unwrap_or(0);
-                }
-                output_gradients[slot] = self.gradient_pointer(var);
-            }
-            let ids = self.ids_of(i);
-            self.queue.restart();
-            let mut io = CudaBackward {
-                inputs,
-                outputs,
-                output_gradients,
-                input_gradients,
-                ids,
-                shapes: &node.shapes,
-                queue: &mut self.queue,
-            };
-            node.operation.backward_on_gpu(&mut io)?;
         }
-        Ok(())
+        times.sort_by(|a, b| (b.1 + b.2).total_cmp(&(a.1 + a.2)));
+        Ok(times)
+    }
+
+    fn forward_node(&mut self, i: usize, parameters: &CudaTensors) -> Result<()> {
+        let node = &self.tape.nodes[i];
+        let mut inputs = [None; MAX_SLOTS];
+        let mut outputs = [0; MAX_SLOTS];
+        for (input, var) in inputs.iter_mut().zip(&node.inputs) {
+            *input = var.and_then(|var| self.read(var, parameters));
+        }
+        for (output, &var) in outputs.iter_mut().zip(&node.outputs) {
+            *output = self.value_pointer(var).unwrap_or(0);
+        }
+        let ids = self.ids_of(i);
+        self.queue.restart();
+        let mut io = CudaForward { inputs, outputs, ids, shapes: &node.shapes, queue: &mut self.queue };
+        node.operation.forward_on_gpu(&mut io)
+    }
+
+    fn backward_node(
+        &mut self,
+        i: usize,
+        parameters: &CudaTensors,
+        gradients: &mut CudaTensors,
+    ) -> Result<()> {
+        for &var in &self.plan.cleared[i] {
+            if let Some(slot) = self.plan.gradient[var] {
+                self.queue.zero(self.slot(slot), self.tape.values[var].shape.len())?;
+            }
+        }
+        let node = &self.tape.nodes[i];
+        if node.outputs.iter().all(|v| self.plan.gradient[v.index()].is_none()) {
+            return Ok(());
+        }
+        let reads = node.operation.reads();
+        let (mut inputs, mut input_gradients) = ([None; MAX_SLOTS], [None; MAX_SLOTS]);
+        let (mut outputs, mut output_gradients) = ([0; MAX_SLOTS], [None; MAX_SLOTS]);
+        for (slot, var) in node.inputs.iter().enumerate() {
+            let Some(var) = *var else { continue };
+            if reads.inputs >> slot & 1 == 1 {
+                inputs[slot] = self.read(var, parameters);
+            }
+            input_gradients[slot] = match self.tape.values[var.index()].source {
+                Source::Parameter { index, offset } => Some(gradients.at(index, offset)),
+                _ => self.gradient_pointer(var),
+            };
+        }
+        for (slot, &var) in node.outputs.iter().enumerate() {
+            if reads.outputs >> slot & 1 == 1 {
+                outputs[slot] = self.value_pointer(var).unwrap_or(0);
+            }
+            output_gradients[slot] = self.gradient_pointer(var);
+        }
+        let ids = self.ids_of(i);
+        self.queue.restart();
+        let mut io = CudaBackward {
+            inputs,
+            outputs,
+            output_gradients,
+            input_gradients,
+            ids,
+            shapes: &node.shapes,
+            queue: &mut self.queue,
+        };
+        node.operation.backward_on_gpu(&mut io)
     }
 
     fn read(&self, var: Var, parameters: &CudaTensors) -> Option<u64> {

@@ -133,12 +133,7 @@ impl Queue {
 
     /// sums (width) += the sum of `parts` rows (parts, width), in order.
     pub(crate) fn add_parts(&self, parts: u64, count: usize, width: usize, sums: u64) -> Result<()> {
-        self.launch_each(
-            &REDUCE,
-            "add_parts",
-            width,
-            super::context::arguments![parts, sums, count, width],
-        )
+        self.launch_each(&REDUCE, "add_parts", width, super::context::arguments![parts, sums, count, width])
     }
 
     /// sums (width) += the sum over the rows of x (rows, width), in fixed tiles.
