@@ -26,6 +26,7 @@ enum Verb {
     Eval(verbs::eval::EvalArgs),
     Generate(verbs::generate::GenerateArgs),
     Inspect(verbs::inspect::InspectArgs),
+    Bench(verbs::bench::BenchArgs),
     Doctor(verbs::doctor::DoctorArgs),
 }
 
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Verb::Eval(args) => verbs::eval::run(&args),
         Verb::Generate(args) => verbs::generate::run(&args),
         Verb::Inspect(args) => verbs::inspect::run(&args),
+        Verb::Bench(args) => verbs::bench::run(&args),
         Verb::Doctor(args) => verbs::doctor::run(&args),
     };
     match done {
@@ -69,6 +71,7 @@ mod tests {
             "xlstm generate --model runs/1 --prompt-ids 1,2,3 --state-in a --state-out b --json",
             "xlstm inspect --model runs/1",
             "xlstm inspect shakespeare",
+            "xlstm bench train --preset lm-mlstm-128 --threads 2 --json",
             "xlstm doctor",
         ] {
             Cli::try_parse_from(line.split(' ')).unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -87,6 +90,9 @@ mod tests {
             "xlstm generate --model m --prompt-ids 1,x",
             "xlstm generate --model m --prompt a --top-p 1.5",
             "xlstm generate --model m --prompt a --temperature -1",
+            "xlstm bench",
+            "xlstm bench train --preset gpt-5",
+            "xlstm bench train --preset lm-mlstm-128 --steps 0",
             "xlstm inspect",
             "xlstm inspect shakespeare --model m",
         ] {

@@ -87,6 +87,12 @@ impl Error {
         self
     }
 
+    /// The same error with this hint where it has none.
+    #[must_use]
+    pub(crate) fn or_hint(self, hint: &str) -> Self {
+        if self.hint.is_some() { self } else { self.hint(hint) }
+    }
+
     /// The class of the error.
     pub fn kind(&self) -> ErrorKind {
         self.kind

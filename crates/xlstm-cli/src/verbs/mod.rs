@@ -1,5 +1,6 @@
 //! One file per verb: its arguments and `run`.
 
+pub mod bench;
 pub mod doctor;
 pub mod eval;
 pub mod generate;

@@ -46,7 +46,11 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             let config = load_config(name_or_path, &args.sets)?;
             let texts = Texts::load(&config.data, SHAKESPEARE)?;
             texts.vocabulary(config.model.vocab_size)?;
-            return train_in(args, config, texts, &next_numbered_folder(&args.out)?);
+            let folder = next_numbered_folder(&args.out)?;
+            return train_in(args, config, texts, &folder).inspect_err(|_| {
+                // Of a run that could not start nothing is left: only empty folders go.
+                let _ = fs::remove_dir(&folder).and_then(|()| fs::remove_dir(&args.out));
+            });
         }
         (None, Some(folder)) => (resumed(folder, args)?, folder),
         (None, None) => return Err(Error::config("there is neither a configuration nor a run to resume")),

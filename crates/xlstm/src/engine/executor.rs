@@ -5,7 +5,8 @@ use super::operation::{Backward, Element, Forward, MAX_SLOTS};
 use super::plan::Plan;
 use super::tape::{Ids, Source, Tape, Var};
 
-/// A tape with its buffers. Replaying allocates nothing once the work space has grown.
+/// A tape with its buffers. Replaying keeps no new memory once the work space has grown; the
+/// packing buffers of a matrix product live as long as the product.
 #[derive(Debug)]
 pub struct Executor<T> {
     tape: Tape,

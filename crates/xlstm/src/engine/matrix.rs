@@ -120,7 +120,9 @@ impl<'a, T: Scalar> MatMut<'a, T> {
     /// The matrix cut into blocks of `rows` x `columns`, row blocks outermost: for
     /// (batch x length, heads x size) data, one block a (sequence, head).
     pub fn blocks(self, rows: usize, columns: usize) -> Vec<MatMut<'a, T>> {
-        assert!(rows > 0 && columns > 0 && self.rows % rows == 0 && self.columns % columns == 0);
+        assert!(
+            rows > 0 && columns > 0 && self.rows.is_multiple_of(rows) && self.columns.is_multiple_of(columns)
+        );
         let mut blocks = Vec::with_capacity((self.rows / rows) * (self.columns / columns));
         for i in (0..self.rows).step_by(rows) {
             for j in (0..self.columns).step_by(columns) {

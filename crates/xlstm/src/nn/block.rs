@@ -21,6 +21,8 @@ pub struct Block {
     layer: Layer,
 }
 
+// One a block: its size does not matter.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Layer {
     Mlstm(MlstmLayer),

@@ -1,4 +1,5 @@
 //! Training: the configuration of a run, its records and what it reports while it runs.
+pub mod bench;
 pub mod config;
 pub mod curve;
 pub mod load;

@@ -303,8 +303,9 @@ fn mark(marks: &[u32], layout: &Layout, task: usize, row: usize, t: usize) -> u3
     marks.get((layout.first_row(task) + row) * layout.steps + t).copied().unwrap_or(0)
 }
 
+/// A pad is no token, so that it starts no document either.
 fn is_reset(mark: u32) -> bool {
-    mark & RESET != 0
+    mark & (RESET | PAD) == RESET
 }
 
 fn is_pad(mark: u32) -> bool {
