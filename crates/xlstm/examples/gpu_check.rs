@@ -57,6 +57,9 @@ struct Case {
     seeds: Option<Vec<Vec<f64>>>,
 }
 
+/// A tape, its inputs and ids, and the outputs that count.
+type Recorded = (Tape, Vec<Var>, Vec<Ids>, Vec<Var>);
+
 /// Outputs, gradients of the inputs, gradients of the parameters.
 type Tensors = [Vec<Vec<f64>>; 3];
 
@@ -81,7 +84,7 @@ impl Case {
         self
     }
 
-    fn tape(&self, record: Record<'_>) -> xlstm::Result<(Tape, Vec<Var>, Vec<Ids>, Vec<Var>)> {
+    fn tape(&self, record: Record<'_>) -> xlstm::Result<Recorded> {
         let mut tape = Tape::new(Mode::Train);
         let vars: Vec<Var> =
             self.inputs.iter().map(|(shape, _)| tape.input_with_gradient(Shape::from(&shape[..]))).collect();
