@@ -24,6 +24,8 @@ pub enum ErrorKind {
     NonFinite,
     /// The operating system refused a read or a write.
     Io,
+    /// A GPU that is missing, too old, or that failed.
+    Device,
     /// The run was asked to stop (Ctrl-C).
     Interrupted,
 }

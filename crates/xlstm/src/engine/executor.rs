@@ -30,7 +30,7 @@ pub struct Culprit {
 impl<T: Element> Executor<T> {
     /// Plans and allocates the buffers of `tape`.
     pub fn new(tape: Tape) -> Executor<T> {
-        let plan = Plan::new(&tape);
+        let plan = Plan::new(&tape, |value| value.shape.len());
         let slots = plan.slots.iter().map(|&len| vec![T::ZERO; len]).collect();
         let ids = tape.ids.iter().map(|&len| vec![0; len]).collect();
         Executor { tape, plan, slots, ids, scratch: Vec::new() }

@@ -21,6 +21,8 @@
 
 mod chunkwise;
 mod chunkwise_backward;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod operation;
 mod parallel;
 mod recurrent;
