@@ -15,8 +15,8 @@
 // Blocks hold ROWS sequences (4, or -DROWS=1, 2, 8). Gates ~i, ~f, ~z, ~o and their gradients
 // (B, S, NH DH): gate_t. R (NH, 4 DH, DH), b (4, NH DH): weight_t. h, dh (B, S, NH DH): element_t.
 // States h, c, n, m and their gradients (B, NH DH): f32; initial ones null: zeros; an LSTM has no n
-// and m (null). marks (B, S) u32 or null: at RESET the state is zero before the token (also at a
-// pad), a PAD passes it on. Saved in training, f32, else null:
+// and m (null). marks (B, S) u32 or null: at RESET the state is zero before the token, a PAD
+// passes it on, and a reset on it counts for nothing. Saved in training, f32, else null:
 //   before (B, S, NH, DH)           h_{t-1} of each token, 0 at pads
 //   record (B, S, NH, PARTS, DH)    sLSTM (PARTS 8): c_{t-1}, n_{t-1}, i', f', tanh ~z, sigmoid ~o,
 //                                   d log f / d ~f, d log i / d ~i
@@ -41,6 +41,9 @@
 __device__ __forceinline__ int parts_of(int flags) { return flags & LSTM ? 5 : 8; }
 /// 1 at most; a NaN stays.
 __device__ __forceinline__ float at_most_one(float x) { return x > 1.0f ? 1.0f : x; }
+
+/// Whether the state is zero before a token with this mark.
+__device__ __forceinline__ bool resets(unsigned mark) { return (mark & (RESET | PAD)) == RESET; }
 
 /// R of each head (4 DH, DH) -> (DH, 4 DH).
 /// grid (ceil(DH / 32), ceil(4 DH / 32), NH), block (32, 8).
@@ -118,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_forward(
         mine[0] = given && c0 ? c0[at] : 0.0f;
         mine[DH] = given && n0 ? n0[at] : 0.0f;
         mine[2 * DH] = given && m0 ? m0[at] : 0.0f;
-        if (given && marks && marks[(long long)(first + row) * S] & RESET) hidden[x] = 0.0f;
+        if (given && marks && resets(marks[(long long)(first + row) * S])) hidden[x] = 0.0f;
     }
     __syncthreads();
     for (int t = 0; t < S; t++) {
@@ -141,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_forward(
             long long token = (long long)(first + row) * S + t;
             unsigned mark = marks ? marks[token] : 0u, next = marks && t + 1 < S ? marks[token + 1] : 0u;
             float *mine = state + row * 3 * DH + d;
-            if (mark & RESET) mine[0] = mine[DH] = mine[2 * DH] = 0.0f;
+            if (resets(mark)) mine[0] = mine[DH] = mine[2 * DH] = 0.0f;
             float h_before = hidden[x], c_before = mine[0], n_before = mine[DH], m_before = mine[2 * DH];
             float *saved = record + (token * NH + head) * parts * DH + d;
             if (mark & PAD) {
@@ -203,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_forward(
                 }
             }
             // The next token's product reads it.
-            if (next & RESET) hidden[x] = 0.0f;
+            if (resets(next)) hidden[x] = 0.0f;
         }
         __syncthreads();
     }
@@ -312,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_backward(
             float *mine = carry + row * 4 * DH + d;
             const float *from = product + row * 4 * DH + d;
             float dh_before = mine[0] + (from[0] + from[DH] + from[2 * DH] + from[3 * DH]);
-            if (mark & RESET) {
+            if (resets(mark)) {
                 dh_before = mine[DH] = mine[2 * DH] = mine[3 * DH] = 0.0f;
             } else if (clip >= 0.0f && !(mark & PAD)) {
                 dh_before = fminf(clip, fmaxf(-clip, dh_before));
@@ -369,9 +372,8 @@ extern "C" __global__ void slstm_before(
     float value = 0.0f;
     if (!(mark & (RESET | PAD))) {
         int u = t - 1;
-        bool cleared = false;
-        for (; marks && u >= 0 && marks[first + u] & PAD; u--) cleared |= marks[first + u] & RESET;
-        if (!cleared) value = u >= 0 ? load(h + (first + u) * width + column) : h0 ? h0[token / S * width + column] : 0.0f;
+        while (marks && u >= 0 && marks[first + u] & PAD) u--;
+        value = u >= 0 ? load(h + (first + u) * width + column) : h0 ? h0[token / S * width + column] : 0.0f;
     }
     before[i] = value;
 }
