@@ -113,6 +113,39 @@ impl Drop for Reporter {
     }
 }
 
+/// The share done of something that takes a while: a live line on a terminal, nothing elsewhere.
+pub struct Meter(Option<ProgressBar>);
+
+impl Meter {
+    /// A meter at 0 that says what is being done.
+    pub fn new(what: &'static str) -> Self {
+        Meter(io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(Some(1000), ProgressDrawTarget::stderr());
+            if let Ok(style) =
+                ProgressStyle::with_template("{bar:16.cyan/black.bright} {percent}%  {msg}  {eta} left")
+            {
+                bar.set_style(style.progress_chars("━╸━"));
+            }
+            bar.with_message(what)
+        }))
+    }
+
+    /// Sets the share done, from 0 to 1.
+    pub fn set(&mut self, share: f64) {
+        if let Some(bar) = &self.0 {
+            bar.set_position((share * 1000.0) as u64);
+        }
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
 /// The numbers of a step, the same in both kinds of line.
 fn numbers(progress: &Progress) -> String {
     format!(

@@ -24,6 +24,8 @@ pub enum ErrorKind {
     NonFinite,
     /// The operating system refused a read or a write.
     Io,
+    /// A GPU that is missing, too old, or that failed.
+    Device,
     /// The run was asked to stop (Ctrl-C).
     Interrupted,
 }
@@ -83,6 +85,12 @@ impl Error {
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
+    }
+
+    /// The same error with this hint where it has none.
+    #[must_use]
+    pub(crate) fn or_hint(self, hint: &str) -> Self {
+        if self.hint.is_some() { self } else { self.hint(hint) }
     }
 
     /// The class of the error.

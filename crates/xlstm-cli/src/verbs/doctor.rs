@@ -30,9 +30,20 @@ pub fn run(_args: &DoctorArgs) -> Result<()> {
     line("features", &cpu_features());
     line("threads", &threads());
     line("memory", &memory(Path::new("/proc/meminfo")));
-    line("cargo features", "none (this version has no optional ones)");
+    line("cargo features", if cfg!(feature = "cuda") { "cuda" } else { "none (cuda is optional)" });
+    #[cfg(feature = "cuda")]
+    line("gpu", &gpu());
     line("current folder", &current_folder());
     output::data(&report)
+}
+
+/// The first GPU, or why there is none.
+#[cfg(feature = "cuda")]
+fn gpu() -> String {
+    match xlstm::engine::cuda::Gpu::new(0) {
+        Ok(gpu) => format!("{}, {}", gpu.name(), gpu.architecture()),
+        Err(error) => format!("{error} ({})", error.hint_text().unwrap_or("no hint")),
+    }
 }
 
 /// The operating system's name, version and architecture.

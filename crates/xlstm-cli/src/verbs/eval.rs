@@ -2,10 +2,17 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
-use xlstm::Result;
+use std::sync::Arc;
 
-use super::not_linked;
+use clap::Args;
+use xlstm::data::{Corpus, read_text};
+use xlstm::engine::Device;
+use xlstm::eval::{Reading, evaluate};
+use xlstm::folder::ModelFolder;
+use xlstm::{Error, Result};
+
+use crate::output;
+use crate::progress::Meter;
 
 /// Measure a model's loss on a text: nats a token, perplexity, bits a byte.
 #[derive(Debug, Args)]
@@ -22,12 +29,46 @@ pub struct EvalArgs {
     /// Start from an empty state every N tokens (default: the state is carried over the whole file)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub window: Option<u64>,
+    /// CPU threads; 0 = all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
 }
 
 /// Runs the verb.
 ///
 /// # Errors
 /// Those of reading the model and the text.
-pub fn run(_args: &EvalArgs) -> Result<()> {
-    Err(not_linked("evaluation"))
+pub fn run(args: &EvalArgs) -> Result<()> {
+    let folder = ModelFolder::load(&args.model)?;
+    let text = read_text(&args.data)?;
+    let corpus = Arc::new(Corpus::from_texts(&[text], folder.tokenizer()?)?);
+    let device = Device::cpu(args.threads)?;
+    let reading = match args.window {
+        Some(window) => Reading::Windows(usize::try_from(window).unwrap_or(usize::MAX)),
+        None => Reading::Whole,
+    };
+    let mut meter = Meter::new("evaluating");
+    let report =
+        evaluate(&folder.model, &folder.parameters, &corpus, reading, &device, |share| meter.set(share))?;
+    drop(meter);
+    if args.json {
+        let json = serde_json::to_string(&report).map_err(|e| Error::data(e.to_string()))?;
+        return output::data(&(json + "\n"));
+    }
+    output::data(&format!(
+        "loss              {:.4} nats a token\n\
+         token perplexity  {:.3}\n\
+         word perplexity   {:.2}\n\
+         bits per byte     {:.4}\n\
+         tokens            {}\n\
+         words             {}\n\
+         bytes             {}\n",
+        report.loss,
+        report.token_perplexity,
+        report.word_perplexity,
+        report.bits_per_byte,
+        report.tokens,
+        report.words,
+        report.bytes
+    ))
 }

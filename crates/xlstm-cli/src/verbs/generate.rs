@@ -1,11 +1,18 @@
 //! `xlstm generate`: a model's continuation of a prompt or of a saved state.
 
 use std::path::PathBuf;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use clap::{ArgGroup, Args};
-use xlstm::Result;
+use serde::Serialize;
+use xlstm::engine::Device;
+use xlstm::folder::ModelFolder;
+use xlstm::generate::{Sampler, Sampling, Session};
+use xlstm::model::Runner;
+use xlstm::text::Tokenizer;
+use xlstm::{Error, Result};
 
-use super::not_linked;
+use crate::output;
 
 /// Continue a prompt; the text goes to stdout as it arises.
 #[derive(Debug, Args)]
@@ -44,14 +51,100 @@ pub struct GenerateArgs {
     /// Print one JSON object at the end instead of the text as it arises
     #[arg(long)]
     pub json: bool,
+    /// CPU threads; 0 = all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+}
+
+/// The `--json` object.
+#[derive(Serialize)]
+struct Generated {
+    prompt_ids: Vec<u32>,
+    ids: Vec<u32>,
+    /// Absent where the model has no tokenizer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<String>,
+    finish_reason: &'static str,
 }
 
 /// Runs the verb.
 ///
 /// # Errors
 /// Those of reading the model and the state, and of the prompt's tokens.
-pub fn run(_args: &GenerateArgs) -> Result<()> {
-    Err(not_linked("generation"))
+pub fn run(args: &GenerateArgs) -> Result<()> {
+    let folder = ModelFolder::load(&args.model)?;
+    let prompt_ids = match &args.prompt {
+        Some(prompt) => folder.tokenizer()?.encode(prompt)?,
+        None => args.prompt_ids.clone(),
+    };
+    let fingerprint = folder.fingerprint();
+    let runner = Runner::new(folder.model.clone(), folder.parameters.clone(), Device::cpu(args.threads)?);
+    let mut session = match &args.state_in {
+        Some(path) => Session::load(runner, path, &fingerprint)?,
+        None => Session::new(runner),
+    };
+    let started = Instant::now();
+    session.read(&prompt_ids)?;
+    let prefill = started.elapsed().as_secs_f64();
+
+    let vocabulary =
+        folder.tokenizer.as_ref().map_or(folder.model.config().vocab_size, Tokenizer::vocabulary_size);
+    let seed = args.seed.unwrap_or_else(fresh_seed);
+    let sampling = Sampling {
+        temperature: args.temperature,
+        top_k: args.top_k.map(|k| usize::try_from(k).unwrap_or(usize::MAX)),
+        top_p: args.top_p,
+    };
+    let mut sampler = Sampler::new(sampling, vocabulary, seed);
+    let end = folder.tokenizer.as_ref().and_then(Tokenizer::end_of_text);
+    let mut decoder = folder.tokenizer.as_ref().map(Tokenizer::decoder);
+    let mut ids = Vec::new();
+    if !args.json {
+        output::data(args.prompt.as_deref().unwrap_or_default())?;
+    }
+    let started = Instant::now();
+    let finish = session.generate(args.tokens, &mut sampler, end, |id| {
+        ids.push(id);
+        match &mut decoder {
+            _ if args.json => {}
+            Some(decoder) => output::data(&decoder.push(id)?)?,
+            None => output::data(&format!("{id} "))?,
+        }
+        Ok(true)
+    })?;
+    let decode = started.elapsed().as_secs_f64();
+    if args.json {
+        let text = folder.tokenizer.as_ref().map(|tokenizer| tokenizer.decode(&ids)).transpose()?;
+        let generated = Generated {
+            prompt_ids: prompt_ids.clone(),
+            ids: ids.clone(),
+            text,
+            finish_reason: finish.name(),
+        };
+        output::data(&(serde_json::to_string(&generated).map_err(|e| Error::data(e.to_string()))? + "\n"))?;
+    } else {
+        let rest = decoder.map(|mut decoder| decoder.finish()).unwrap_or_default();
+        output::data(&format!("{rest}\n"))?;
+    }
+    if let Some(path) = &args.state_out {
+        session.save(path, &fingerprint)?;
+        output::note(&format!("state after {} tokens: {}", session.state().tokens(), path.display()));
+    }
+    let speed = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);
+    output::note(&format!(
+        "prefill {} tokens at {:.0} tokens/s, decode {} tokens at {:.0} tokens/s, seed {seed}",
+        prompt_ids.len(),
+        speed(prompt_ids.len(), prefill),
+        ids.len(),
+        speed(ids.len(), decode)
+    ));
+    Ok(())
+}
+
+/// A seed that differs from call to call, small enough to type.
+fn fresh_seed() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.as_nanos() as u64 % 1_000_000_007
 }
 
 fn temperature(text: &str) -> std::result::Result<f64, String> {

@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use xlstm::Result;
+use xlstm::folder::ModelFolder;
+use xlstm::model::BlockKind;
+use xlstm::state::State;
+use xlstm::{Error, Result};
 
-use super::not_linked;
 use crate::builtin::load_config;
 use crate::output;
 
@@ -28,8 +30,44 @@ pub struct InspectArgs {
 /// # Errors
 /// Those of the configuration or of reading the model.
 pub fn run(args: &InspectArgs) -> Result<()> {
-    match &args.config {
-        Some(config) => output::data(&load_config(config, &args.sets)?.to_yaml()?),
-        None => Err(not_linked("inspecting a model folder")),
+    match (&args.config, &args.model) {
+        (Some(config), _) => output::data(&load_config(config, &args.sets)?.to_yaml()?),
+        (None, Some(path)) => output::data(&describe(&ModelFolder::load(path)?)?),
+        (None, None) => Err(Error::config("there is neither a configuration nor a model to inspect")),
     }
+}
+
+/// Configuration, parameters, state and cost of a model.
+fn describe(folder: &ModelFolder) -> Result<String> {
+    let model = &folder.model;
+    let kinds = model.config().block_kinds();
+    let slstm = kinds.iter().filter(|kind| **kind == BlockKind::Slstm).count();
+    let state = State::<f32>::empty(&model.state_layout(1));
+    let tokenizer = match &folder.tokenizer {
+        Some(tokenizer) => format!("{}, {} tokens", tokenizer.kind(), tokenizer.vocabulary_size()),
+        None => "none".into(),
+    };
+    let mut text = format!(
+        "folder        {}\n\
+         blocks        {} mLSTM, {slstm} sLSTM\n\
+         parameters    {}\n\
+         state         {} bytes a sequence, whatever its length\n\
+         forward       {:.3} MFLOP a token\n\
+         training      {:.3} MFLOP a token\n\
+         tokenizer     {tokenizer}\n\
+         fingerprint   {}\n\n",
+        folder.path.display(),
+        kinds.len() - slstm,
+        folder.parameters.count(),
+        state.bytes(),
+        model.flops_per_token() as f64 / 1e6,
+        3.0 * model.flops_per_token() as f64 / 1e6,
+        folder.fingerprint()
+    );
+    let config = serde_json::to_string_pretty(model.config()).map_err(|e| Error::config(e.to_string()))?;
+    text += &format!("{config}\n\n");
+    for spec in model.specs().iter() {
+        text += &format!("{:<64} {:?}{}\n", spec.name, spec.shape, if spec.decay { "  decays" } else { "" });
+    }
+    Ok(text)
 }

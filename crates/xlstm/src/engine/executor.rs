@@ -5,7 +5,8 @@ use super::operation::{Backward, Element, Forward, Gradient, MAX_SLOTS};
 use super::plan::Plan;
 use super::tape::{Ids, Source, Tape, Var};
 
-/// A tape with its buffers. Replaying allocates nothing once the work space has grown.
+/// A tape with its buffers. Replaying keeps no new memory once the work space has grown; the
+/// packing buffers of a matrix product live as long as the product.
 #[derive(Debug)]
 pub struct Executor<T> {
     tape: Tape,
@@ -29,7 +30,7 @@ pub struct Culprit {
 impl<T: Element> Executor<T> {
     /// Plans and allocates the buffers of `tape`.
     pub fn new(tape: Tape) -> Executor<T> {
-        let plan = Plan::new(&tape);
+        let plan = Plan::new(&tape, |value| value.shape.len());
         let slots = plan.slots.iter().map(|&len| vec![T::ZERO; len]).collect();
         let ids = tape.ids.iter().map(|&len| vec![0; len]).collect();
         Executor { tape, plan, slots, ids, scratch: Vec::new() }

@@ -3,6 +3,8 @@
 //! The tape knows no operation; an operation (see [`crate::ops`]) knows no tape. What
 //! lies between is [`operation`]: a name, a shape rule, forward and backward.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod device;
 pub mod executor;
 pub mod matrix;

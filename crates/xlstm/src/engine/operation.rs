@@ -9,6 +9,8 @@ use std::fmt::Debug;
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use super::cuda::{CudaBackward, CudaForward};
 use super::{scalar::Scalar, shape::Shape};
 use crate::error::Result;
 
@@ -187,6 +189,20 @@ pub trait Kernel: Debug + Send + Sync + 'static {
 
     /// Adds to every input gradient that is there.
     fn backward<T: Scalar>(&self, io: &mut Backward<'_, T>);
+
+    /// [`forward`](Kernel::forward) on a GPU: queues kernels.
+    ///
+    /// # Errors
+    /// When a kernel cannot be compiled or launched.
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()>;
+
+    /// [`backward`](Kernel::backward) on a GPU: queues kernels.
+    ///
+    /// # Errors
+    /// When a kernel cannot be compiled or launched.
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()>;
 }
 
 /// A [`Kernel`] with its element type erased, as the tape holds it.
@@ -208,6 +224,18 @@ pub trait Operation: Debug + Send + Sync {
     fn backward_f32(&self, io: &mut Backward<'_, f32>);
     /// [`Kernel::backward`] in f64.
     fn backward_f64(&self, io: &mut Backward<'_, f64>);
+    /// See [`Kernel::forward_cuda`].
+    ///
+    /// # Errors
+    /// When a kernel cannot be compiled or launched.
+    #[cfg(feature = "cuda")]
+    fn forward_on_gpu(&self, io: &mut CudaForward<'_>) -> Result<()>;
+    /// See [`Kernel::backward_cuda`].
+    ///
+    /// # Errors
+    /// When a kernel cannot be compiled or launched.
+    #[cfg(feature = "cuda")]
+    fn backward_on_gpu(&self, io: &mut CudaBackward<'_>) -> Result<()>;
 }
 
 impl<K: Kernel> Operation for K {
@@ -231,6 +259,14 @@ impl<K: Kernel> Operation for K {
     }
     fn backward_f64(&self, io: &mut Backward<'_, f64>) {
         self.backward(io);
+    }
+    #[cfg(feature = "cuda")]
+    fn forward_on_gpu(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        self.forward_cuda(io)
+    }
+    #[cfg(feature = "cuda")]
+    fn backward_on_gpu(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        self.backward_cuda(io)
     }
 }
 

@@ -5,7 +5,7 @@
 //! from its first contribution to the backward step of the node that made the value.
 //! Buffers whose lives do not overlap share a slot, the best-fitting free one.
 
-use super::tape::{Mode, Source, Tape};
+use super::tape::{Mode, Source, Tape, Value};
 
 /// Where the values and gradients of a tape live.
 #[derive(Debug, Default)]
@@ -16,7 +16,7 @@ pub(super) struct Plan {
     pub(super) gradient: Vec<Option<usize>>,
     /// Gradients whose first contribution comes from the backward step 2n-1-i of node i.
     pub(super) first: Vec<Vec<usize>>,
-    /// Elements of each slot.
+    /// Size of each slot.
     pub(super) slots: Vec<usize>,
 }
 
@@ -32,8 +32,9 @@ struct Life {
 const FOREVER: usize = usize::MAX;
 
 impl Plan {
-    pub(super) fn new(tape: &Tape) -> Plan {
-        let mut lives = lives(tape);
+    /// `size` of a value, in the unit that slots are to be measured in.
+    pub(super) fn new(tape: &Tape, size: impl Fn(&Value) -> usize) -> Plan {
+        let mut lives = lives(tape, size);
         lives.sort_by_key(|life| (life.birth, std::cmp::Reverse(life.len)));
         let mut plan = Plan {
             value: vec![None; tape.values.len()],
@@ -78,7 +79,7 @@ impl Plan {
     }
 }
 
-fn lives(tape: &Tape) -> Vec<Life> {
+fn lives(tape: &Tape, size: impl Fn(&Value) -> usize) -> Vec<Life> {
     let n = tape.nodes.len();
     let backward = |node: usize| 2 * n - 1 - node;
     let train = tape.mode == Mode::Train;
@@ -109,7 +110,7 @@ fn lives(tape: &Tape) -> Vec<Life> {
             Source::Node(node) => node,
         };
         let forever = value.kept || value.source == Source::Input;
-        let len = value.shape.len();
+        let len = size(value);
         lives.push(Life {
             var,
             is_gradient: false,

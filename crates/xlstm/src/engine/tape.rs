@@ -143,7 +143,7 @@ impl Tape {
     /// Records an operation; returns its outputs, the saved ones included.
     ///
     /// # Errors
-    /// When the operation rejects the shapes of its inputs.
+    /// When the operation rejects the shapes of its inputs, or is given one of them twice.
     pub fn record(
         &mut self,
         operation: impl Operation + 'static,
@@ -154,6 +154,14 @@ impl Tape {
         let outputs = operation.outputs(&shapes).map_err(|e| {
             Error::shape(format!("{} in {}: {e}", operation.name(), self.scopes[self.scopes.len() - 1]))
         })?;
+        // Backward takes each gradient buffer for writing: it cannot take one twice.
+        for (i, var) in inputs.iter().enumerate() {
+            if let Some(var) = var
+                && inputs[..i].iter().flatten().any(|other| self.same_gradient(*var, *other))
+            {
+                return Err(Error::shape(format!("{} reads one value or parameter twice", operation.name())));
+            }
+        }
         let gradient = inputs.iter().flatten().any(|v| self.values[v.index()].gradient);
         let node = self.nodes.len();
         let vars: Vec<Var> = outputs.iter().map(|s| self.value(*s, Source::Node(node), gradient)).collect();
@@ -166,6 +174,13 @@ impl Tape {
             scope: self.scopes.len() - 1,
         });
         Ok(vars)
+    }
+
+    fn same_gradient(&self, a: Var, b: Var) -> bool {
+        match (self.values[a.index()].source, self.values[b.index()].source) {
+            (Source::Parameter { index: a, .. }, Source::Parameter { index: b, .. }) => a == b,
+            _ => a == b,
+        }
     }
 
     /// Keeps a value until the next replay, for the caller to read.

@@ -22,7 +22,7 @@ pub fn vectorize<R>(loops: impl FnOnce() -> R) -> R {
 /// every instruction set.
 const LANES: usize = 16;
 
-/// Sum of f(i) over 0..n in [`LANES`] interleaved partial sums.
+/// Sum of f(i) over 0..n in `LANES` interleaved partial sums.
 #[inline(always)]
 pub fn sum_of<T: Scalar>(n: usize, f: impl Fn(usize) -> T) -> T {
     let mut lanes = [T::ZERO; LANES];

@@ -136,6 +136,13 @@ impl<T: Element> Objective<T> {
         }
     }
 
+    /// Makes an empty state the state before the next batch.
+    pub fn clear_state(&mut self) {
+        for &before in &self.before {
+            self.executor.input_mut(before).fill(T::ZERO);
+        }
+    }
+
     /// The state before the next batch, part by part.
     pub fn state(&self) -> Vec<Vec<T>> {
         self.before.iter().map(|&var| self.executor.value(var).to_vec()).collect()

@@ -21,9 +21,9 @@ pub struct Block {
     layer: Layer,
 }
 
-#[derive(Debug)]
-// A model holds a few dozen of these.
+// One a block: its size does not matter.
 #[allow(clippy::large_enum_variant)]
+#[derive(Debug)]
 enum Layer {
     Mlstm(MlstmLayer),
     Slstm { layer: SlstmLayer, ffn_norm: Parameter, ffn: FeedForward },

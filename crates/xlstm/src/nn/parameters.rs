@@ -146,6 +146,12 @@ impl<T: Scalar> Parameters<T> {
         Parameters { specs: specs.clone(), values: values.collect() }
     }
 
+    /// All zero, to be set.
+    pub fn zeros(specs: &Arc<[ParameterSpec]>) -> Parameters<T> {
+        let values = specs.iter().map(|spec| vec![T::ZERO; spec.shape.iter().product()]).collect();
+        Parameters { specs: specs.clone(), values }
+    }
+
     /// Zeros in the same shapes: gradients and moments.
     pub fn zeros_like(&self) -> Vec<Vec<T>> {
         self.values.iter().map(|values| vec![T::ZERO; values.len()]).collect()

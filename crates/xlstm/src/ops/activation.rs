@@ -3,6 +3,8 @@
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
 use crate::engine::operation::{Backward, Forward, Kernel, Reads};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::vectorize;
@@ -105,6 +107,9 @@ pub fn gated(tape: &mut Tape, gate: Var, up: Var, activation: Activation) -> Res
     Ok(tape.record(Gated(activation), &[Some(gate), Some(up)], &[])?[0])
 }
 
+#[cfg(feature = "cuda")]
+const SOURCE: Source = Source::new("activation", include_str!("activation.cu"));
+
 impl Kernel for Gated {
     fn name(&self) -> &'static str {
         "gated"
@@ -171,6 +176,22 @@ impl Kernel for Gated {
                 },
             ));
         });
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        let n = io.shapes.outputs[0].len();
+        let arguments = arguments![io.input(0), io.input(1), io.outputs[0], n as u64, self.0 as u32];
+        io.queue.launch_each(&SOURCE, "gated_forward", n, arguments)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        let n = io.shapes.outputs[0].len();
+        let [dgate, dup, ..] = io.input_gradients;
+        let arguments =
+            arguments![io.gradient(), io.input(0), io.input(1), dgate, dup, n as u64, self.0 as u32];
+        io.queue.launch_each(&SOURCE, "gated_backward", n, arguments)
     }
 }
 

@@ -2,6 +2,8 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
 use crate::engine::operation::{Backward, Forward, Kernel, Reads};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{add_to, vectorize};
@@ -20,6 +22,9 @@ struct Add;
 pub fn add(tape: &mut Tape, a: Var, b: Var) -> Result<Var> {
     Ok(tape.record(Add, &[Some(a), Some(b)], &[])?[0])
 }
+
+#[cfg(feature = "cuda")]
+const SOURCE: Source = Source::new("add", include_str!("add.cu"));
 
 impl Kernel for Add {
     fn name(&self) -> &'static str {
@@ -66,6 +71,22 @@ impl Kernel for Add {
                 );
             });
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        let n = io.shapes.outputs[0].len();
+        let arguments = arguments![io.input(0), io.input(1), io.outputs[0], n as u64];
+        io.queue.launch_each(&SOURCE, "add_forward", n, arguments)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        let n = io.shapes.outputs[0].len();
+        for dx in io.input_gradients.into_iter().flatten() {
+            io.queue.launch_each(&SOURCE, "add_backward", n, arguments![io.gradient(), dx, n as u64])?;
+        }
+        Ok(())
     }
 }
 

@@ -12,6 +12,8 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{self, CudaBackward, CudaForward, context::arguments};
 use crate::engine::matrix::MatMut;
 use crate::engine::operation::{Backward, Forward, Kernel, NodeShapes, Reads, scratch};
 use crate::engine::tape::{Ids, Tape, Var};
@@ -232,6 +234,13 @@ fn gradient_blocks<T: Scalar>(
     }
 }
 
+/// Tokens that a block works on on a GPU: TOKENS of causal_conv.cu.
+#[cfg(feature = "cuda")]
+const CUDA_TOKENS: usize = 32;
+
+#[cfg(feature = "cuda")]
+const SOURCE: cuda::Source = cuda::Source::new("causal_conv", include_str!("causal_conv.cu"));
+
 impl Kernel for CausalConv {
     fn name(&self) -> &'static str {
         "causal_conv"
@@ -407,6 +416,54 @@ impl Kernel for CausalConv {
                 add_to(&partial[taps * columns..][..columns], &mut db[first..][..columns]);
             }
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        let (length, width, taps) = sizes(io.shapes);
+        let batch = io.shapes.input(0).dims()[0];
+        let [x, w, bias, window, ..] = io.inputs;
+        let marks = self.marked.then_some(io.ids[0]);
+        let blocks = width.div_ceil(256);
+        let silu = u32::from(self.silu);
+        let arguments = arguments![x, w, bias, window, marks, io.outputs[0], length, width, taps, silu];
+        let grid = [blocks, length.div_ceil(CUDA_TOKENS), batch];
+        io.queue.launch(&SOURCE, "causal_conv", grid, 256, arguments)?;
+        if taps == 1 {
+            return Ok(());
+        }
+        let arguments = arguments![x, window, marks, io.outputs[1], length, width, taps];
+        io.queue.launch(&SOURCE, "causal_conv_window", [blocks, batch, 1], 256, arguments)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        let (length, width, taps) = sizes(io.shapes);
+        let batch = io.shapes.input(0).dims()[0];
+        let [x, w, bias, window, ..] = io.inputs;
+        let ([dy, dafter, ..], [dx, dw, db, dwindow, ..]) = (io.output_gradients, io.input_gradients);
+        let dafter = dafter.filter(|_| taps > 1);
+        let marks = self.marked.then_some(io.ids[0]);
+        let silu = u32::from(self.silu);
+        let (blocks, tiles) = (width.div_ceil(256), length.div_ceil(CUDA_TOKENS));
+        let du = io.queue.scratch(batch * length * width)?;
+        let partials = io.queue.scratch(batch * tiles * (taps + 1) * width)?;
+        let arguments = arguments![x, w, bias, window, marks, dy, du, partials, length, width, taps, silu];
+        let grid = [blocks, tiles, batch];
+        io.queue.launch(&SOURCE, "causal_conv_backward_taps", grid, 256, arguments)?;
+        if let Some(dx) = dx {
+            let arguments = arguments![w, marks, du, dafter, dx, length, width, taps];
+            io.queue.launch(&SOURCE, "causal_conv_backward_inputs", grid, 256, arguments)?;
+        }
+        if let Some(dwindow) = dwindow.filter(|_| taps > 1) {
+            let arguments = arguments![w, marks, du, dafter, dwindow, length, width, taps];
+            io.queue.launch(&SOURCE, "causal_conv_backward_window", [blocks, batch, 1], 256, arguments)?;
+        }
+        if dw.is_none() && db.is_none() {
+            return Ok(());
+        }
+        let arguments = arguments![partials, dw, db, width, taps, batch * tiles];
+        io.queue.launch(&SOURCE, "causal_conv_backward_weights", [blocks, taps + 1, 1], 256, arguments)
     }
 }
 

@@ -7,6 +7,8 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaBackward, CudaForward, blas::Operand, blas::Product};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
 use crate::engine::operation::{Backward, Forward, Kernel, MAX_SLOTS, Reads, scratch};
 use crate::engine::tape::{Tape, Var};
@@ -160,6 +162,71 @@ impl Kernel for ConcatLinear {
         if let Some(db) = io.input_gradient(self.parts + 1) {
             sum_rows(dy, outer, db.cleared(), io.scratch);
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        let (rows, outer) = (io.shapes.outputs[0].rows(), io.shapes.outputs[0].last());
+        let (w, total) = (io.input(self.parts), io.shapes.input(self.parts).last());
+        let bias = io.inputs[self.parts + 1];
+        match bias {
+            Some(bias) => io.queue.fill_rows(bias, io.outputs[0], rows, outer)?,
+            None => io.queue.zero(io.outputs[0], rows * outer)?,
+        }
+        let mut first = 0;
+        for part in 0..self.parts {
+            let width = io.shapes.input(part).last();
+            if width > 0 {
+                io.queue.product(&Product {
+                    size: [rows, outer, width],
+                    a: Operand::new(io.input(part), width),
+                    b: Operand::new(w + 4 * first as u64, total).t(),
+                    c: Operand::new(io.outputs[0], outer),
+                    batch: 1,
+                    accumulate: true,
+                })?;
+            }
+            first += width;
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        let (rows, outer) = (io.shapes.outputs[0].rows(), io.shapes.outputs[0].last());
+        let (w, total) = (io.input(self.parts), io.shapes.input(self.parts).last());
+        let dy = Operand::new(io.gradient(), outer);
+        let mut first = 0;
+        for part in 0..self.parts {
+            let width = io.shapes.input(part).last();
+            let from = 4 * first as u64;
+            first += width;
+            if width == 0 {
+                continue;
+            }
+            if let Some(dx) = io.input_gradients[part] {
+                io.queue.product(&Product {
+                    size: [rows, width, outer],
+                    a: dy,
+                    b: Operand::new(w + from, total),
+                    c: Operand::new(dx, width),
+                    batch: 1,
+                    accumulate: true,
+                })?;
+            }
+            if let Some(dw) = io.input_gradients[self.parts] {
+                io.queue.product(&Product {
+                    size: [outer, width, rows],
+                    a: dy.t(),
+                    b: Operand::new(io.input(part), width),
+                    c: Operand::new(dw + from, total),
+                    batch: 1,
+                    accumulate: true,
+                })?;
+            }
+        }
+        io.input_gradients[self.parts + 1]
+            .map_or(Ok(()), |db| io.queue.add_rows(io.gradient(), rows, outer, db))
     }
 }
 

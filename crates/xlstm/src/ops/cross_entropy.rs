@@ -4,6 +4,8 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
 use crate::engine::operation::{Backward, Forward, Kernel, Reads};
 use crate::engine::tape::{Ids, Tape, Var};
 use crate::engine::vector::{sum, vectorize};
@@ -33,6 +35,9 @@ pub fn cross_entropy(tape: &mut Tape, logits: Var, targets: Ids, scale: Var) -> 
 fn tile(vocabulary: usize) -> usize {
     if vocabulary < 4096 { TILE } else { TILE / 8 }
 }
+
+#[cfg(feature = "cuda")]
+const SOURCE: Source = Source::new("cross_entropy", include_str!("cross_entropy.cu"));
 
 impl Kernel for CrossEntropy {
     fn name(&self) -> &'static str {
@@ -121,6 +126,30 @@ impl Kernel for CrossEntropy {
         if let Some(dscale) = io.input_gradient(1) {
             dscale.cleared()[0] += dloss * sum(nll);
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        let (rows, vocabulary) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
+        let [loss, nll, log_sum, ..] = io.outputs;
+        let arguments = arguments![io.input(0), io.ids[0], nll, log_sum, vocabulary];
+        io.queue.launch(&SOURCE, "cross_entropy_forward", [rows, 1, 1], 256, arguments)?;
+        let arguments = arguments![nll, io.input(1), loss, rows, 0u32];
+        io.queue.launch(&SOURCE, "cross_entropy_sum", [1, 1, 1], 256, arguments)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        let (rows, vocabulary) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
+        let ([_, nll, log_sum, ..], [dloss, dnll, ..]) = (io.outputs, io.output_gradients);
+        if let Some(dx) = io.input_gradients[0] {
+            let arguments =
+                arguments![io.input(0), io.ids[0], io.input(1), log_sum, dloss, dnll, dx, vocabulary];
+            io.queue.launch(&SOURCE, "cross_entropy_backward", [rows, 1, 1], 256, arguments)?;
+        }
+        let (Some(dscale), Some(dloss)) = (io.input_gradients[1], dloss) else { return Ok(()) };
+        let arguments = arguments![nll, dloss, dscale, rows, 1u32];
+        io.queue.launch(&SOURCE, "cross_entropy_sum", [1, 1, 1], 256, arguments)
     }
 }
 

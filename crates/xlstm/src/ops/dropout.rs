@@ -6,6 +6,8 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::Queue};
 use crate::engine::operation::{Backward, Forward, Kernel, Reads};
 use crate::engine::tape::{Ids, Mode, Tape, Var};
 use crate::engine::vector::vectorize;
@@ -88,6 +90,20 @@ impl Dropout {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl Dropout {
+    /// Backward is forward, added.
+    fn launch(&self, queue: &Queue, seed: u64, x: u64, y: u64, n: usize, accumulate: bool) -> Result<()> {
+        let threshold = (self.rate * 2f64.powi(32)) as u32;
+        let kept = 1.0 / (1.0 - self.rate);
+        let arguments = arguments![seed, x, y, n as u64, self.site, threshold, kept, u32::from(accumulate)];
+        queue.launch_each(&SOURCE, "dropout", n, arguments)
+    }
+}
+
+#[cfg(feature = "cuda")]
+const SOURCE: Source = Source::new("dropout", include_str!("dropout.cu"));
+
 impl Kernel for Dropout {
     fn name(&self) -> &'static str {
         "dropout"
@@ -123,6 +139,17 @@ impl Kernel for Dropout {
             #[inline(always)]
             |dx, dy, factor| *dx = dy.mul_add(factor, *dx),
         );
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        self.launch(io.queue, io.ids[0], io.input(0), io.outputs[0], io.shapes.outputs[0].len(), false)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        let Some(dx) = io.input_gradients[0] else { return Ok(()) };
+        self.launch(io.queue, io.ids[0], io.gradient(), dx, io.shapes.outputs[0].len(), true)
     }
 }
 

@@ -2,6 +2,8 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
 use crate::engine::matrix::MatMut;
 use crate::engine::operation::{Backward, Forward, Kernel, Reads};
 use crate::engine::tape::{Ids, Tape, Var};
@@ -27,6 +29,9 @@ pub fn embedding(tape: &mut Tape, ids: Ids, weight: Var, shape: [usize; 2]) -> R
     let [batch, length] = shape;
     Ok(tape.record(Embedding { batch, length }, &[Some(weight)], &[ids])?[0])
 }
+
+#[cfg(feature = "cuda")]
+const SOURCE: Source = Source::new("embedding", include_str!("embedding.cu"));
 
 impl Kernel for Embedding {
     fn name(&self) -> &'static str {
@@ -77,6 +82,22 @@ impl Kernel for Embedding {
                 },
             );
         });
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        let (n, width) = (io.shapes.outputs[0].len(), io.shapes.outputs[0].last());
+        let arguments = arguments![io.input(0), io.ids[0], io.outputs[0], n as u64, width];
+        io.queue.launch_each(&SOURCE, "embedding_forward", n, arguments)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        let Some(dw) = io.input_gradients[0] else { return Ok(()) };
+        let (vocabulary, width) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
+        let arguments = arguments![io.gradient(), io.ids[0], dw, self.batch * self.length, width];
+        let grid = [vocabulary, width.div_ceil(256), 1];
+        io.queue.launch(&SOURCE, "embedding_backward", grid, 256, arguments)
     }
 }
 

@@ -6,6 +6,10 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{
+    CudaBackward, CudaForward, Source, blas::Operand, blas::Product, context::arguments, launch::ROWS,
+};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
 use crate::engine::operation::{Backward, Forward, Kernel, Reads, scratch};
 use crate::engine::tape::{Tape, Var};
@@ -47,6 +51,9 @@ fn sizes(weight: Shape) -> (usize, usize, usize) {
     let dims = weight.dims();
     (dims[0], dims[1], dims[2])
 }
+
+#[cfg(feature = "cuda")]
+const SOURCE: Source = Source::new("headwise", include_str!("headwise.cu"));
 
 impl Kernel for Headwise {
     fn name(&self) -> &'static str {
@@ -209,6 +216,74 @@ impl Kernel for Headwise {
         if let Some(db) = io.input_gradient(2) {
             sum_rows(dy, out_width, db.cleared(), io.scratch);
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        let (heads, outer, inner) = sizes(io.shapes.input(1));
+        let rows = io.shapes.input(0).rows();
+        let (x, w, bias, y) = (io.input(0), io.input(1), io.inputs[2], io.outputs[0]);
+        if outer < LARGE || inner < LARGE {
+            let n = rows * heads * outer;
+            let arguments = arguments![x, w, bias, y, n as u64, heads, outer, inner];
+            return io.queue.launch_each(&SOURCE, "headwise_forward", n, arguments);
+        }
+        if let Some(bias) = bias {
+            io.queue.fill_rows(bias, y, rows, heads * outer)?;
+        }
+        io.queue.product(&Product {
+            size: [rows, outer, inner],
+            a: Operand::new(x, heads * inner).batched(inner),
+            b: Operand::new(w, inner).batched(outer * inner).t(),
+            c: Operand::new(y, heads * outer).batched(outer),
+            batch: heads,
+            accumulate: bias.is_some(),
+        })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        let (heads, outer, inner) = sizes(io.shapes.input(1));
+        let rows = io.shapes.input(0).rows();
+        let (dy, x, w) = (io.gradient(), io.input(0), io.input(1));
+        let large = outer >= LARGE && inner >= LARGE;
+        let dys = Operand::new(dy, heads * outer).batched(outer);
+        match io.input_gradients[0] {
+            Some(dx) if large => io.queue.product(&Product {
+                size: [rows, inner, outer],
+                a: dys,
+                b: Operand::new(w, inner).batched(outer * inner),
+                c: Operand::new(dx, heads * inner).batched(inner),
+                batch: heads,
+                accumulate: true,
+            })?,
+            Some(dx) => {
+                let n = rows * heads * inner;
+                let arguments = arguments![dy, w, dx, n as u64, heads, outer, inner];
+                io.queue.launch_each(&SOURCE, "headwise_backward", n, arguments)?;
+            }
+            None => {}
+        }
+        match io.input_gradients[1] {
+            Some(dw) if large => io.queue.product(&Product {
+                size: [outer, inner, rows],
+                a: dys.t(),
+                b: Operand::new(x, heads * inner).batched(inner),
+                c: Operand::new(dw, inner).batched(outer * inner),
+                batch: heads,
+                accumulate: true,
+            })?,
+            Some(dw) => {
+                let (count, tiles) = (heads * outer * inner, rows.div_ceil(ROWS));
+                let parts = io.queue.scratch(tiles * count)?;
+                let arguments = arguments![dy, x, parts, rows, heads, outer, inner];
+                let grid = [count.div_ceil(128), tiles, 1];
+                io.queue.launch(&SOURCE, "headwise_parts", grid, 128, arguments)?;
+                io.queue.add_parts(parts, tiles, count, dw)?;
+            }
+            None => {}
+        }
+        io.input_gradients[2].map_or(Ok(()), |db| io.queue.add_rows(dy, rows, heads * outer, db))
     }
 }
 

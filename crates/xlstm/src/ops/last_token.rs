@@ -1,5 +1,7 @@
 //! y = the last token of every sequence: all that a prompt's logits need.
 
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
 use crate::engine::operation::{Backward, Forward, Kernel, Reads};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::add_to;
@@ -17,6 +19,9 @@ struct LastToken;
 pub fn last_token(tape: &mut Tape, x: Var) -> Result<Var> {
     Ok(tape.record(LastToken, &[Some(x)], &[])?[0])
 }
+
+#[cfg(feature = "cuda")]
+const SOURCE: Source = Source::new("last_token", include_str!("last_token.cu"));
 
 impl Kernel for LastToken {
     fn name(&self) -> &'static str {
@@ -52,6 +57,21 @@ impl Kernel for LastToken {
         for (dx, dy) in dx.chunks_exact_mut(sequence).zip(io.gradient().chunks_exact(width)) {
             add_to(dy, &mut dx[sequence - width..]);
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        let (n, x) = (io.shapes.outputs[0].len(), io.shapes.input(0));
+        let arguments = arguments![io.input(0), io.outputs[0], n as u64, x.dims()[1], x.last()];
+        io.queue.launch_each(&SOURCE, "last_token_forward", n, arguments)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        let Some(dx) = io.input_gradients[0] else { return Ok(()) };
+        let (n, x) = (io.shapes.outputs[0].len(), io.shapes.input(0));
+        let arguments = arguments![io.gradient(), dx, n as u64, x.dims()[1], x.last()];
+        io.queue.launch_each(&SOURCE, "last_token_backward", n, arguments)
     }
 }
 

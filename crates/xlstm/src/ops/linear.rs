@@ -2,6 +2,8 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaBackward, CudaForward, blas::Operand, blas::Product};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
 use crate::engine::operation::{Backward, Forward, Kernel, Reads, scratch};
 use crate::engine::tape::{Tape, Var};
@@ -74,6 +76,51 @@ impl Kernel for Linear {
         if let Some(db) = io.input_gradient(2) {
             sum_rows(io.gradient(), outer, db.cleared(), io.scratch);
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        let y = io.shapes.outputs[0];
+        let (rows, inner, outer) = (y.rows(), io.shapes.input(0).last(), y.last());
+        if let Some(bias) = io.inputs[2] {
+            io.queue.fill_rows(bias, io.outputs[0], rows, outer)?;
+        }
+        io.queue.product(&Product {
+            size: [rows, outer, inner],
+            a: Operand::new(io.input(0), inner),
+            b: Operand::new(io.input(1), inner).t(),
+            c: Operand::new(io.outputs[0], outer),
+            batch: 1,
+            accumulate: io.inputs[2].is_some(),
+        })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        let y = io.shapes.outputs[0];
+        let (rows, inner, outer) = (y.rows(), io.shapes.input(0).last(), y.last());
+        let dy = Operand::new(io.gradient(), outer);
+        if let Some(dx) = io.input_gradients[0] {
+            io.queue.product(&Product {
+                size: [rows, inner, outer],
+                a: dy,
+                b: Operand::new(io.input(1), inner),
+                c: Operand::new(dx, inner),
+                batch: 1,
+                accumulate: true,
+            })?;
+        }
+        if let Some(dw) = io.input_gradients[1] {
+            io.queue.product(&Product {
+                size: [outer, inner, rows],
+                a: dy.t(),
+                b: Operand::new(io.input(0), inner),
+                c: Operand::new(dw, inner),
+                batch: 1,
+                accumulate: true,
+            })?;
+        }
+        io.input_gradients[2].map_or(Ok(()), |db| io.queue.add_rows(io.gradient(), rows, outer, db))
     }
 }
 

@@ -7,6 +7,8 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::ROWS};
 use crate::engine::operation::{Backward, Forward, Kernel, Reads};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{sum, vectorize};
@@ -51,6 +53,9 @@ impl Norm {
         if self.unit_offset { T::ONE } else { T::ZERO }
     }
 }
+
+#[cfg(feature = "cuda")]
+const SOURCE: Source = Source::new("norm", include_str!("norm.cu"));
 
 impl Kernel for Norm {
     fn name(&self) -> &'static str {
@@ -160,6 +165,54 @@ impl Kernel for Norm {
                 },
             );
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        let shape = io.shapes.outputs[0];
+        let (count, size) = (shape.rows() * self.groups, shape.last() / self.groups);
+        let arguments = arguments![
+            io.input(0),
+            io.input(1),
+            io.outputs[0],
+            io.outputs[1],
+            count as u64,
+            self.groups,
+            size,
+            u32::from(self.kind == NormKind::Layer),
+            self.offset::<f64>(),
+            self.eps
+        ];
+        io.queue.launch(&SOURCE, "norm_forward", [count.div_ceil(8), 1, 1], 256, arguments)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        let shape = io.shapes.outputs[0];
+        let (rows, width) = (shape.rows(), shape.last());
+        let (count, size) = (rows * self.groups, width / self.groups);
+        let (dy, x, saved) = (io.gradient(), io.input(0), io.outputs[1]);
+        if let Some(dx) = io.input_gradients[0] {
+            let arguments = arguments![
+                dy,
+                x,
+                io.input(1),
+                saved,
+                dx,
+                count as u64,
+                self.groups,
+                size,
+                u32::from(self.kind == NormKind::Layer),
+                self.offset::<f64>()
+            ];
+            io.queue.launch(&SOURCE, "norm_backward", [count.div_ceil(8), 1, 1], 256, arguments)?;
+        }
+        let Some(dw) = io.input_gradients[1] else { return Ok(()) };
+        let tiles = rows.div_ceil(ROWS);
+        let parts = io.queue.scratch(tiles * width)?;
+        let arguments = arguments![dy, x, saved, parts, rows, width, self.groups, size];
+        io.queue.launch(&SOURCE, "norm_parts", [width.div_ceil(128), tiles, 1], 128, arguments)?;
+        io.queue.add_parts(parts, tiles, width, dw)
     }
 }
 

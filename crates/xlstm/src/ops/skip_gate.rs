@@ -2,6 +2,8 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::ROWS};
 use crate::engine::operation::{Backward, Forward, Kernel, Reads};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::vectorize;
@@ -22,6 +24,9 @@ struct SkipGate;
 pub fn skip_gate(tape: &mut Tape, h: Var, skip: Var, x: Var, z: Var) -> Result<Var> {
     Ok(tape.record(SkipGate, &[Some(h), Some(skip), Some(x), Some(z)], &[])?[0])
 }
+
+#[cfg(feature = "cuda")]
+const SOURCE: Source = Source::new("skip_gate", include_str!("skip_gate.cu"));
 
 impl Kernel for SkipGate {
     fn name(&self) -> &'static str {
@@ -128,6 +133,29 @@ impl Kernel for SkipGate {
                 },
             );
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        let (n, width) = (io.shapes.outputs[0].len(), io.shapes.outputs[0].last());
+        let [h, skip, x, z, ..] = io.inputs;
+        let arguments = arguments![h, skip, x, z, io.outputs[0], n as u64, width];
+        io.queue.launch_each(&SOURCE, "skip_gate_forward", n, arguments)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        let shape = io.shapes.outputs[0];
+        let (n, width, rows) = (shape.len(), shape.last(), shape.rows());
+        let ([h, skip, x, z, ..], [dh, dskip, dx, dz, ..]) = (io.inputs, io.input_gradients);
+        let arguments = arguments![io.gradient(), h, skip, x, z, dh, dx, dz, n as u64, width];
+        io.queue.launch_each(&SOURCE, "skip_gate_backward", n, arguments)?;
+        let Some(dskip) = dskip else { return Ok(()) };
+        let tiles = rows.div_ceil(ROWS);
+        let parts = io.queue.scratch(tiles * width)?;
+        let arguments = arguments![io.gradient(), x, z, parts, rows, width];
+        io.queue.launch(&SOURCE, "skip_gate_parts", [width.div_ceil(128), tiles, 1], 128, arguments)?;
+        io.queue.add_parts(parts, tiles, width, dskip)
     }
 }
 

@@ -3,7 +3,8 @@
 //!
 //! A state file is one safetensors file: a tensor a part, named as in the model's layout,
 //! and in the header's metadata `format` (`xlstm-state`), `version` (1), `fingerprint` (of
-//! the model's parameters) and `tokens` (seen so far). Parts are f32.
+//! the model's parameters) and `tokens` (seen so far). Parts are f32. A tensor `logits` holds
+//! the logits after the last token, so that generation can go on from the file alone.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -75,18 +76,21 @@ impl<T: Scalar> State<T> {
             .hint("load the state with the model that made it"))
     }
 
-    /// Writes the state to `path`.
+    /// Writes the state and the logits after its last token to `path`.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn save(&self, path: &Path, fingerprint: &str) -> Result<()> {
+    pub fn save(&self, path: &Path, fingerprint: &str, logits: &[T]) -> Result<()> {
+        let logits_shape = ("logits".to_owned(), Shape::from([logits.len()]));
         let bytes: Vec<Vec<u8>> = self
             .data
             .iter()
+            .map(Vec::as_slice)
+            .chain([logits])
             .map(|part| part.iter().flat_map(|x| (x.to_f64() as f32).to_le_bytes()).collect())
             .collect();
         let mut tensors = Vec::new();
-        for ((name, shape), bytes) in self.layout.iter().zip(&bytes) {
+        for ((name, shape), bytes) in self.layout.iter().chain([&logits_shape]).zip(&bytes) {
             let view = TensorView::new(Dtype::F32, shape.dims().to_vec(), bytes)
                 .map_err(|e| Error::checkpoint(format!("state part {name}: {e}")))?;
             tensors.push((name.as_str(), view));
@@ -105,11 +109,12 @@ impl<T: Scalar> State<T> {
         write_atomically(path, |writer| std::io::Write::write_all(writer, &file))
     }
 
-    /// Reads a state that `layout` and `fingerprint` belong to.
+    /// Reads a state that `layout` and `fingerprint` belong to, and the logits after its last
+    /// token (none where it has seen none).
     ///
     /// # Errors
     /// When the file is missing, damaged, or of another model.
-    pub fn load(path: &Path, layout: &[(String, Shape)], fingerprint: &str) -> Result<State<T>> {
+    pub fn load(path: &Path, layout: &[(String, Shape)], fingerprint: &str) -> Result<(State<T>, Vec<T>)> {
         let file = std::fs::read(path).map_err(|e| Error::io("read", path, &e))?;
         let damaged = |what: String| {
             Error::checkpoint(format!("{} is not a state file: {what}", path.display()))
@@ -128,19 +133,22 @@ impl<T: Scalar> State<T> {
         let tensors = SafeTensors::deserialize(&file).map_err(|e| damaged(e.to_string()))?;
         let mut state = State::empty(layout);
         state.tokens = field("tokens").parse().map_err(|_| damaged("no number of tokens".into()))?;
-        for ((name, shape), data) in layout.iter().zip(&mut state.data) {
+        let read = |name: &str, shape: Option<&Shape>| {
             let view = tensors.tensor(name).map_err(|e| damaged(e.to_string()))?;
-            if view.dtype() != Dtype::F32 || view.shape() != shape.dims() {
+            if view.dtype() != Dtype::F32 || shape.is_some_and(|shape| view.shape() != shape.dims()) {
                 return Err(damaged(format!(
-                    "{name} is {:?} {:?}, not {shape:?}",
+                    "{name} is {:?} {:?}, expected f32 {shape:?}",
                     view.dtype(),
                     view.shape()
                 )));
             }
-            for (to, from) in data.iter_mut().zip(view.data().as_chunks::<4>().0) {
-                *to = T::from_f64(f64::from(f32::from_le_bytes(*from)));
-            }
+            let values = view.data().as_chunks::<4>().0.iter();
+            Ok(values.map(|b| T::from_f64(f64::from(f32::from_le_bytes(*b)))).collect::<Vec<T>>())
+        };
+        for ((name, shape), data) in layout.iter().zip(&mut state.data) {
+            *data = read(name, Some(shape))?;
         }
-        Ok(state)
+        let logits = read("logits", None)?;
+        Ok((state, logits))
     }
 }

@@ -18,7 +18,10 @@ impl RunConfig {
     /// A configuration error that says where (file, line and column, or which `--set`), which key,
     /// what was expected and what was found; for an unknown key the nearest known one.
     pub fn load(text: &str, origin: &Path, sets: &[String]) -> Result<Self> {
-        let mut config: RunConfig = serde_saphyr::from_str(text).map_err(|e| file_error(&e, text, origin))?;
+        let every_key = "`xlstm inspect shakespeare` prints every key with a value";
+        let parsed =
+            serde_saphyr::from_str(text).map_err(|e| file_error(&e, text, origin).or_hint(every_key));
+        let mut config: RunConfig = parsed?;
         // A number that JSON cannot hold (NaN, infinity) is refused here, where its place is known.
         serde_saphyr::from_str::<Value>(text).map_err(|e| file_error(&e, text, origin))?;
         for set in sets {

@@ -6,6 +6,8 @@ pub mod load;
 pub mod metrics;
 pub mod progress;
 pub mod sources;
+pub mod texts;
+pub mod trainer;
 
 pub use config::{DataConfig, OptimizerConfig, RunConfig, SampleConfig, ScheduleConfig, TrainingConfig};
 pub use curve::Curve;
@@ -13,3 +15,5 @@ pub use load::unknown_name;
 pub use metrics::{MetricsLog, Row, TrainingRow, ValidationRow};
 pub use progress::{Observer, Progress, Silent, Summary, Validation};
 pub use sources::{Paths, TextSource, TokenizerChoice};
+pub use texts::Texts;
+pub use trainer::{End, Outcome, train};

@@ -11,3 +11,12 @@ mod golden_slstm;
 mod golden_models;
 // Twenty steps of AdamW against PyTorch's.
 mod golden_optimizer;
+
+// Cuts, resets, padding and neighbours in the batch change nothing, gradients included.
+mod equivalence;
+// The number of threads changes no bit; the seed does.
+mod threads;
+// A step, once taken, is taken again without keeping new memory.
+mod memory;
+// Training runs, checkpoints, sessions and model folders.
+mod training;

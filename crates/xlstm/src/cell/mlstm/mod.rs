@@ -13,14 +13,16 @@
 //! from C = n = 0, m = 0. With a sigmoid input gate eps is relative to the unstabilised
 //! normaliser, eps exp(-m_t), and the normaliser may be left out, h_t = exp(m_t) s q_t^T C_t.
 //!
-//! Three forms of the same function: [`recurrent`] (the equations above, a token at a time;
-//! also the decode step), [`parallel`] (all pairs of tokens at once) and [`chunkwise`]
+//! Three forms of the same function: `recurrent` (the equations above, a token at a time;
+//! also the decode step), `parallel` (all pairs of tokens at once) and `chunkwise`
 //! (pairs within a chunk, states between chunks), which training and prefill use.
 //! Each has its own gradient; the recurrent one is the chain rule taken literally and is
 //! what the others are tested against.
 
 mod chunkwise;
 mod chunkwise_backward;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod operation;
 mod parallel;
 mod recurrent;

@@ -7,6 +7,8 @@ use super::{
     parallel, recurrent,
 };
 use crate::cell::InputGate;
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaBackward, CudaForward};
 use crate::engine::matrix::{MatMut, MatRef};
 use crate::engine::operation::{Backward, Forward, Kernel, Reads, scratch};
 use crate::engine::tape::{Ids, Tape, Var};
@@ -72,12 +74,12 @@ pub fn mlstm(
 }
 
 #[derive(Clone, Copy)]
-struct Sizes {
-    batch: usize,
-    length: usize,
-    heads: usize,
-    dqk: usize,
-    dhv: usize,
+pub(super) struct Sizes {
+    pub(super) batch: usize,
+    pub(super) length: usize,
+    pub(super) heads: usize,
+    pub(super) dqk: usize,
+    pub(super) dhv: usize,
 }
 
 impl Mlstm {
@@ -374,6 +376,16 @@ impl Kernel for Mlstm {
                 }
             }
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        super::cuda::forward(&self.config, self.marked, self.sizes(&io.shapes.inputs)?, io)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        super::cuda::backward(&self.config, self.marked, self.sizes(&io.shapes.inputs)?, io)
     }
 }
 

@@ -106,15 +106,15 @@ pub(super) fn backward<T: Scalar>(
                 }
                 // Sources from the first on: what crosses u is everything before it.
                 let mut crossing = T::ZERO;
-                for (j, weight) in weights[..=t].iter().enumerate() {
+                for (j, &weight) in weights[..=t].iter().enumerate() {
                     if j > 0 {
                         grads.df[j] += crossing;
                     }
                     let p = dot(dnum, input.v.row(j)) + dd;
-                    let a = *weight * scale * dot(q, input.k.row(j));
+                    let a = weight * scale * dot(q, input.k.row(j));
                     grads.di[j] += a * p;
                     crossing += a * p;
-                    let dlogit = *weight * scale * p;
+                    let dlogit = weight * scale * p;
                     axpy(dlogit, input.k.row(j), grads.dq.row(t));
                     axpy(dlogit, q, grads.dk.row(j));
                     axpy(a, dnum, grads.dv.row(j));

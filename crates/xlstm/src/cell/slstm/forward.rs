@@ -14,8 +14,8 @@ use crate::ops::TILE;
 
 /// Steps from which R is transposed first. A product of 8 rows with R as it lies takes
 /// 1.98, 7.1 and 27.7 us for DH = 32, 64 and 128, with R transposed 0.72, 2.5 and 10.7 us,
-/// and transposing takes 2.3, 9.1 and 36 us (one thread with AVX-512). Loops of our own,
-/// with accumulators for all rows, stayed six times behind the latter.
+/// and transposing takes 2.3, 9.1 and 36 us (one thread with AVX-512). Loops of our own
+/// in place of the product, which the compiler left scalar, took 10, 41 and 163 us.
 const TRANSPOSE_FROM: usize = 4;
 
 /// What all tasks read.
@@ -126,6 +126,8 @@ impl<T: Scalar> Inputs<'_, T> {
             }
         }
         let record_step = rows * self.operation.record_parts() * dim;
+        // Without the attribute a closure as large as this one is compiled on its own, for the
+        // least processor.
         vectorize(
             #[inline(always)]
             || {

@@ -16,6 +16,8 @@
 //! its state in cache. Tasks do not depend on the number of threads, so neither do results.
 
 mod backward;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod forward;
 mod pointwise;
 #[cfg(test)]
@@ -24,6 +26,8 @@ mod tests;
 use serde::{Deserialize, Serialize};
 
 use super::{ForgetGate, InputGate};
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaBackward, CudaForward};
 use crate::engine::operation::NodeShapes;
 use crate::engine::{Backward, Forward, Ids, Kernel, Mode, Reads, Scalar, Shape, Tape, Var};
 use crate::error::{Error, Result};
@@ -187,12 +191,18 @@ impl Kernel for Slstm {
 
     fn reads(&self) -> Reads {
         let record = LAST + self.state_parts();
-        match self.config.function {
+        let mut reads = match self.config.function {
             CellFunction::Slstm => {
                 Reads::of(&[RECURRENT, STATE + 1, STATE + 2], &[LAST + 1, LAST + 2, record])
             }
             CellFunction::Lstm => Reads::of(&[RECURRENT], &[record]),
+        };
+        // On a GPU the h before each token is not part of the record.
+        if cfg!(feature = "cuda") {
+            reads.inputs |= 1 << STATE;
+            reads.outputs |= 1;
         }
+        reads
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -201,6 +211,16 @@ impl Kernel for Slstm {
 
     fn backward<T: Scalar>(&self, io: &mut Backward<'_, T>) {
         backward::backward(self, io);
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        cuda::forward(self, io)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        cuda::backward(self, io)
     }
 }
 
@@ -283,8 +303,9 @@ fn mark(marks: &[u32], layout: &Layout, task: usize, row: usize, t: usize) -> u3
     marks.get((layout.first_row(task) + row) * layout.steps + t).copied().unwrap_or(0)
 }
 
+/// A pad is no token, so that it starts no document either.
 fn is_reset(mark: u32) -> bool {
-    mark & RESET != 0
+    mark & (RESET | PAD) == RESET
 }
 
 fn is_pad(mark: u32) -> bool {

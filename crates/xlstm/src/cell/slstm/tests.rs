@@ -376,7 +376,6 @@ fn extreme_gates_stay_finite() {
     }
 }
 
-/// What a run loses when its gradients are asked for in part: nothing.
 #[test]
 fn evaluation_gives_the_outputs_of_training() {
     let device = Device::cpu(2).expect("two threads");
@@ -401,11 +400,11 @@ fn evaluation_gives_the_outputs_of_training() {
 #[test]
 fn states_of_the_other_cell_are_refused() {
     let mut tape = Tape::new(Mode::Evaluate);
-    let gate = tape.input([1, 2, 4]);
-    let (r, b, part) = (tape.input([2, 8, 2]), tape.input([16]), tape.input([1, 4]));
-    let state = SlstmState { h: part, c: part, n: None, m: None };
+    let gates = [(); 4].map(|()| tape.input([1, 2, 4]));
+    let (r, b) = (tape.input([2, 8, 2]), tape.input([16]));
+    let state = SlstmState { h: tape.input([1, 4]), c: tape.input([1, 4]), n: None, m: None };
     let mut run =
-        |heads, function, state| slstm(&mut tape, &config(heads, function), [gate; 4], r, b, state, None);
+        |heads, function, state| slstm(&mut tape, &config(heads, function), gates, r, b, state, None);
     assert!(run(2, CellFunction::Slstm, Some(state)).is_err());
     assert!(run(2, CellFunction::Lstm, Some(state)).is_ok());
     assert!(run(3, CellFunction::Slstm, None).is_err());

@@ -1,0 +1,207 @@
+//! The command line as a user meets it: what works, and bad input, which always ends in an
+//! error with a hint and exit code 1 (2 for a command line that makes no sense), never in a
+//! panic.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// A folder of this test's own, removed when it passes.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let path = std::env::temp_dir().join(format!("xlstm-cli-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).expect("a temporary folder");
+        Folder(path)
+    }
+
+    fn write(&self, name: &str, content: impl AsRef<[u8]>) -> String {
+        std::fs::write(self.0.join(name), content).expect("written");
+        name.to_owned()
+    }
+
+    fn xlstm(&self, arguments: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_xlstm"))
+            .args(arguments)
+            .current_dir(&self.0)
+            .output()
+            .expect("the program runs")
+    }
+
+    /// Runs and expects success; stdout and stderr.
+    fn ok(&self, arguments: &[&str]) -> (String, String) {
+        let output = self.xlstm(arguments);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(output.status.success(), "{arguments:?}: {}", text(&output.stderr));
+        (text(&output.stdout), text(&output.stderr))
+    }
+
+    /// Runs and expects exit code 1, an error that says all of `wanted`, and a hint.
+    fn fails(&self, arguments: &[&str], wanted: &[&str]) {
+        let output = self.xlstm(arguments);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {stderr}");
+        assert!(!stderr.contains("panicked"), "{arguments:?}: {stderr}");
+        for part in wanted.iter().chain(&["error: ", "hint: "]) {
+            assert!(stderr.contains(part), "{arguments:?} does not say {part:?}:\n{stderr}");
+        }
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+}
+
+const TINY: &str = "
+model: {embedding_dim: 16, num_blocks: 2, slstm_at: [1], mlstm: {num_heads: 2}, slstm: {num_heads: 2}}
+data: {train: text.txt, batch_size: 2, length: 16}
+schedule: {warmup_steps: 1}
+training: {steps: 3, validate_every: 3, log_every: 1}
+sample: {tokens: 20}
+";
+
+/// A folder with a text, a configuration and a trained model in out/1.
+fn trained(name: &str) -> Folder {
+    let folder = Folder::new(name);
+    folder.write("text.txt", "To be, or not to be, that is the question.\n".repeat(40));
+    folder.write("tiny.yaml", TINY);
+    folder.ok(&["train", "tiny.yaml"]);
+    folder
+}
+
+#[test]
+fn from_text_to_text() {
+    let folder = trained("whole");
+    let (_, stderr) = folder.ok(&["train", "tiny.yaml", "--set", "training.steps=4"]);
+    for part in ["out/2", "step 4/4", "validation at step 4", "sample:", "generate --model out/2/best"] {
+        assert!(stderr.contains(part), "{part:?} in\n{stderr}");
+    }
+    for file in ["config.yaml", "metrics.jsonl", "loss.svg", "best/model.safetensors", "last/training.json"] {
+        assert!(folder.0.join("out/2").join(file).exists(), "{file}");
+    }
+    let (stdout, stderr) =
+        folder.ok(&["generate", "--model", "out/1", "--prompt", "To be", "-n", "12", "--seed", "1"]);
+    assert!(stdout.starts_with("To be") && stdout.chars().count() == "To be".len() + 12 + 1, "{stdout:?}");
+    assert!(stderr.contains("prefill") && stderr.contains("decode"), "{stderr}");
+    let again =
+        folder.ok(&["generate", "--model", "out/1", "--prompt", "To be", "-n", "12", "--seed", "1"]).0;
+    assert_eq!(stdout, again, "the same seed");
+
+    let (json, _) =
+        folder.ok(&["generate", "--model", "out/1/best", "--prompt-ids", "1,2", "-n", "3", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
+    assert_eq!(
+        (json["ids"].as_array().map(Vec::len), json["finish_reason"].as_str()),
+        (Some(3), Some("length"))
+    );
+    assert_eq!(json["prompt_ids"], serde_json::json!([1, 2]));
+
+    // A state saved and continued is the text in one go, at temperature 0.
+    let greedy = |extra: &[&str]| {
+        let base = ["generate", "--model", "out/1", "--temperature", "0"];
+        folder.ok(&[&base[..], extra].concat()).0
+    };
+    let whole = greedy(&["--prompt", "To be", "-n", "10"]);
+    let first = greedy(&["--prompt", "To be", "-n", "4", "--state-out", "s.safetensors"]);
+    let second = greedy(&["-n", "6", "--state-in", "s.safetensors"]);
+    assert_eq!(whole, first.trim_end_matches('\n').to_owned() + &second);
+
+    let (json, _) = folder.ok(&["eval", "--model", "out/1", "--data", "text.txt", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
+    let keys = ["loss", "token_perplexity", "word_perplexity", "bits_per_byte", "tokens", "words", "bytes"];
+    assert!(keys.iter().all(|key| report[key].is_number()), "{json}");
+    assert_eq!(report["bytes"], 43 * 40);
+    assert!(
+        folder
+            .ok(&["eval", "--model", "out/1", "--data", "text.txt", "--window", "8"])
+            .0
+            .contains("bits per byte")
+    );
+    assert!(folder.ok(&["inspect", "--model", "out/1"]).0.contains("bytes a sequence"));
+    assert!(folder.ok(&["inspect", "tiny.yaml"]).0.contains("embedding_dim: 16"));
+    assert!(folder.ok(&["doctor"]).0.contains("threads"));
+    folder.ok(&["train", "--resume", "out/1", "--set", "training.steps=5"]);
+}
+
+#[test]
+fn bad_configurations() {
+    let folder = Folder::new("config");
+    folder.write("text.txt", "some text, long enough for a window or two of training\n".repeat(9));
+    let case = |name: &str, yaml: &str, wanted: &[&str]| {
+        let file = folder.write(name, yaml);
+        folder.fails(&["train", &file], wanted);
+    };
+    folder.fails(&["train", "none.yaml"], &["none.yaml", "cannot read"]);
+    folder.fails(&["train", "shakespeer"], &["shakespeer", "shakespeare"]);
+    case("malformed.yaml", "model: [1, 2\ndata: }", &["malformed.yaml"]);
+    case("unknown.yaml", "data: {train: text.txt, batchsize: 3}", &["batchsize", "batch_size"]);
+    case("type.yaml", "data: {train: text.txt, batch_size: many}", &["batch_size", "many"]);
+    case("range.yaml", "data: {train: text.txt}\ntraining: {steps: 0}", &["training.steps is 0"]);
+    case("heads.yaml", "data: {train: text.txt}\nmodel: {mlstm: {num_heads: 7}}", &["num_heads is 7"]);
+    folder.fails(&["train", "shakespeare", "--set", "training.stepz=3"], &["stepz", "steps"]);
+    folder.fails(&["train", "shakespeare", "--set", "nonsense"], &["nonsense"]);
+}
+
+#[test]
+fn bad_texts() {
+    let folder = Folder::new("texts");
+    folder.write("tiny.yaml", TINY);
+    let case = |content: &[u8], wanted: &[&str]| {
+        folder.write("text.txt", content);
+        folder.fails(&["train", "tiny.yaml"], wanted);
+    };
+    folder.fails(&["train", "tiny.yaml"], &["text.txt"]);
+    case(b"", &["text.txt", "empty"]);
+    case(b"caf\xe9 au lait, encoded as latin-1, for a page or so", &["text.txt", "UTF-8", "offset 3"]);
+    case(b"short", &["tokens"]);
+    folder.write("text.txt", "text enough for a window or two of training, or three\n".repeat(9));
+    folder.write("tokenizer.json", "{\"version\": \"1.0\", \"model\": {}}");
+    folder.fails(&["train", "tiny.yaml", "--set", "data.tokenizer=tokenizer.json"], &["tokenizer.json"]);
+    folder.fails(&["train", "tiny.yaml", "--set", "model.vocab_size=3"], &["vocab_size", "tokens"]);
+    assert!(!folder.0.join("out").exists(), "a run that cannot start leaves no folder");
+}
+
+#[test]
+fn bad_models_and_prompts() {
+    let folder = trained("models");
+    folder.fails(&["generate", "--model", "nowhere", "--prompt", "a"], &["nowhere"]);
+    folder.fails(&["generate", "--model", ".", "--prompt", "a"], &["no model folder"]);
+    folder.fails(&["generate", "--model", "out/1", "--prompt", "ü"], &["U+00FC"]);
+    folder.fails(&["generate", "--model", "out/1", "--prompt-ids", "1,99999"], &["99999", "vocabulary"]);
+    folder.fails(&["generate", "--model", "out/1", "--prompt", ""], &["no tokens"]);
+    folder.write("state.safetensors", "not a state");
+    folder
+        .fails(&["generate", "--model", "out/1", "--state-in", "state.safetensors"], &["state.safetensors"]);
+    folder.fails(&["eval", "--model", "out/1", "--data", "none.txt"], &["none.txt"]);
+    folder.fails(&["train", "--resume", "nowhere"], &["nowhere"]);
+    let weights = folder.0.join("out/1/best/model.safetensors");
+    let bytes = std::fs::read(&weights).expect("weights");
+    std::fs::write(&weights, &bytes[..bytes.len() / 2]).expect("cut short");
+    folder.fails(&["eval", "--model", "out/1", "--data", "text.txt"], &["model.safetensors", "damaged"]);
+    std::fs::write(folder.0.join("out/1/best/config.json"), "{}").expect("foreign");
+    folder.fails(&["inspect", "--model", "out/1/best"], &["config.json"]);
+}
+
+/// A file system that is always full, where the system has one.
+#[test]
+fn a_full_disk_is_an_error() {
+    let full = Path::new("/dev/full");
+    if !full.exists() {
+        return;
+    }
+    let folder = trained("full");
+    let output = Command::new(env!("CARGO_BIN_EXE_xlstm"))
+        .args(["eval", "--model", "out/1", "--data", "text.txt"])
+        .current_dir(&folder.0)
+        .stdout(std::fs::OpenOptions::new().write(true).open(full).expect("/dev/full"))
+        .output()
+        .expect("the program runs");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("cannot write to stdout") && !stderr.contains("panicked"), "{stderr}");
+}

@@ -1,0 +1,676 @@
+//! Checks the GPU against the truth, on a machine that has one: every operation against the
+//! CPU in f64 on random inputs and poisoned buffers, the golden layers, blocks and language
+//! models, twenty steps of training, the same bits twice; then times a captured step.
+//!
+//! `XLSTM_GOLDEN=crates/xlstm/tests/golden gpu_check [ordinal]`
+
+#[path = "../tests/it/golden.rs"]
+#[allow(dead_code)]
+mod golden;
+#[path = "../tests/it/golden_models.rs"]
+#[allow(dead_code, unused_imports)]
+mod golden_models;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use golden::Golden;
+use xlstm::cell::mlstm::{Form, MlstmConfig, MlstmState, mlstm};
+use xlstm::cell::slstm::{CellFunction, SlstmConfig, SlstmState, slstm};
+use xlstm::cell::{ForgetGate, InputGate};
+use xlstm::engine::cuda::{CudaExecutor, CudaTensors, Gpu, Layout, Precision};
+use xlstm::engine::{Executor, Ids, Mode, Shape, Tape, Var};
+use xlstm::marks::{IGNORE, PAD, RESET};
+use xlstm::model::{BlockKind, LanguageModel, ModelConfig, Stack};
+use xlstm::nn::mlstm_layer::MlstmLayer;
+use xlstm::nn::slstm_layer::SlstmLayer;
+use xlstm::nn::{Block, Builder, Context, Parameters};
+use xlstm::ops::activation::{Activation, gated};
+use xlstm::ops::add::add;
+use xlstm::ops::causal_conv::causal_conv;
+use xlstm::ops::concat_linear::concat_linear;
+use xlstm::ops::cross_entropy::cross_entropy;
+use xlstm::ops::dropout::dropout;
+use xlstm::ops::embedding::embedding;
+use xlstm::ops::headwise::headwise;
+use xlstm::ops::last_token::last_token;
+use xlstm::ops::linear::linear;
+use xlstm::ops::norm::{Norm, NormKind, norm};
+use xlstm::ops::skip_gate::skip_gate;
+use xlstm::optim::cuda::{CudaOptimizer, CudaStep, launch, layout_of};
+use xlstm::optim::{AdamWOptions, Decay, Schedule};
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+type Record<'a> = &'a dyn Fn(&mut Tape, &[Var], &[Ids]) -> xlstm::Result<Vec<Var>>;
+
+fn noise(seed: u64, n: usize) -> Vec<f64> {
+    let mut rng = xlstm::rng::Rng::new(seed, 77);
+    (0..n).map(|_| f64::from((2.0 * rng.uniform() - 1.0) as f32)).collect()
+}
+
+/// A recording with its inputs, and what backward starts from (noise where not given).
+#[derive(Default)]
+struct Case {
+    inputs: Vec<(Vec<usize>, Vec<f64>)>,
+    ids: Vec<Vec<u32>>,
+    parameters: Vec<Vec<f64>>,
+    seeds: Option<Vec<Vec<f64>>>,
+}
+
+/// A tape, its inputs and ids, and the outputs that count.
+type Recorded = (Tape, Vec<Var>, Vec<Ids>, Vec<Var>);
+
+/// Outputs, gradients of the inputs, gradients of the parameters.
+type Tensors = [Vec<Vec<f64>>; 3];
+
+impl Case {
+    fn input(mut self, shape: &[usize]) -> Case {
+        let seed = self.inputs.len() as u64 + 1;
+        self.inputs.push((shape.to_vec(), noise(seed, shape.iter().product())));
+        self
+    }
+
+    /// An input in [low, high).
+    fn between(mut self, shape: &[usize], low: f64, high: f64) -> Case {
+        self = self.input(shape);
+        if let Some((_, values)) = self.inputs.last_mut() {
+            values.iter_mut().for_each(|x| *x = f64::from((low + (high - low) * (*x + 1.0) / 2.0) as f32));
+        }
+        self
+    }
+
+    fn ids(mut self, ids: Vec<u32>) -> Case {
+        self.ids.push(ids);
+        self
+    }
+
+    fn tape(&self, record: Record<'_>) -> xlstm::Result<Recorded> {
+        let mut tape = Tape::new(Mode::Train);
+        let vars: Vec<Var> =
+            self.inputs.iter().map(|(shape, _)| tape.input_with_gradient(Shape::from(&shape[..]))).collect();
+        let ids: Vec<Ids> = self.ids.iter().map(|ids| tape.ids(ids.len())).collect();
+        let outputs = record(&mut tape, &vars, &ids)?;
+        for &y in &outputs {
+            tape.keep(y);
+            tape.seed_gradient(y);
+        }
+        Ok((tape, vars, ids, outputs))
+    }
+
+    fn seed(&self, output: usize, n: usize) -> Vec<f64> {
+        self.seeds.as_ref().map_or_else(|| noise(1000 + output as u64, n), |seeds| seeds[output].clone())
+    }
+
+    fn cpu(&self, record: Record<'_>) -> xlstm::Result<Tensors> {
+        let (tape, vars, ids, outputs) = self.tape(record)?;
+        let mut executor = Executor::<f64>::new(tape);
+        for ((_, values), &var) in self.inputs.iter().zip(&vars) {
+            executor.input_mut(var).copy_from_slice(values);
+        }
+        for (values, &var) in self.ids.iter().zip(&ids) {
+            executor.ids_mut(var).copy_from_slice(values);
+        }
+        executor.forward(&self.parameters);
+        for (i, &y) in outputs.iter().enumerate() {
+            let seed = self.seed(i, executor.seed_mut(y).len());
+            executor.seed_mut(y).copy_from_slice(&seed);
+        }
+        let mut gradients: Vec<Vec<f64>> = self.parameters.iter().map(|p| vec![0.0; p.len()]).collect();
+        executor.backward(&self.parameters, &mut gradients);
+        Ok([
+            outputs.iter().map(|&y| executor.value(y).to_vec()).collect(),
+            vars.iter().map(|&x| executor.gradient(x).to_vec()).collect(),
+            gradients,
+        ])
+    }
+
+    fn gpu(&self, record: Record<'_>, gpu: &Arc<Gpu>) -> xlstm::Result<Tensors> {
+        let (tape, vars, ids, outputs) = self.tape(record)?;
+        let lengths: Vec<usize> = outputs.iter().map(|&y| tape.shape(y).len()).collect();
+        let mut executor = CudaExecutor::new(tape, Precision::F32, gpu)?;
+        let layout = Layout::new(self.parameters.iter().map(Vec::len));
+        let mut parameters = CudaTensors::zeros(gpu, &layout)?;
+        let mut gradients = CudaTensors::zeros(gpu, &layout)?;
+        parameters.upload(&self.parameters.iter().map(|p| narrow(p)).collect::<Vec<_>>())?;
+        for ((_, values), &var) in self.inputs.iter().zip(&vars) {
+            executor.set_input(var, &narrow(values))?;
+        }
+        for (values, &var) in self.ids.iter().zip(&ids) {
+            executor.set_ids(var, values)?;
+        }
+        // Twice, so that work space has its size when it is poisoned.
+        for _ in 0..2 {
+            executor.poison()?;
+            executor.forward(&parameters)?;
+            for (i, &y) in outputs.iter().enumerate() {
+                executor.set_seed(y, &narrow(&self.seed(i, lengths[i])))?;
+            }
+            gradients.clear()?;
+            executor.backward(&parameters, &mut gradients)?;
+        }
+        let values = outputs.iter().map(|&y| Ok(wide(&executor.value(y)?)));
+        let of_inputs = vars.iter().map(|&x| Ok(wide(&executor.gradient(x)?)));
+        Ok([
+            values.collect::<xlstm::Result<_>>()?,
+            of_inputs.collect::<xlstm::Result<_>>()?,
+            gradients.download()?.iter().map(|g| wide(g)).collect(),
+        ])
+    }
+}
+
+fn narrow(x: &[f64]) -> Vec<f32> {
+    x.iter().map(|x| *x as f32).collect()
+}
+
+fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|x| f64::from(*x)).collect()
+}
+
+/// The largest difference relative to the largest number of the tensor; NaN never passes.
+fn distance(got: &[f64], want: &[f64]) -> f64 {
+    if got.len() != want.len() {
+        return f64::INFINITY;
+    }
+    let scale = want.iter().fold(1e-3, |m: f64, x| m.max(x.abs()));
+    got.iter().zip(want).fold(0.0, |worst: f64, (a, b)| {
+        let error = (a - b).abs() / scale;
+        if error.is_nan() { f64::INFINITY } else { worst.max(error) }
+    })
+}
+
+struct Table<'a> {
+    gpu: &'a Arc<Gpu>,
+    failures: usize,
+}
+
+impl Table<'_> {
+    fn row(&mut self, name: &str, error: f64, tolerance: f64, note: &str) {
+        let passed = error <= tolerance;
+        self.failures += usize::from(!passed);
+        println!(
+            "{name:<34} {error:>9.1e} {tolerance:>9.1e}  {}  {note}",
+            if passed { "ok  " } else { "FAIL" }
+        );
+    }
+
+    /// The GPU against the CPU in f64, and against itself.
+    fn compare(&mut self, name: &str, case: &Case, tolerance: f64, record: Record<'_>) {
+        let run = || -> xlstm::Result<(Tensors, Tensors, Tensors)> {
+            Ok((case.cpu(record)?, case.gpu(record, self.gpu)?, case.gpu(record, self.gpu)?))
+        };
+        match run() {
+            Ok((truth, first, second)) => {
+                let parts = |i: usize| {
+                    truth[i].iter().zip(&first[i]).map(|(t, g)| distance(g, t)).fold(0.0, f64::max)
+                };
+                let same = if first == second { "same bits" } else { "DIFFERENT BITS" };
+                self.failures += usize::from(first != second);
+                let note =
+                    format!("forward {:.0e}, backward {:.0e}, {same}", parts(0), parts(1).max(parts(2)));
+                if parts(0).max(parts(1)).max(parts(2)) > tolerance {
+                    for (i, kind) in ["output", "input gradient", "parameter gradient"].iter().enumerate() {
+                        for (j, (t, g)) in truth[i].iter().zip(&first[i]).enumerate() {
+                            println!("    {kind} {j}: {:.1e}", distance(g, t));
+                        }
+                    }
+                }
+                self.row(name, parts(0).max(parts(1)).max(parts(2)), tolerance, &note);
+            }
+            Err(e) => self.row(name, f64::INFINITY, tolerance, &format!("{e}")),
+        }
+    }
+}
+
+fn marks(n: usize) -> Vec<u32> {
+    (0..n).map(|i| [0, 0, RESET, 0, 0, PAD, 0, PAD | RESET, 0, 0, 0, 0, PAD][i * 7 % 13]).collect()
+}
+
+fn operations(table: &mut Table<'_>) {
+    const T: f64 = 2e-5;
+    let new = Case::default;
+    table.compare("add", &new().input(&[3, 37, 50]).input(&[3, 37, 50]), T, &|t, v, _| {
+        Ok(vec![add(t, v[0], v[1])?])
+    });
+    for (rows, inner, outer) in [(130, 96, 64), (7, 5, 3), (512, 256, 384), (1, 33, 65)] {
+        let case = new().input(&[2, rows, inner]).input(&[outer, inner]).input(&[outer]);
+        let name = format!("linear {rows}x{inner}x{outer}");
+        table.compare(&name, &case, T, &|t, v, _| Ok(vec![linear(t, v[0], v[1], Some(v[2]))?]));
+    }
+    let case = new().input(&[2, 31, 48]).input(&[20, 48]);
+    table.compare("linear without bias", &case, T, &|t, v, _| Ok(vec![linear(t, v[0], v[1], None)?]));
+    for (heads, outer, inner) in [(24, 4, 4), (4, 32, 32), (3, 7, 5), (2, 17, 18)] {
+        let case = new().input(&[2, 70, heads * inner]).input(&[heads, outer, inner]).input(&[heads * outer]);
+        let name = format!("headwise {heads}x{outer}x{inner}");
+        table.compare(&name, &case, T, &|t, v, _| Ok(vec![headwise(t, v[0], v[1], Some(v[2]))?]));
+    }
+    let case = new().input(&[2, 70, 64]).input(&[2, 70, 33]).input(&[2, 70, 64]).input(&[4, 161]).input(&[4]);
+    table.compare("concat_linear", &case, T, &|t, v, _| {
+        Ok(vec![concat_linear(t, &v[..3], v[3], Some(v[4]))?])
+    });
+    for (kind, groups, width) in
+        [(NormKind::Layer, 1, 96), (NormKind::Layer, 4, 256), (NormKind::RootMeanSquare, 3, 33)]
+    {
+        let options = Norm { kind, groups, eps: 1e-5, unit_offset: groups != 3 };
+        let case = new().between(&[3, 67, width], -1.0, 3.0).input(&[width]);
+        table.compare(&format!("norm {kind:?} {groups}"), &case, T, &|t, v, _| {
+            Ok(vec![norm(t, v[0], v[1], options)?])
+        });
+    }
+    let case = new().input(&[2, 67, 150]).input(&[150]).input(&[2, 67, 150]).input(&[2, 67, 150]);
+    table.compare("skip_gate", &case, T, &|t, v, _| Ok(vec![skip_gate(t, v[0], v[1], v[2], v[3])?]));
+    use Activation::{Gelu, Relu, ReluSquared, Selu, Sigmoid, Swish};
+    for act in [Gelu, Relu, ReluSquared, Sigmoid, Swish, Selu] {
+        let case = new().between(&[999], -5.0, 5.0).input(&[999]);
+        table.compare(&format!("gated {act:?}"), &case, T, &|t, v, _| Ok(vec![gated(t, v[0], v[1], act)?]));
+    }
+    let case = new().input(&[3000]).ids(vec![5, 6, 7, 8]);
+    table.compare("dropout", &case, T, &|t, v, i| Ok(vec![dropout(t, v[0], 0.3, i[0], 9)?]));
+    let case = new().input(&[41, 300]).ids((0..700).map(|i| i * i % 40).collect());
+    table.compare("embedding", &case, T, &|t, v, i| Ok(vec![embedding(t, i[0], v[0], [7, 100])?]));
+    let case = new().input(&[3, 4, 50]);
+    table.compare("last_token", &case, T, &|t, v, _| Ok(vec![last_token(t, v[0])?]));
+    for vocabulary in [70, 5000] {
+        let targets = (0..39).map(|i| if i % 5 == 2 { IGNORE } else { i * 7 % 70 }).collect();
+        let case = new().between(&[3, 13, vocabulary], -4.0, 4.0).input(&[1]).ids(targets);
+        table.compare(&format!("cross_entropy {vocabulary}"), &case, T, &|t, v, i| {
+            let (loss, nll) = cross_entropy(t, v[0], i[0], v[1])?;
+            Ok(vec![loss, nll])
+        });
+    }
+    for (length, taps, silu) in [(70, 4, true), (3, 4, false), (33, 1, true)] {
+        let case = new().input(&[2, length, 40]).input(&[40, 1, taps]).input(&[40]);
+        let case = case.input(&[2, taps - 1, 40]).ids(marks(2 * length));
+        table.compare(&format!("causal_conv {length} {taps} marks"), &case, T, &|t, v, i| {
+            let (y, window) = causal_conv(t, v[0], v[1], Some(v[2]), Some(v[3]), Some(i[0]), silu)?;
+            Ok(if taps > 1 { vec![y, window] } else { vec![y] })
+        });
+    }
+    let case = new().input(&[2, 50, 40]).input(&[40, 1, 4]);
+    table.compare("causal_conv plain", &case, T, &|t, v, _| {
+        Ok(vec![causal_conv(t, v[0], v[1], None, None, None, true)?.0])
+    });
+}
+
+fn cells(table: &mut Table<'_>) {
+    for (length, dqk, dhv, marked) in
+        [(1, 16, 16, false), (70, 16, 24, true), (200, 64, 64, false), (130, 80, 96, true)]
+    {
+        let (batch, heads) = (2, 3);
+        let mut case = Case::default()
+            .input(&[batch, length, heads * dqk])
+            .input(&[batch, length, heads * dqk])
+            .input(&[batch, length, heads * dhv])
+            .between(&[batch, length, heads], -2.0, 2.0)
+            .between(&[batch, length, heads], 0.0, 5.0)
+            .input(&[batch, heads, dqk, dhv])
+            .input(&[batch, heads, dqk])
+            .input(&[batch, heads]);
+        if marked {
+            case = case.ids(marks(batch * length));
+        }
+        let config = MlstmConfig {
+            heads,
+            input_gate: InputGate::Exponential,
+            forget_gate: ForgetGate::Sigmoid,
+            normalize: true,
+            eps: 1e-6,
+            form: Form::Chunkwise(64),
+        };
+        let name = format!("mlstm {length} {dqk} {dhv}{}", if marked { " marks" } else { "" });
+        table.compare(&name, &case, 2e-4, &|t, v, i| {
+            let state = Some(MlstmState { c: v[5], n: v[6], m: v[7] });
+            let (h, s) = mlstm(t, &config, v[0], v[1], v[2], (v[3], v[4]), state, i.first().copied())?;
+            Ok(vec![h, s.c, s.n, s.m])
+        });
+    }
+    for (function, length, dim, marked) in [
+        (CellFunction::Slstm, 1, 16, false),
+        (CellFunction::Slstm, 60, 16, true),
+        (CellFunction::Slstm, 40, 64, false),
+        (CellFunction::Slstm, 20, 192, false),
+        (CellFunction::Lstm, 60, 20, true),
+    ] {
+        let (batch, heads) = (5, 2);
+        let width = heads * dim;
+        let parts = if function == CellFunction::Slstm { 4 } else { 2 };
+        let mut case = Case::default();
+        for _ in 0..4 {
+            case = case.input(&[batch, length, width]);
+        }
+        case = case.between(&[heads, 4 * dim, dim], -0.1, 0.1).input(&[4 * width]);
+        case = case.input(&[batch, width]).input(&[batch, width]);
+        if parts == 4 {
+            case = case.between(&[batch, width], 0.5, 1.5).input(&[batch, width]);
+        }
+        if marked {
+            case = case.ids(marks(batch * length));
+        }
+        let config = SlstmConfig {
+            heads,
+            function,
+            input_gate: InputGate::Exponential,
+            forget_gate: ForgetGate::Sigmoid,
+            gradient_cut: false,
+            gradient_clip: None,
+        };
+        let name = format!("{function:?} {length} {dim}{}", if marked { " marks" } else { "" });
+        table.compare(&name, &case, 5e-5, &|t, v, i| {
+            let state = SlstmState { h: v[6], c: v[7], n: v.get(8).copied(), m: v.get(9).copied() };
+            let gates = [v[0], v[1], v[2], v[3]];
+            let (h, s) = slstm(t, &config, gates, v[4], v[5], Some(state), i.first().copied())?;
+            Ok([Some(h), Some(s.h), Some(s.c), s.n, s.m].into_iter().flatten().collect())
+        });
+    }
+}
+
+fn golden_parts(table: &mut Table<'_>) -> Outcome<()> {
+    for name in [
+        "mlstm_layer",
+        "mlstm_layer_bias",
+        "slstm_layer",
+        "slstm_layer_noconv",
+        "mlstm_block",
+        "slstm_block",
+        "stack",
+    ] {
+        let golden = Golden::load(name);
+        let config = golden_models::config(&golden.json["config"]["args"]);
+        let mut b = Builder::new();
+        type Forward = Box<dyn Fn(&mut Tape, Var) -> xlstm::Result<Var>>;
+        macro_rules! forward {
+            ($part:expr) => {{
+                let part = $part;
+                Box::new(move |t: &mut Tape, x: Var| Ok(part.forward(t, x, None, &mut Context::default())?.0))
+                    as Forward
+            }};
+        }
+        let forward = match golden.json["config"]["build"].as_str().unwrap_or_default() {
+            "mlstm_layer" => forward!(MlstmLayer::new(&config, &mut b)),
+            "slstm_layer" => forward!(SlstmLayer::new(&config, 0, &mut b)),
+            "mlstm_block" => forward!(Block::new(&config, BlockKind::Mlstm, 0, &mut b)),
+            "slstm_block" => forward!(Block::new(&config, BlockKind::Slstm, 0, &mut b)),
+            _ => forward!(Stack::new(&config, &mut b)),
+        };
+        let mut parameters = Parameters::<f64>::initialize(&b.finish(), 1);
+        golden_models::load(&golden, &mut parameters, "param.");
+        let case = Case {
+            inputs: vec![golden.tensor("in.x")],
+            parameters: parameters.values.clone(),
+            seeds: Some(vec![golden.values("gw.y")]),
+            ..Case::default()
+        };
+        let [outputs, inputs, gradients] = case.gpu(&|t, v, _| Ok(vec![forward(t, v[0])?]), table.gpu)?;
+        let y = distance(&outputs[0], &golden.values("out.y"));
+        let x = distance(&inputs[0], &golden.values("grad.x"));
+        let p = worst_gradient(&golden, &parameters, &gradients);
+        let tolerance = (4.0 * golden.f32_error()).max(1e-5);
+        table.row(
+            &format!("golden {name}"),
+            y.max(x).max(p),
+            tolerance,
+            &format!("y {y:.0e}, dx {x:.0e}, dw {p:.0e}"),
+        );
+    }
+    Ok(())
+}
+
+fn worst_gradient(golden: &Golden, parameters: &Parameters<f64>, gradients: &[Vec<f64>]) -> f64 {
+    let specs = parameters.specs().iter().zip(gradients);
+    specs.map(|(spec, g)| distance(g, &golden.values(&format!("gradp.{}", spec.name)))).fold(0.0, f64::max)
+}
+
+fn ids_of(x: &[f64]) -> Vec<u32> {
+    x.iter().map(|x| if *x < 0.0 { IGNORE } else { *x as u32 }).collect()
+}
+
+fn golden_language_models(table: &mut Table<'_>) -> Outcome<()> {
+    for name in ["lm", "lm_slstm_only", "lm_tied_mlstm_only"] {
+        let golden = Golden::load(name);
+        let model = LanguageModel::new(&golden_models::config(&golden.json["config"]["args"]))?;
+        let mut parameters = Parameters::<f64>::initialize(model.specs(), 1);
+        golden_models::load(&golden, &mut parameters, "param.");
+        let (shape, tokens) = golden.tensor("in.idx");
+        let (shape, tokens) = ([shape[0], shape[1]], ids_of(&tokens));
+        let case = Case {
+            inputs: vec![(vec![1], vec![1.0 / tokens.len() as f64])],
+            ids: vec![tokens.clone(), ids_of(&golden.values("in.targets"))],
+            parameters: parameters.values.clone(),
+            seeds: Some(vec![vec![1.0]]),
+        };
+        let record = |t: &mut Tape, v: &[Var], i: &[Ids]| {
+            let (features, _) = model.features(t, i[0], shape, None, &mut Context::default())?;
+            let logits = model.logits(t, features)?;
+            Ok(vec![cross_entropy(t, logits, i[1], v[0])?.0])
+        };
+        let [outputs, _, gradients] = case.gpu(&record, table.gpu)?;
+        let loss = distance(&outputs[0], &golden.values("out.loss"));
+        let p = worst_gradient(&golden, &parameters, &gradients);
+        let tolerance = (4.0 * golden.f32_error()).max(1e-5);
+        table.row(&format!("golden {name}"), loss.max(p), tolerance, &format!("loss {loss:.0e}, dw {p:.0e}"));
+
+        // Token by token, the state carried.
+        let mut tape = Tape::new(Mode::Evaluate);
+        let ids = tape.ids(shape[0]);
+        let layout = model.state_layout(shape[0]);
+        let before: Vec<Var> = layout.iter().map(|(_, shape)| tape.input(shape.dims())).collect();
+        let (features, after) =
+            model.features(&mut tape, ids, [shape[0], 1], Some(&before), &mut Context::default())?;
+        let logits = model.logits(&mut tape, features)?;
+        after.iter().chain([&logits]).for_each(|&var| tape.keep(var));
+        let mut executor = CudaExecutor::new(tape, Precision::F32, table.gpu)?;
+        let mut on_gpu = CudaTensors::zeros(table.gpu, &layout_of(model.specs()))?;
+        on_gpu.upload(&parameters.values.iter().map(|p| narrow(p)).collect::<Vec<_>>())?;
+        let want = golden.values("out.logits");
+        let (vocabulary, mut worst) = (model.config().vocab_size, 0.0f64);
+        for t in 0..shape[1] {
+            let column: Vec<u32> = (0..shape[0]).map(|b| tokens[b * shape[1] + t]).collect();
+            executor.set_ids(ids, &column)?;
+            executor.forward(&on_gpu)?;
+            let got = wide(&executor.value(logits)?);
+            let truth: Vec<f64> = (0..shape[0])
+                .flat_map(|b| want[(b * shape[1] + t) * vocabulary..][..vocabulary].to_vec())
+                .collect();
+            worst = worst.max(distance(&got, &truth));
+            for (&a, &b) in after.iter().zip(&before) {
+                executor.feed_back(a, b)?;
+            }
+        }
+        table.row(&format!("golden {name} by token"), worst, tolerance, "logits");
+    }
+    Ok(())
+}
+
+/// A training step's tape: tokens, targets -> loss.
+struct Training {
+    executor: CudaExecutor,
+    tokens: Ids,
+    targets: Ids,
+    loss: Var,
+}
+
+impl Training {
+    fn new(model: &LanguageModel, shape: [usize; 2], gpu: &Arc<Gpu>) -> xlstm::Result<Training> {
+        let mut tape = Tape::new(Mode::Train);
+        let count = shape[0] * shape[1];
+        let (tokens, targets) = (tape.ids(count), tape.ids(count));
+        let scale = tape.input([1]);
+        let (features, _) = model.features(&mut tape, tokens, shape, None, &mut Context::default())?;
+        let logits = model.logits(&mut tape, features)?;
+        let (loss, _) = cross_entropy(&mut tape, logits, targets, scale)?;
+        tape.keep(loss);
+        tape.seed_gradient(loss);
+        let mut executor = CudaExecutor::new(tape, Precision::F32, gpu)?;
+        executor.set_input(scale, &[1.0 / count as f32])?;
+        executor.set_seed(loss, &[1.0])?;
+        Ok(Training { executor, tokens, targets, loss })
+    }
+}
+
+fn golden_training(table: &mut Table<'_>) -> Outcome<()> {
+    let golden = Golden::load("optim_lm20");
+    let model = LanguageModel::new(&golden_models::config(&golden.json["config"]["args"]))?;
+    let mut start = Parameters::<f32>::initialize(model.specs(), 1);
+    golden_models::load(&golden, &mut start, "param.");
+    let options = &golden.json["config"]["opt"];
+    let number = |key: &str| options[key].as_f64().unwrap_or(f64::NAN);
+    let schedule = Schedule {
+        max: number("max_lr"),
+        min: number("min_lr"),
+        warmup_steps: number("warmup") as u64,
+        decay_steps: number("decay_until") as u64,
+        decay: Decay::Cosine,
+    };
+    let options = AdamWOptions {
+        betas: serde_json::from_value(options["betas"].clone())?,
+        eps: number("eps"),
+        weight_decay: number("weight_decay"),
+        clip: Some(number("clip")),
+    };
+    let (shape, data) = golden.tensor("in.data");
+    let (rows, length) = (shape[1], shape[2] - 1);
+    let layout = layout_of(model.specs());
+    let mut ends = Vec::new();
+    for captured in [true, false] {
+        let mut training = Training::new(&model, [rows, length], table.gpu)?;
+        let mut parameters = CudaTensors::zeros(table.gpu, &layout)?;
+        let mut gradients = CudaTensors::zeros(table.gpu, &layout)?;
+        parameters.upload(&start.values)?;
+        let mut optimizer = CudaOptimizer::new(table.gpu, model.specs(), options)?;
+        let mut step = CudaStep::new();
+        let (mut losses, mut norms) = (Vec::new(), Vec::new());
+        for (i, data) in data.chunks(rows * (length + 1)).enumerate() {
+            let part = |from: usize| -> Vec<u32> {
+                data.chunks(length + 1)
+                    .flat_map(|row| row[from..from + length].iter().map(|x| *x as u32))
+                    .collect()
+            };
+            training.executor.set_ids(training.tokens, &part(0))?;
+            training.executor.set_ids(training.targets, &part(1))?;
+            if !captured {
+                step = CudaStep::new();
+            }
+            let rate = schedule.rate(i as u64);
+            step.run(&mut training.executor, &mut parameters, &mut gradients, &mut optimizer, rate)?;
+            losses.push(f64::from(training.executor.value(training.loss)?[0]));
+            norms.push(optimizer.norm()?);
+        }
+        let loss = distance(&losses, &golden.values("out.loss"));
+        let norm = distance(&norms, &golden.values("out.grad_norm"));
+        let end = parameters.download()?;
+        let drift = golden.json["f32_vs_f64_final_param_maxabs"].as_f64().unwrap_or(0.0);
+        let mut worst = 0.0f64;
+        for (spec, values) in model.specs().iter().zip(&end) {
+            let want = golden.values(&format!("final.{}", spec.name));
+            let loose = spec.name.ends_with("_bias_") || spec.name.ends_with("igate.bias");
+            let bound = if loose { 20.0 * (4.0 * drift).max(1e-3) } else { 4.0 * drift };
+            for (got, want) in values.iter().zip(want) {
+                worst = worst.max((f64::from(*got) - want).abs() / bound);
+            }
+        }
+        let name = if captured { "captured" } else { "plain" };
+        table.row(&format!("training 20 steps, {name}: loss"), loss, 1e-5, "");
+        table.row(&format!("training 20 steps, {name}: norm"), norm, 1e-4, "");
+        table.row(&format!("training 20 steps, {name}: end"), worst, 1.0, "in units of the bound");
+        ends.push(end);
+    }
+    // A gradient that is not finite changes nothing.
+    let mut training = Training::new(&model, [rows, length], table.gpu)?;
+    let mut parameters = CudaTensors::zeros(table.gpu, &layout)?;
+    let mut gradients = CudaTensors::zeros(table.gpu, &layout)?;
+    let mut spoiled = start.values.clone();
+    spoiled[0][0] = f32::INFINITY;
+    parameters.upload(&spoiled)?;
+    let mut optimizer = CudaOptimizer::new(table.gpu, model.specs(), options)?;
+    let mut step = CudaStep::new();
+    for _ in 0..3 {
+        step.run(&mut training.executor, &mut parameters, &mut gradients, &mut optimizer, 1e-3)?;
+    }
+    let untouched = parameters.download()? == spoiled && !optimizer.norm()?.is_finite();
+    table.row("infinite gradients change nothing", f64::from(u8::from(!untouched)), 0.0, "");
+    table.row("captured and plain: same bits", f64::from(u8::from(ends[0] != ends[1])), 0.0, "");
+    Ok(())
+}
+
+fn times(table: &mut Table<'_>) -> Outcome<()> {
+    println!("\nsteps, f32          plain ms  captured ms   tokens/s  MiB");
+    for (dim, blocks, slstm, vocab, shape) in [
+        (128, 6, "none", 256, [16, 256]),
+        (256, 8, "7:1", 256, [16, 256]),
+        (768, 12, "none", 16384, [8, 512]),
+        (768, 12, "7:1", 16384, [8, 512]),
+    ] {
+        let config: ModelConfig = serde_json::from_value(serde_json::json!({
+            "embedding_dim": dim, "num_blocks": blocks, "slstm_at": slstm, "vocab_size": vocab,
+        }))?;
+        let model = LanguageModel::new(&config)?;
+        let start = Parameters::<f32>::initialize(model.specs(), 1);
+        let layout = layout_of(model.specs());
+        let mut training = Training::new(&model, shape, table.gpu)?;
+        let mut parameters = CudaTensors::zeros(table.gpu, &layout)?;
+        let mut gradients = CudaTensors::zeros(table.gpu, &layout)?;
+        parameters.upload(&start.values)?;
+        let options = AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(1.0) };
+        let mut optimizer = CudaOptimizer::new(table.gpu, model.specs(), options)?;
+        let count = shape[0] * shape[1];
+        let tokens: Vec<u32> = (0..count as u32).map(|i| i.wrapping_mul(2_654_435_761) % vocab).collect();
+        training.executor.set_ids(training.tokens, &tokens)?;
+        training.executor.set_ids(training.targets, &tokens)?;
+        let median = |mut times: Vec<f64>| {
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2] * 1e3
+        };
+        let gpu = table.gpu.clone();
+        let mut plain = Vec::new();
+        for _ in 0..12 {
+            let start = Instant::now();
+            optimizer.prepare(1e-3)?;
+            launch(&mut training.executor, &mut parameters, &mut gradients, &optimizer)?;
+            gpu.synchronize()?;
+            plain.push(start.elapsed().as_secs_f64());
+        }
+        let mut step = CudaStep::new();
+        let mut captured = Vec::new();
+        for i in 0..22 {
+            let start = Instant::now();
+            step.run(&mut training.executor, &mut parameters, &mut gradients, &mut optimizer, 1e-3)?;
+            gpu.synchronize()?;
+            if i > 2 {
+                captured.push(start.elapsed().as_secs_f64());
+            }
+        }
+        let (plain, captured) = (median(plain), median(captured));
+        println!(
+            "{dim}x{blocks} {slstm} {}x{}: {plain:>9.2} {captured:>9.2} {:>12.0} {:>6}   loss {:.4}, {} nodes",
+            shape[0],
+            shape[1],
+            count as f64 / captured * 1e3,
+            training.executor.bytes() >> 20,
+            training.executor.value(training.loss)?[0],
+            training.executor.nodes(),
+        );
+        let times = training.executor.profile(&parameters, &mut gradients)?;
+        let total: f64 = times.iter().map(|t| t.1 + t.2).sum();
+        print!("   node by node {total:.1} ms:");
+        for (name, forward, backward) in times.iter().take(9) {
+            print!(" {name} {forward:.2} + {backward:.2},");
+        }
+        println!();
+    }
+    Ok(())
+}
+
+fn main() -> Outcome<()> {
+    let ordinal = std::env::args().nth(1).map_or(Ok(0), |x| x.parse())?;
+    let gpu = Gpu::new(ordinal)?;
+    println!("{} ({}, {} multiprocessors)", gpu.name(), gpu.architecture(), gpu.multiprocessors()?);
+    println!("{:<34} {:>9} {:>9}", "what", "error", "bound");
+    let mut table = Table { gpu: &gpu, failures: 0 };
+    operations(&mut table);
+    cells(&mut table);
+    golden_parts(&mut table)?;
+    golden_language_models(&mut table)?;
+    golden_training(&mut table)?;
+    times(&mut table)?;
+    println!("{} failures", table.failures);
+    if table.failures > 0 { Err("the GPU and the truth differ".into()) } else { Ok(()) }
+}

@@ -1,0 +1,160 @@
+//! The sLSTM and the LSTM on a GPU: the launches of slstm.cu, in its order and with its work
+//! space.
+
+use super::{BIAS, CellFunction, LAST, Layout, RECURRENT, STATE, Slstm};
+use crate::cell::{ForgetGate, InputGate};
+use crate::engine::cuda::blas::{Operand, Product};
+use crate::engine::cuda::launch::Queue;
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
+use crate::error::{Error, Result};
+
+const SOURCE: Source = Source::new("slstm", include_str!("slstm.cu"));
+
+/// Sequences of a block: ROWS of slstm.cu.
+const ROWS: usize = 4;
+const R_SHARED: u32 = 16;
+/// The largest head that slstm.cu takes.
+const LARGEST: usize = 1024;
+
+/// Flags and bytes of shared memory.
+fn flags(slstm: &Slstm, dim: usize, queue: &Queue) -> Result<(u32, usize)> {
+    let config = &slstm.config;
+    let flags = u32::from(config.input_gate == InputGate::Sigmoid)
+        | u32::from(config.forget_gate == ForgetGate::Exponential) << 1
+        | u32::from(config.function == CellFunction::Lstm) << 2
+        | u32::from(config.gradient_cut) << 3;
+    let (own, matrix) = (ROWS * 48 * dim, 16 * dim * dim);
+    // A matrix that fits stays on chip for the whole sequence.
+    let available = queue.gpu().shared_memory()?;
+    if dim > LARGEST || own > available {
+        return Err(Error::shape(format!(
+            "{} heads of {dim} features are too large for this GPU",
+            config.heads
+        ))
+        .hint("use more heads, or --device cpu"));
+    }
+    let fits = own + matrix <= available;
+    Ok(if fits { (flags | R_SHARED, own + matrix) } else { (flags, own) })
+}
+
+/// See [`Kernel::forward_cuda`](crate::engine::Kernel::forward_cuda).
+pub(super) fn forward(slstm: &Slstm, io: &mut CudaForward<'_>) -> Result<()> {
+    let layout = Layout::of(io.shapes, slstm.config.heads);
+    let Layout { batch, steps, heads, dim, .. } = layout;
+    let parts = slstm.state_parts();
+    let (flags, shared) = flags(slstm, dim, io.queue)?;
+    let transposed = io.queue.scratch(heads * 4 * dim * dim)?;
+    let grid = [dim.div_ceil(32), (4 * dim).div_ceil(32), heads];
+    let arguments = arguments![io.input(RECURRENT), transposed, dim];
+    io.queue.launch_square(&SOURCE, "slstm_transpose", grid, [32, 8], arguments)?;
+    let [gate_i, gate_f, gate_z, gate_o, ..] = io.inputs;
+    let state = |part: usize| (part < parts).then(|| io.inputs[STATE + part]).flatten();
+    let last = |part: usize| (part < parts).then(|| io.outputs[LAST + part]);
+    // The h before each token is not saved: backward finds it in h.
+    let record = slstm.train.then(|| io.outputs[LAST + parts]);
+    let arguments = arguments![
+        gate_i,
+        gate_f,
+        gate_z,
+        gate_o,
+        transposed,
+        io.input(BIAS),
+        state(0),
+        state(1),
+        state(2),
+        state(3),
+        io.ids[0],
+        io.outputs[0],
+        last(0),
+        last(1),
+        last(2),
+        last(3),
+        None::<u64>,
+        record,
+        batch,
+        steps,
+        heads,
+        dim,
+        flags
+    ];
+    let block = (4 * dim).next_multiple_of(32).min(1024);
+    io.queue.launch_shared(
+        &SOURCE,
+        "slstm_forward",
+        [batch.div_ceil(ROWS), heads, 1],
+        block,
+        shared,
+        arguments,
+    )
+}
+
+/// See [`Kernel::backward_cuda`](crate::engine::Kernel::backward_cuda).
+pub(super) fn backward(slstm: &Slstm, io: &mut CudaBackward<'_>) -> Result<()> {
+    let layout = Layout::of(io.shapes, slstm.config.heads);
+    let Layout { batch, steps, heads, dim, .. } = layout;
+    let parts = slstm.state_parts();
+    let (flags, shared) = flags(slstm, dim, io.queue)?;
+    let draw = io.queue.scratch(batch * steps * heads * 4 * dim)?;
+    let state = |part: usize| (part < parts).then(|| io.inputs[STATE + part]).flatten();
+    let last = |part: usize| (part < parts).then(|| io.outputs[LAST + part]);
+    let dlast = |part: usize| (part < parts).then(|| io.output_gradients[LAST + part]).flatten();
+    let dstate = |part: usize| (part < parts).then(|| io.input_gradients[STATE + part]).flatten();
+    let record = io.outputs[LAST + parts];
+    let [dgate_i, dgate_f, dgate_z, dgate_o, ..] = io.input_gradients;
+    let arguments = arguments![
+        io.input(RECURRENT),
+        record,
+        io.ids[0],
+        state(1),
+        state(2),
+        last(1),
+        last(2),
+        io.output_gradients[0],
+        dlast(0),
+        dlast(1),
+        dlast(2),
+        dlast(3),
+        draw,
+        dgate_i,
+        dgate_f,
+        dgate_z,
+        dgate_o,
+        dstate(0),
+        dstate(1),
+        dstate(2),
+        dstate(3),
+        slstm.config.gradient_clip.unwrap_or(-1.0),
+        batch,
+        steps,
+        heads,
+        dim,
+        flags
+    ];
+    let block = (4 * dim).next_multiple_of(32).min(1024);
+    io.queue.launch_shared(
+        &SOURCE,
+        "slstm_backward",
+        [batch.div_ceil(ROWS), heads, 1],
+        block,
+        shared,
+        arguments,
+    )?;
+    if let Some(db) = io.input_gradients[BIAS] {
+        let arguments = arguments![draw, db, batch * steps, heads, dim];
+        let grid = [(heads * 4 * dim).div_ceil(32), 1, 1];
+        io.queue.launch_square(&SOURCE, "slstm_bias", grid, [32, 32], arguments)?;
+    }
+    let Some(dr) = io.input_gradients[RECURRENT] else { return Ok(()) };
+    let n = batch * steps * heads * dim;
+    let before = io.queue.scratch(n)?;
+    let arguments = arguments![io.outputs[0], state(0), io.ids[0], before, n as u64, steps, heads * dim];
+    io.queue.launch_each(&SOURCE, "slstm_before", n, arguments)?;
+    io.queue.product(&Product {
+        size: [4 * dim, dim, batch * steps],
+        a: Operand::new(draw, heads * 4 * dim).batched(4 * dim).t(),
+        b: Operand::new(before, heads * dim).batched(dim),
+        c: Operand::new(dr, dim).batched(4 * dim * dim),
+        batch: heads,
+        accumulate: true,
+    })
+}

@@ -1,0 +1,233 @@
+//! CUDA C++ to machine code by NVRTC, with a cache on disk.
+//!
+//! Kernels are compiled for the real architecture of the card, never to PTX: a driver older
+//! than the compiler rejects new PTX. A compilation takes a tenth of a second, a cached one
+//! nothing, so that each file of kernels is one program.
+
+use std::ffi::{CStr, CString, OsString};
+use std::hash::{Hash, Hasher};
+use std::path::PathBuf;
+
+use cudarc::nvrtc::{result, sys};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// What every kernel file starts with.
+const PRELUDE: &str = include_str!("element.cuh");
+
+/// A file of kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// Its name, for messages.
+    pub name: &'static str,
+    /// Its text.
+    pub text: &'static str,
+    /// Definitions such as `-DELEMENT_BF16`.
+    pub defines: &'static [&'static str],
+}
+
+impl Source {
+    /// A file of kernels on f32 activations.
+    pub const fn new(name: &'static str, text: &'static str) -> Source {
+        Source { name, text, defines: &[] }
+    }
+
+    /// Tells sources in one process apart.
+    pub(super) fn key(&self) -> u64 {
+        let mut hasher = std::hash::DefaultHasher::new();
+        (self.name, self.defines).hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+/// Opens the NVRTC that `XLSTM_NVRTC` names (a file, or a folder with libnvrtc in it), so that
+/// it is the one found later.
+pub(super) fn preload() {
+    let Some(path) = std::env::var_os("XLSTM_NVRTC").map(PathBuf::from) else { return };
+    let names = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
+    let files: Vec<PathBuf> =
+        if path.is_dir() { names.iter().map(|n| path.join(n)).collect() } else { vec![path] };
+    for file in files.into_iter().filter(|f| f.exists()) {
+        #[cfg(unix)]
+        {
+            use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+            // SAFETY: NVRTC's initialisers have no effect on us; it stays loaded for good.
+            if let Ok(library) = unsafe { Library::open(Some(&file), RTLD_NOW | RTLD_GLOBAL) } {
+                std::mem::forget(library);
+                return;
+            }
+        }
+        #[cfg(not(unix))]
+        let _ = file;
+    }
+}
+
+/// Whether NVRTC can be used.
+pub fn is_available() -> bool {
+    preload();
+    // SAFETY: this only tries to open the library.
+    unsafe { sys::is_culib_present() }
+}
+
+/// NVRTC's version.
+fn version() -> Result<(i32, i32)> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: the callers have found the library.
+    unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) }
+        .result()
+        .map_err(|e| Error::new(ErrorKind::Device, format!("cannot ask NVRTC for its version: {e}")))?;
+    Ok((major, minor))
+}
+
+/// Machine code for `architecture`, from the cache or compiled.
+pub(super) fn cubin(source: &Source, architecture: &str) -> Result<Vec<u8>> {
+    let file = cache_folder().map(|folder| {
+        let key =
+            fingerprint(&[PRELUDE, source.text, &source.defines.join(" "), &format!("{:?}", version())]);
+        folder.join(format!("{}-{architecture}-{key:016x}.cubin", source.name))
+    });
+    if let Some(found) = file.as_ref().and_then(|file| std::fs::read(file).ok())
+        && found.starts_with(b"\x7fELF")
+    {
+        return Ok(found);
+    }
+    let (code, _) = compile(source, architecture)?;
+    if let Some(file) = file {
+        // A cache that cannot be written costs time, nothing else.
+        let _ = write_whole(&file, &code);
+    }
+    Ok(code)
+}
+
+/// Written beside and renamed: another process sees all of it or nothing.
+fn write_whole(file: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
+    if let Some(folder) = file.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let beside = file.with_extension(format!("{}.partial", std::process::id()));
+    std::fs::write(&beside, bytes)?;
+    std::fs::rename(&beside, file)
+}
+
+fn cache_folder() -> Option<PathBuf> {
+    let given = |name: &str| std::env::var_os(name).filter(|v: &OsString| !v.is_empty()).map(PathBuf::from);
+    let base = given("XDG_CACHE_HOME").or_else(|| given("HOME").map(|home| home.join(".cache")))?;
+    Some(base.join("xlstm").join("kernels"))
+}
+
+/// FNV-1a: stable between versions of the standard library, which its own hasher is not.
+fn fingerprint(parts: &[&str]) -> u64 {
+    let bytes = parts.iter().flat_map(|part| part.bytes().chain([0xff]));
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// Compiles; returns the machine code and the assembler's report on registers and spills.
+///
+/// # Errors
+/// When there is no NVRTC, or the source does not compile.
+pub fn compile(source: &Source, architecture: &str) -> Result<(Vec<u8>, String)> {
+    if !is_available() {
+        return Err(Error::new(ErrorKind::Device, "the kernel compiler NVRTC (libnvrtc) is not found")
+            .hint("install CUDA 13, or point XLSTM_NVRTC to the folder that holds it"));
+    }
+    let failed = |what: &str, e: &dyn std::fmt::Display| {
+        Error::new(ErrorKind::Device, format!("NVRTC cannot {what} {} for {architecture}: {e}", source.name))
+    };
+    let text = CString::new(format!("{PRELUDE}#line 1 \"{}\"\n{}", source.name, source.text))
+        .map_err(|e| failed("read", &e))?;
+    let program = Program(result::create_program(&text, None).map_err(|e| failed("open", &e))?);
+    let mut options = vec![
+        format!("--gpu-architecture={architecture}"),
+        String::from("--std=c++17"),
+        String::from("--ptxas-options=-v"),
+    ];
+    options.extend(source.defines.iter().map(|d| (*d).to_owned()));
+    // SAFETY: the program is alive until dropped; the buffers have the sizes that NVRTC names.
+    unsafe {
+        let compiled = result::compile_program(program.0, &options);
+        let log = result::get_program_log(program.0).map_err(|e| failed("report on", &e))?;
+        let log = CStr::from_ptr(log.as_ptr()).to_string_lossy().into_owned();
+        compiled.map_err(|e| failed("compile", &format!("{e}\n{log}")))?;
+        let mut size = 0;
+        sys::nvrtcGetCUBINSize(program.0, &raw mut size).result().map_err(|e| failed("measure", &e))?;
+        let mut code = vec![0u8; size];
+        sys::nvrtcGetCUBIN(program.0, code.as_mut_ptr().cast()).result().map_err(|e| failed("link", &e))?;
+        Ok((code, log))
+    }
+}
+
+struct Program(sys::nvrtcProgram);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // SAFETY: made by create_program, destroyed once.
+        let _ = unsafe { result::destroy_program(self.0) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    /// Every .cu file below `folder`.
+    fn kernel_files(folder: &Path, found: &mut Vec<PathBuf>) {
+        let mut entries: Vec<PathBuf> = std::fs::read_dir(folder)
+            .expect("a folder")
+            .map(|entry| entry.expect("an entry").path())
+            .collect();
+        entries.sort();
+        for entry in entries {
+            if entry.is_dir() {
+                kernel_files(&entry, found);
+            } else if entry.extension().is_some_and(|extension| extension == "cu") {
+                found.push(entry);
+            }
+        }
+    }
+
+    /// Needs no GPU. Without NVRTC it says so and passes, but not under CI, which brings one.
+    #[test]
+    fn every_kernel_compiles_without_spills() {
+        if !is_available() {
+            assert!(std::env::var_os("CI").is_none(), "CI must point XLSTM_NVRTC to an NVRTC");
+            eprintln!("no NVRTC found (XLSTM_NVRTC): the kernels have not been compiled");
+            return;
+        }
+        let mut files = Vec::new();
+        kernel_files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut files);
+        assert!(files.len() > 10, "{files:?}");
+        let bf16: &[&str] = &["-DELEMENT_BF16", "-DGATE_BF16", "-DWEIGHT_BF16"];
+        for file in files {
+            let text = std::fs::read_to_string(&file).expect("a kernel file").leak();
+            // In bf16 for one architecture only: a compilation takes half a second.
+            let f32: &[&str] = &[];
+            for (architecture, precisions) in
+                [("sm_80", &[f32][..]), ("sm_90a", &[f32, bf16]), ("sm_100", &[f32])]
+            {
+                for &defines in precisions {
+                    let source = Source { name: "kernels.cu", text, defines };
+                    let (code, log) = compile(&source, architecture)
+                        .unwrap_or_else(|e| panic!("{}, {architecture}: {e}", file.display()));
+                    assert!(code.starts_with(b"\x7fELF"));
+                    let spilled = log
+                        .lines()
+                        .filter(|l| l.contains("spill stores") && !l.contains(" 0 bytes spill stores"))
+                        .collect::<Vec<_>>();
+                    assert!(spilled.is_empty(), "{}, {architecture}: {spilled:?}\n{log}", file.display());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn errors_name_the_source_and_the_line() {
+        if !is_available() {
+            return;
+        }
+        let source = Source::new("broken", "extern \"C\" __global__ void f() { nonsense; }");
+        let error = compile(&source, "sm_80").expect_err("nonsense").to_string();
+        assert!(error.contains("broken") && error.contains("nonsense"), "{error}");
+    }
+}

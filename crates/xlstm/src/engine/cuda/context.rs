@@ -1,0 +1,386 @@
+//! One GPU: its context, stream, libraries and module cache.
+//!
+//! The libraries come with the driver and the CUDA toolkit and are loaded at run time. A
+//! missing one is an error with a hint here, at the start, because a later call into it
+//! would panic.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::cublaslt::sys as lt;
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
+use cudarc::nvrtc::Ptx;
+
+use super::blas::Blas;
+use super::compiler::{self, Source};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What of a GPU the kernels may ask for.
+pub struct Gpu {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    name: String,
+    architecture: String,
+    modules: Mutex<HashMap<u64, Arc<CudaModule>>>,
+    functions: Mutex<HashMap<(u64, &'static str), CudaFunction>>,
+    pub(super) blas: Blas,
+}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Gpu({}, {})", self.name, self.architecture)
+    }
+}
+
+/// A driver error as one of ours.
+pub(crate) fn driver(what: &str, error: DriverError) -> Error {
+    // The error's own text asks the driver for it, which is there: it made the error.
+    Error::new(ErrorKind::Device, format!("cannot {what} on the GPU: {error}"))
+}
+
+fn missing(what: &str, library: &str) -> Error {
+    Error::new(ErrorKind::Device, format!("no GPU can be used: {what} ({library}) is not found"))
+}
+
+impl Gpu {
+    /// GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// When the driver, NVRTC or cuBLASLt is missing or too old, when there is no such GPU,
+    /// or when it is older than compute capability 8.0.
+    pub fn new(ordinal: usize) -> Result<Arc<Gpu>> {
+        compiler::preload();
+        // SAFETY: these only try to open the libraries.
+        let (has_driver, has_nvrtc, has_lt) = unsafe {
+            (sys::is_culib_present(), cudarc::nvrtc::sys::is_culib_present(), lt::is_culib_present())
+        };
+        if !has_driver {
+            return Err(missing("the NVIDIA driver", "libcuda").hint("install it, or use --device cpu"));
+        }
+        let toolkit = "install CUDA 13 (or the wheels nvidia-cuda-nvrtc and nvidia-cublas) and let the loader find it, for example through LD_LIBRARY_PATH";
+        if !has_nvrtc {
+            return Err(missing("the kernel compiler NVRTC", "libnvrtc").hint(toolkit));
+        }
+        if !has_lt {
+            return Err(missing("the matrix library cuBLASLt", "libcublasLt").hint(toolkit));
+        }
+        let mut version = 0;
+        // SAFETY: the driver is there.
+        let code = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+        if code != sys::CUresult::CUDA_SUCCESS || version < 12080 {
+            return Err(Error::new(
+                ErrorKind::Device,
+                format!("the NVIDIA driver speaks CUDA {}.{}", version / 1000, version % 1000 / 10),
+            )
+            .hint("CUDA 12.8 or newer is needed: update the driver"));
+        }
+        result::init().map_err(|e| driver("start", e))?;
+        let count = result::device::get_count().map_err(|e| driver("count devices", e))?;
+        if ordinal as i64 >= i64::from(count) {
+            return Err(Error::new(
+                ErrorKind::Device,
+                format!("there is no GPU {ordinal}: {count} are visible"),
+            )
+            .hint("see nvidia-smi and CUDA_VISIBLE_DEVICES"));
+        }
+        let context = CudaContext::new(ordinal).map_err(|e| driver("make a context", e))?;
+        // SAFETY: buffers here are raw pointers on one stream; no CudaSlice waits for events.
+        unsafe { context.disable_event_tracking() };
+        let (major, minor) = context.compute_capability().map_err(|e| driver("read the version", e))?;
+        let name = context.name().map_err(|e| driver("read the name", e))?;
+        if major < 8 {
+            return Err(Error::new(
+                ErrorKind::Device,
+                format!("GPU {ordinal} ({name}) has compute capability {major}.{minor}"),
+            )
+            .hint("8.0 (Ampere) or newer is needed"));
+        }
+        let suffix = if major >= 9 { "a" } else { "" };
+        let stream = context.new_stream().map_err(|e| driver("make a stream", e))?;
+        let blas = Blas::new()?;
+        Ok(Arc::new(Gpu {
+            architecture: format!("sm_{major}{minor}{suffix}"),
+            context,
+            stream,
+            name,
+            modules: Mutex::default(),
+            functions: Mutex::default(),
+            blas,
+        }))
+    }
+
+    /// The card's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What kernels are compiled for, such as `sm_90a`.
+    pub fn architecture(&self) -> &str {
+        &self.architecture
+    }
+
+    /// Number of streaming multiprocessors.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn multiprocessors(&self) -> Result<usize> {
+        let count = self.context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+        Ok(count.map_err(|e| driver("count multiprocessors", e))? as usize)
+    }
+
+    /// Bytes of shared memory that a block can have.
+    pub(crate) fn shared_memory(&self) -> Result<usize> {
+        let bytes = self.context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
+        Ok(bytes.map_err(|e| driver("measure shared memory", e))? as usize)
+    }
+
+    /// Makes the GPU the current one of this thread; every entry point calls it.
+    pub(crate) fn enter(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(|e| driver("enter the context", e))
+    }
+
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    pub(crate) fn raw_stream(&self) -> sys::CUstream {
+        self.stream.cu_stream()
+    }
+
+    /// Waits until all work is done.
+    ///
+    /// # Errors
+    /// When some of it failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.enter()?;
+        self.stream.synchronize().map_err(|e| driver("finish the work", e))
+    }
+
+    /// Sets `bytes` bytes, a multiple of 4, to a repeated 32-bit pattern.
+    pub(crate) fn fill(&self, pointer: u64, pattern: u32, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: callers pass ranges of buffers that they own.
+        unsafe { sys::cuMemsetD32Async(pointer, pattern, bytes / 4, self.raw_stream()) }
+            .result()
+            .map_err(|e| driver("fill memory", e))
+    }
+
+    /// Copies between buffers of the GPU.
+    pub(crate) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: callers pass ranges of buffers that they own.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.raw_stream()) }
+            .map_err(|e| driver("copy memory", e))
+    }
+
+    /// Copies to the GPU. The host's slice is free again on return.
+    pub(crate) fn upload<T: Copy>(&self, to: u64, from: &[T]) -> Result<()> {
+        if from.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: callers pass ranges of buffers that they own; a copy from pageable memory
+        // is staged before the call returns.
+        unsafe { result::memcpy_htod_async(to, from, self.raw_stream()) }.map_err(|e| driver("upload", e))
+    }
+
+    /// Copies from the GPU, after all work before.
+    pub(crate) fn download<T: Copy>(&self, to: &mut [T], from: u64) -> Result<()> {
+        if !to.is_empty() {
+            // SAFETY: callers pass ranges of buffers that they own; the wait below ends the borrow.
+            unsafe { result::memcpy_dtoh_async(to, from, self.raw_stream()) }
+                .map_err(|e| driver("download", e))?;
+        }
+        self.synchronize()
+    }
+
+    fn function(&self, source: &Source, name: &'static str) -> Result<sys::CUfunction> {
+        let key = source.key();
+        if let Some(function) = lock(&self.functions).get(&(key, name)) {
+            return Ok(function.cu_function());
+        }
+        let known = lock(&self.modules).get(&key).cloned();
+        let module = match known {
+            Some(module) => module,
+            None => {
+                let cubin = compiler::cubin(source, &self.architecture)?;
+                let module = self.context.load_module(Ptx::from_binary(cubin));
+                let module = module.map_err(|e| driver(&format!("load {}", source.name), e))?;
+                lock(&self.modules).insert(key, module.clone());
+                module
+            }
+        };
+        let function = module.load_function(name).map_err(|e| driver(&format!("find kernel {name}"), e))?;
+        let raw = function.cu_function();
+        lock(&self.functions).insert((key, name), function);
+        Ok(raw)
+    }
+
+    /// Launches kernel `name` of `source`.
+    pub(crate) fn launch(
+        &self,
+        source: &Source,
+        name: &'static str,
+        grid: [usize; 3],
+        block: [usize; 2],
+        shared: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        if grid[0] > i32::MAX as usize || grid[1] > 65_535 || grid[2] > 65_535 {
+            return Err(Error::shape(format!("{name} would need a grid of {grid:?} blocks on the GPU"))
+                .hint("use a smaller batch"));
+        }
+        let function = self.function(source, name)?;
+        if shared > SHARED_BY_DEFAULT {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function's module lives as long as self.
+            unsafe { result::function::set_function_attribute(function, attribute, shared as i32) }
+                .map_err(|e| driver(&format!("give {name} {shared} bytes of shared memory"), e))?;
+        }
+        let mut words: Vec<u64> = arguments.iter().map(|a| a.word()).collect();
+        let mut pointers: Vec<*mut c_void> =
+            words.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect();
+        let dims = |d: usize| d as u32;
+        // SAFETY: the function's module lives as long as self; the arguments match the kernel's
+        // parameters (each at most 8 bytes, little-endian), which the tests on a GPU check.
+        unsafe {
+            result::launch_kernel(
+                function,
+                (dims(grid[0]), dims(grid[1]), dims(grid[2])),
+                (dims(block[0]), dims(block[1]), 1),
+                dims(shared),
+                self.raw_stream(),
+                &mut pointers,
+            )
+        }
+        .map_err(|e| driver(&format!("launch {name}"), e))
+    }
+}
+
+/// Bytes of shared memory that a kernel gets without asking.
+const SHARED_BY_DEFAULT: usize = 48 << 10;
+
+/// A kernel argument.
+#[derive(Clone, Copy, Debug)]
+pub enum Argument {
+    /// A device pointer, 0 is null; or a 64-bit integer.
+    Pointer(u64),
+    /// A 32-bit integer.
+    Int(u32),
+    /// A 32-bit float.
+    Float(f32),
+}
+
+impl Argument {
+    fn word(self) -> u64 {
+        match self {
+            Argument::Pointer(x) => x,
+            Argument::Int(x) => u64::from(x),
+            Argument::Float(x) => u64::from(x.to_bits()),
+        }
+    }
+}
+
+impl From<u64> for Argument {
+    fn from(pointer: u64) -> Argument {
+        Argument::Pointer(pointer)
+    }
+}
+impl From<Option<u64>> for Argument {
+    fn from(pointer: Option<u64>) -> Argument {
+        Argument::Pointer(pointer.unwrap_or(0))
+    }
+}
+impl From<usize> for Argument {
+    fn from(size: usize) -> Argument {
+        Argument::Int(size as u32)
+    }
+}
+impl From<u32> for Argument {
+    fn from(x: u32) -> Argument {
+        Argument::Int(x)
+    }
+}
+impl From<f64> for Argument {
+    fn from(x: f64) -> Argument {
+        Argument::Float(x as f32)
+    }
+}
+
+/// Kernel arguments, each converted to an [`Argument`].
+macro_rules! arguments {
+    ($($argument:expr),* $(,)?) => {
+        &[$($crate::engine::cuda::context::Argument::from($argument)),*]
+    };
+}
+pub(crate) use arguments;
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A buffer of the GPU.
+pub(crate) struct Buffer {
+    gpu: Arc<Gpu>,
+    pointer: u64,
+    bytes: usize,
+}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer({} bytes)", self.bytes)
+    }
+}
+
+impl Buffer {
+    /// At least `bytes` zero bytes.
+    pub(crate) fn zeros(gpu: &Arc<Gpu>, bytes: usize) -> Result<Buffer> {
+        gpu.enter()?;
+        let bytes = bytes.max(4).next_multiple_of(1024);
+        // SAFETY: a plain allocation, freed in drop.
+        let pointer = unsafe { result::malloc_sync(bytes) }.map_err(|e| {
+            driver(&format!("allocate {} MiB", bytes >> 20), e).hint("use a smaller batch or model")
+        })?;
+        let buffer = Buffer { gpu: gpu.clone(), pointer, bytes };
+        gpu.fill(pointer, 0, bytes)?;
+        Ok(buffer)
+    }
+
+    pub(crate) fn pointer(&self) -> u64 {
+        self.pointer
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // Work in flight may use the buffer: wait. Errors have been reported where they happened.
+        let _ = self.gpu.synchronize();
+        // SAFETY: allocated in `zeros`, freed once.
+        let _ = unsafe { result::free_sync(self.pointer) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_without_a_gpu_gets_an_error_with_a_hint() {
+        // Where there is a GPU 99, or the libraries are all there, the message is another.
+        let error = Gpu::new(99).expect_err("no GPU 99");
+        assert_eq!(error.kind(), ErrorKind::Device);
+        assert!(error.hint_text().is_some(), "{error}");
+    }
+}

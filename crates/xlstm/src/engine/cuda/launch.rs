@@ -1,0 +1,209 @@
+//! What an operation gets on a GPU: device pointers, shapes, and a queue to launch on.
+
+use std::sync::Arc;
+
+use super::blas::{Product, WORKSPACE};
+use super::compiler::Source;
+use super::context::{Argument, Buffer, Gpu};
+use crate::engine::operation::{MAX_SLOTS, NodeShapes};
+use crate::error::Result;
+
+/// Where kernels are queued, with the work space that they share.
+pub struct Queue {
+    gpu: Arc<Gpu>,
+    workspace: Buffer,
+    scratch: Buffer,
+    used: usize,
+    /// Outgrown work spaces: work in flight, and captured graphs, may still use them.
+    outgrown: Vec<Buffer>,
+}
+
+impl std::fmt::Debug for Queue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Queue({:?})", self.gpu)
+    }
+}
+
+impl Queue {
+    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Queue> {
+        Ok(Queue {
+            gpu: gpu.clone(),
+            workspace: Buffer::zeros(gpu, WORKSPACE)?,
+            scratch: Buffer::zeros(gpu, 1 << 20)?,
+            used: 0,
+            outgrown: Vec::new(),
+        })
+    }
+
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// Bytes of the work space.
+    pub(crate) fn bytes(&self) -> usize {
+        self.workspace.bytes() + self.scratch.bytes() + self.outgrown.iter().map(Buffer::bytes).sum::<usize>()
+    }
+
+    /// Fills the work space with NaN.
+    pub(crate) fn poison(&self) -> Result<()> {
+        self.gpu.fill(self.scratch.pointer(), 0x7fc0_0000, self.scratch.bytes())
+    }
+
+    /// Gives the work space back, at the start of an operation.
+    pub(crate) fn restart(&mut self) {
+        self.used = 0;
+    }
+
+    /// Work space for `n` f32 numbers, until the operation ends; its content is arbitrary.
+    pub(crate) fn scratch(&mut self, n: usize) -> Result<u64> {
+        let bytes = (n * 4).next_multiple_of(256);
+        if self.used + bytes > self.scratch.bytes() {
+            let larger = Buffer::zeros(&self.gpu, (self.scratch.bytes() * 3 / 2).max(self.used + bytes))?;
+            self.outgrown.push(std::mem::replace(&mut self.scratch, larger));
+            self.used = 0;
+        }
+        let pointer = self.scratch.pointer() + self.used as u64;
+        self.used += bytes;
+        Ok(pointer)
+    }
+
+    /// Launches a kernel on a grid of blocks.
+    pub(crate) fn launch(
+        &self,
+        source: &Source,
+        name: &'static str,
+        grid: [usize; 3],
+        block: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        self.gpu.launch(source, name, grid, [block, 1], 0, arguments)
+    }
+
+    /// Launches a kernel on a grid of two-dimensional blocks.
+    pub(crate) fn launch_square(
+        &self,
+        source: &Source,
+        name: &'static str,
+        grid: [usize; 3],
+        block: [usize; 2],
+        arguments: &[Argument],
+    ) -> Result<()> {
+        self.gpu.launch(source, name, grid, block, 0, arguments)
+    }
+
+    /// Launches a kernel with bytes of dynamic shared memory.
+    pub(crate) fn launch_shared(
+        &self,
+        source: &Source,
+        name: &'static str,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        self.gpu.launch(source, name, grid, [block, 1], shared, arguments)
+    }
+
+    /// Launches a kernel with a thread an element, 256 a block.
+    pub(crate) fn launch_each(
+        &self,
+        source: &Source,
+        name: &'static str,
+        n: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        self.gpu.launch(source, name, [n.div_ceil(256), 1, 1], [256, 1], 0, arguments)
+    }
+
+    /// Queues a matrix product.
+    pub(crate) fn product(&self, product: &Product) -> Result<()> {
+        self.gpu.blas.product(&self.gpu, &self.workspace, product)
+    }
+
+    /// Sets `n` f32 numbers to zero.
+    pub(crate) fn zero(&self, pointer: u64, n: usize) -> Result<()> {
+        self.gpu.fill(pointer, 0, n * 4)
+    }
+
+    /// y (rows, width) = bias in every row.
+    pub(crate) fn fill_rows(&self, bias: u64, y: u64, rows: usize, width: usize) -> Result<()> {
+        let n = rows * width;
+        self.launch_each(&REDUCE, "fill_rows", n, super::context::arguments![bias, y, n as u64, width])
+    }
+
+    /// sums (width) += the sum of `parts` rows (parts, width), in order.
+    pub(crate) fn add_parts(&self, parts: u64, count: usize, width: usize, sums: u64) -> Result<()> {
+        self.launch_each(&REDUCE, "add_parts", width, super::context::arguments![parts, sums, count, width])
+    }
+
+    /// sums (width) += the sum over the rows of x (rows, width), in fixed tiles.
+    pub(crate) fn add_rows(&mut self, x: u64, rows: usize, width: usize, sums: u64) -> Result<()> {
+        let tiles = rows.div_ceil(ROWS);
+        let parts = self.scratch(tiles * width)?;
+        self.launch(
+            &REDUCE,
+            "row_parts",
+            [width.div_ceil(128), tiles, 1],
+            128,
+            super::context::arguments![x, parts, rows, width],
+        )?;
+        self.add_parts(parts, tiles, width, sums)
+    }
+}
+
+/// Rows that one partial sum covers, in every kernel that sums over rows.
+pub(crate) const ROWS: usize = 64;
+
+/// Sums over rows.
+pub(crate) const REDUCE: Source = Source::new("reduce", include_str!("reduce.cu"));
+
+/// What forward gets.
+pub struct CudaForward<'a> {
+    /// Input values; None where an optional one is absent.
+    pub inputs: [Option<u64>; MAX_SLOTS],
+    /// Where results go.
+    pub outputs: [u64; MAX_SLOTS],
+    /// Integer inputs.
+    pub ids: [u64; 3],
+    /// Shapes of all of them.
+    pub shapes: &'a NodeShapes,
+    /// Where to launch.
+    pub queue: &'a mut Queue,
+}
+
+impl CudaForward<'_> {
+    /// Input `i`, which is always there.
+    pub fn input(&self, i: usize) -> u64 {
+        self.inputs[i].unwrap_or(0)
+    }
+}
+
+/// What backward gets. As on the CPU, gradients are added.
+pub struct CudaBackward<'a> {
+    /// Input values, as far as declared.
+    pub inputs: [Option<u64>; MAX_SLOTS],
+    /// Output values, as far as declared; else 0.
+    pub outputs: [u64; MAX_SLOTS],
+    /// Gradients of the outputs; None is a gradient of zero.
+    pub output_gradients: [Option<u64>; MAX_SLOTS],
+    /// Gradients of the inputs; None where nobody asks.
+    pub input_gradients: [Option<u64>; MAX_SLOTS],
+    /// Integer inputs.
+    pub ids: [u64; 3],
+    /// Shapes of all of them.
+    pub shapes: &'a NodeShapes,
+    /// Where to launch.
+    pub queue: &'a mut Queue,
+}
+
+impl CudaBackward<'_> {
+    /// The value of input `i`, which is always there and declared as read.
+    pub fn input(&self, i: usize) -> u64 {
+        self.inputs[i].unwrap_or(0)
+    }
+
+    /// The gradient of output 0 of an operation that has no other with a gradient.
+    pub fn gradient(&self) -> u64 {
+        self.output_gradients[0].unwrap_or(0)
+    }
+}

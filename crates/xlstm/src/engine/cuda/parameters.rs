@@ -1,0 +1,109 @@
+//! Parameters, gradients and moments on a GPU: flat f32 buffers of one layout.
+
+use std::sync::Arc;
+
+use super::context::{Buffer, Gpu};
+use crate::error::Result;
+
+/// Elements that parameters are aligned to: 256 bytes, which the fastest products ask for.
+pub(crate) const ALIGNMENT: usize = 64;
+
+/// Where each parameter lies in a flat buffer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// First element and number of elements of each parameter.
+    places: Vec<(usize, usize)>,
+    total: usize,
+}
+
+impl Layout {
+    /// Parameters of these lengths, one after the other, aligned; between them lie zeros.
+    pub fn new(lengths: impl IntoIterator<Item = usize>) -> Layout {
+        let (mut places, mut total) = (Vec::new(), 0);
+        for length in lengths {
+            places.push((total, length));
+            total += length.next_multiple_of(ALIGNMENT);
+        }
+        Layout { places, total }
+    }
+
+    /// First element and number of elements of each parameter.
+    pub(crate) fn places(&self) -> &[(usize, usize)] {
+        &self.places
+    }
+
+    /// Elements in all.
+    pub fn total(&self) -> usize {
+        self.total
+    }
+}
+
+/// One flat buffer of parameters, gradients or moments.
+#[derive(Debug)]
+pub struct CudaTensors {
+    gpu: Arc<Gpu>,
+    layout: Layout,
+    buffer: Buffer,
+}
+
+impl CudaTensors {
+    /// All zero.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn zeros(gpu: &Arc<Gpu>, layout: &Layout) -> Result<CudaTensors> {
+        let buffer = Buffer::zeros(gpu, layout.total * 4)?;
+        Ok(CudaTensors { gpu: gpu.clone(), layout: layout.clone(), buffer })
+    }
+
+    /// Copies `values`, one slice a parameter, to the GPU.
+    ///
+    /// # Errors
+    /// When the copy fails.
+    pub fn upload(&mut self, values: &[Vec<f32>]) -> Result<()> {
+        self.gpu.enter()?;
+        for (values, &(first, count)) in values.iter().zip(&self.layout.places) {
+            self.gpu.upload(self.buffer.pointer() + 4 * first as u64, &values[..count])?;
+        }
+        self.gpu.synchronize()
+    }
+
+    /// Copies all from the GPU, one buffer a parameter.
+    ///
+    /// # Errors
+    /// When the copy, or work before it, fails.
+    pub fn download(&self) -> Result<Vec<Vec<f32>>> {
+        self.gpu.enter()?;
+        let mut flat = vec![0.0; self.layout.total];
+        self.gpu.download(&mut flat, self.buffer.pointer())?;
+        Ok(self.layout.places.iter().map(|&(first, count)| flat[first..first + count].to_vec()).collect())
+    }
+
+    /// Sets everything to zero.
+    ///
+    /// # Errors
+    /// When the GPU refuses.
+    pub fn clear(&mut self) -> Result<()> {
+        self.gpu.enter()?;
+        self.gpu.fill(self.buffer.pointer(), 0, self.layout.total * 4)
+    }
+
+    /// The layout.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    pub(crate) fn pointer(&self) -> u64 {
+        self.buffer.pointer()
+    }
+
+    /// Element `offset` of parameter `index`.
+    pub(super) fn at(&self, index: usize, offset: usize) -> u64 {
+        let first = self.layout.places.get(index).map_or(0, |place| place.0);
+        self.buffer.pointer() + 4 * (first + offset) as u64
+    }
+}

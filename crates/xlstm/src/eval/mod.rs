@@ -1,0 +1,130 @@
+//! Evaluation of a language model on text.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::data::{Batch, Corpus, Evaluation, sequential, validation_batches};
+use crate::engine::operation::Element;
+use crate::engine::{Device, Mode};
+use crate::error::Result;
+use crate::model::objective::Carry;
+use crate::model::{LanguageModel, Objective};
+use crate::nn::Parameters;
+
+/// Tokens of one pass over a text with the state carried on: memory does not grow with it.
+const PASS: usize = 256;
+
+/// How a text is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// From beginning to end, the state carried on.
+    Whole,
+    /// In windows of this many tokens, each from an empty state.
+    Windows(usize),
+}
+
+/// The loss on a text, in the units that people compare.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// Nats a token.
+    pub loss: f64,
+    /// e^loss.
+    pub token_perplexity: f64,
+    /// e^(nats a word); words are what white space separates.
+    pub word_perplexity: f64,
+    /// Bits a byte of the text.
+    pub bits_per_byte: f64,
+    /// Tokens predicted: all but the first of each document.
+    pub tokens: u64,
+    /// Words of the text.
+    pub words: u64,
+    /// Bytes of the text.
+    pub bytes: u64,
+}
+
+impl Report {
+    fn new(nats: f64, tokens: u64, corpus: &Corpus) -> Report {
+        let loss = nats / tokens as f64;
+        Report {
+            loss,
+            token_perplexity: loss.exp(),
+            word_perplexity: (nats / corpus.words() as f64).exp(),
+            bits_per_byte: nats / std::f64::consts::LN_2 / corpus.bytes() as f64,
+            tokens,
+            words: corpus.words(),
+            bytes: corpus.bytes(),
+        }
+    }
+}
+
+/// Scores every token of `corpus`; `progress` hears the share done, from 0 to 1.
+///
+/// # Errors
+/// When the corpus is too short, or its tokens do not fit the model.
+pub fn evaluate<T: Element>(
+    model: &LanguageModel,
+    parameters: &Parameters<T>,
+    corpus: &Arc<Corpus>,
+    reading: Reading,
+    device: &Device,
+    mut progress: impl FnMut(f64),
+) -> Result<Report> {
+    let batches = match reading {
+        Reading::Whole => sequential(corpus.clone(), PASS)?,
+        Reading::Windows(length) => validation_batches(corpus.clone(), (4096 / length).clamp(1, 64), length)?,
+    };
+    let mut scorer = Scorer::new(model, batches, 0)?;
+    let (nats, tokens) = scorer.score(parameters, device, &mut progress)?;
+    Ok(Report::new(nats, tokens, corpus))
+}
+
+/// A recorded evaluation that can be repeated as training goes on.
+#[derive(Debug)]
+pub struct Scorer<T> {
+    objective: Objective<T>,
+    batches: Evaluation,
+    limit: u64,
+    batch: Batch,
+}
+
+impl<T: Element> Scorer<T> {
+    /// Scores the first `limit` of `batches` (0: all).
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn new(model: &LanguageModel, batches: Evaluation, limit: u64) -> Result<Scorer<T>> {
+        let carry = if batches.carries_state() { Carry::Carried } else { Carry::Marked };
+        let mut batch = Batch::default();
+        batches.fill(0, &mut batch);
+        let objective = Objective::new(model, Mode::Evaluate, [batch.batch_size, batch.length], carry)?;
+        let all = batches.batch_count();
+        let limit = if limit == 0 { all } else { limit.min(all) };
+        Ok(Scorer { objective, batches, limit, batch })
+    }
+
+    /// The sum of the token losses in nats, and the number of targets.
+    ///
+    /// # Errors
+    /// When a token lies outside the vocabulary.
+    pub fn score(
+        &mut self,
+        parameters: &Parameters<T>,
+        device: &Device,
+        progress: &mut impl FnMut(f64),
+    ) -> Result<(f64, u64)> {
+        self.objective.clear_state();
+        let (mut nats, mut targets) = (0.0, 0);
+        for index in 0..self.limit {
+            self.batches.fill(index, &mut self.batch);
+            let (objective, batch) = (&mut self.objective, &self.batch);
+            device.install(|| objective.forward(&parameters.values, batch, 1.0))?;
+            // Summed in f64: over a long text f32 would run out of digits.
+            nats += self.objective.token_losses().iter().map(|x| x.to_f64()).sum::<f64>();
+            targets += self.batch.target_count as u64;
+            self.objective.carry_state();
+            progress((index + 1) as f64 / self.limit as f64);
+        }
+        Ok((nats, targets))
+    }
+}

@@ -1,0 +1,112 @@
+//! Generation: a session holds a model's state and continues it token by token.
+
+pub mod sampler;
+
+pub use sampler::{Sampler, Sampling};
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::model::{Logits, Runner};
+use crate::state::State;
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// As many tokens as were asked for.
+    Length,
+    /// The model ended the text.
+    EndOfText,
+    /// Whoever listened had enough.
+    Stopped,
+}
+
+impl Finish {
+    /// `length`, `end_of_text` or `stopped`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Finish::Length => "length",
+            Finish::EndOfText => "end_of_text",
+            Finish::Stopped => "stopped",
+        }
+    }
+}
+
+/// One sequence in progress: a state and the logits after its last token.
+#[derive(Debug)]
+pub struct Session {
+    runner: Runner<f32>,
+    state: State<f32>,
+    logits: Vec<f32>,
+}
+
+impl Session {
+    /// A session that has not begun.
+    pub fn new(runner: Runner<f32>) -> Session {
+        let state = runner.empty_state(1);
+        Session { runner, state, logits: Vec::new() }
+    }
+
+    /// The session saved in a file, by the model with this fingerprint.
+    ///
+    /// # Errors
+    /// When the file is missing, damaged, or of another model.
+    pub fn load(runner: Runner<f32>, path: &Path, fingerprint: &str) -> Result<Session> {
+        let (state, logits) = State::load(path, &runner.model().state_layout(1), fingerprint)?;
+        Ok(Session { runner, state, logits })
+    }
+
+    /// Saves the session to a file.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self, path: &Path, fingerprint: &str) -> Result<()> {
+        self.state.save(path, fingerprint, &self.logits)
+    }
+
+    /// The state after the last token.
+    pub fn state(&self) -> &State<f32> {
+        &self.state
+    }
+
+    /// Reads tokens.
+    ///
+    /// # Errors
+    /// When one lies outside the vocabulary.
+    pub fn read(&mut self, tokens: &[u32]) -> Result<()> {
+        if tokens.is_empty() {
+            return Ok(());
+        }
+        (self.logits, self.state) = self.runner.forward(tokens, &self.state, Logits::Last)?;
+        Ok(())
+    }
+
+    /// Draws up to `count` tokens, each read in turn and given to `listen`, which returns
+    /// whether to go on. Stops at `end`, which is read and given too.
+    ///
+    /// # Errors
+    /// When nothing was read yet.
+    pub fn generate(
+        &mut self,
+        count: usize,
+        sampler: &mut Sampler,
+        end: Option<u32>,
+        mut listen: impl FnMut(u32) -> Result<bool>,
+    ) -> Result<Finish> {
+        if self.logits.is_empty() {
+            return Err(Error::data("there is nothing to continue: the prompt has no tokens")
+                .hint("give a prompt of at least one token"));
+        }
+        for _ in 0..count {
+            let token = sampler.draw(&self.logits)?;
+            self.runner.step(token, &mut self.state, &mut self.logits)?;
+            if !listen(token)? {
+                return Ok(Finish::Stopped);
+            }
+            if Some(token) == end {
+                return Ok(Finish::EndOfText);
+            }
+        }
+        Ok(Finish::Length)
+    }
+}

@@ -1,0 +1,76 @@
+// Layer norm and root-mean-square norm of groups of a row; a warp a group.
+// saved (rows, groups, 2): mean and 1 / std.
+
+#define ROWS 64
+
+/// grid (ceil(rows groups / 8)), block 256. offset: 1 where the scale is 1 + w.
+extern "C" __global__ void __launch_bounds__(256) norm_forward(
+    const element_t *x, const float *w, element_t *y, float *saved, long long count, int groups, int size,
+    int layer, float offset, float eps
+) {
+    long long group = (long long)blockIdx.x * 8 + threadIdx.x / 32;
+    int lane = threadIdx.x % 32;
+    if (group >= count) return;
+    x += group * size;
+    y += group * size;
+    w += group % groups * size;
+    float mean = 0.0f, square = 0.0f;
+    if (layer) {
+        for (int i = lane; i < size; i += 32) mean += load(x + i);
+        mean = warp_sum(mean) / size;
+    }
+    for (int i = lane; i < size; i += 32) {
+        float d = load(x + i) - mean;
+        square = fmaf(d, d, square);
+    }
+    float inverse = 1.0f / sqrtf(warp_sum(square) / size + eps);
+    for (int i = lane; i < size; i += 32) store(y + i, (load(x + i) - mean) * inverse * (w[i] + offset));
+    if (lane == 0) {
+        saved[2 * group] = mean;
+        saved[2 * group + 1] = inverse;
+    }
+}
+
+/// With n = (x - mean) / std, g = dy scale: dx += (g - mean(g) - n mean(g n)) / std, without
+/// mean(g) for the root-mean-square norm. Launched as forward.
+extern "C" __global__ void __launch_bounds__(256) norm_backward(
+    const element_t *dy, const element_t *x, const float *w, const float *saved, element_t *dx, long long count,
+    int groups, int size, int layer, float offset
+) {
+    long long group = (long long)blockIdx.x * 8 + threadIdx.x / 32;
+    int lane = threadIdx.x % 32;
+    if (group >= count) return;
+    x += group * size;
+    dy += group * size;
+    dx += group * size;
+    w += group % groups * size;
+    float mean = saved[2 * group], inverse = saved[2 * group + 1], g_sum = 0.0f, gn_sum = 0.0f;
+    for (int i = lane; i < size; i += 32) {
+        float g = load(dy + i) * (w[i] + offset);
+        g_sum += g;
+        gn_sum = fmaf(g, (load(x + i) - mean) * inverse, gn_sum);
+    }
+    g_sum = layer ? warp_sum(g_sum) / size : 0.0f;
+    gn_sum = warp_sum(gn_sum) / size;
+    for (int i = lane; i < size; i += 32) {
+        float n = (load(x + i) - mean) * inverse, g = load(dy + i) * (w[i] + offset);
+        add(dx + i, inverse * (g - g_sum - n * gn_sum));
+    }
+}
+
+/// parts (tiles, width) = the sums of dy n over tiles of ROWS rows. grid (ceil(width / 128), tiles),
+/// block 128.
+extern "C" __global__ void norm_parts(
+    const element_t *dy, const element_t *x, const float *saved, float *parts, int rows, int width, int groups,
+    int size
+) {
+    int column = blockIdx.x * 128 + threadIdx.x, first = blockIdx.y * ROWS;
+    if (column >= width) return;
+    float sum = 0.0f;
+    for (int row = first; row < min(rows, first + ROWS); row++) {
+        long long i = (long long)row * width + column;
+        const float *s = saved + 2 * ((long long)row * groups + column / size);
+        sum = fmaf(load(dy + i) * s[1], load(x + i) - s[0], sum);
+    }
+    parts[(long long)blockIdx.y * width + column] = sum;
+}

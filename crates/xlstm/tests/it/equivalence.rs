@@ -1,0 +1,415 @@
+//! The state is all that a model knows of the past: however a batch is cut into pieces,
+//! padded, filled with documents or shared by sequences, it computes what each document
+//! computes alone, in losses, logits, states and every gradient.
+
+use proptest::prelude::*;
+use xlstm::cell::slstm::CellFunction;
+use xlstm::cell::{ForgetGate, InputGate};
+use xlstm::data::Batch;
+use xlstm::engine::{Device, Executor, Ids, Mode, Tape, Var};
+use xlstm::marks::{IGNORE, PAD, RESET};
+use xlstm::model::objective::Carry;
+use xlstm::model::{LanguageModel, Logits, ModelConfig, Objective, Runner, SlstmAt};
+use xlstm::nn::{Context, Parameters};
+use xlstm::ops::cross_entropy::cross_entropy;
+use xlstm::rng::Rng;
+
+const TOLERANCE: f64 = 1e-10;
+/// Gradients of the loss are this times those of the sum of the token losses.
+const SCALE: f64 = 0.7;
+const VOCABULARY: usize = 7;
+
+/// One place in a row.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    token: u32,
+    target: u32,
+    mark: u32,
+}
+
+type Row = Vec<Place>;
+/// A state, or its gradient, part by part.
+type Parts = Vec<Vec<f64>>;
+
+/// What a batch came to; pads are left out.
+#[derive(Debug)]
+struct Outcome {
+    /// (row, token).
+    losses: Vec<Vec<f64>>,
+    /// (row, token x vocabulary).
+    logits: Vec<Vec<f64>>,
+    /// The state after the last token.
+    last: Parts,
+    gradients: Parts,
+    /// The gradient of the state before the first token; empty where none was given.
+    initial: Parts,
+}
+
+struct Case {
+    model: LanguageModel,
+    parameters: Parameters<f64>,
+    rng: Rng,
+    rows: Vec<Row>,
+    start: Option<Parts>,
+    /// The gradient of the state after the last token.
+    seeds: Parts,
+}
+
+fn below(rng: &mut Rng, n: usize) -> usize {
+    (rng.next_u64() % n as u64) as usize
+}
+
+fn chance(rng: &mut Rng, probability: f64) -> bool {
+    rng.uniform() < probability
+}
+
+fn model(rng: &mut Rng) -> LanguageModel {
+    let mut config = ModelConfig { vocab_size: VOCABULARY, num_blocks: 3, ..ModelConfig::default() };
+    let heads = 1 + below(rng, 3);
+    config.embedding_dim = heads * (2 + below(rng, 5));
+    config.slstm_at = match below(rng, 4) {
+        0 => SlstmAt::None,
+        1 => SlstmAt::All,
+        _ => SlstmAt::Positions(vec![below(rng, 3)]),
+    };
+    (config.bias, config.tie_weights) = (chance(rng, 0.5), chance(rng, 0.5));
+    let mlstm = &mut config.mlstm;
+    (mlstm.num_heads, mlstm.qkv_proj_blocksize) = (heads, 1 + below(rng, 3));
+    mlstm.round_proj_up_to_multiple_of = heads * mlstm.qkv_proj_blocksize;
+    (mlstm.chunk_size, mlstm.conv1d_kernel_size) = (1 + below(rng, 6), 1 + below(rng, 5));
+    mlstm.input_gate = if chance(rng, 0.7) { InputGate::Exponential } else { InputGate::Sigmoid };
+    mlstm.eps = [1e-6, 1e-2][below(rng, 2)];
+    let slstm = &mut config.slstm;
+    (slstm.num_heads, slstm.conv1d_kernel_size) = (heads, below(rng, 5));
+    slstm.function = if chance(rng, 0.6) { CellFunction::Slstm } else { CellFunction::Lstm };
+    slstm.forget_gate = if chance(rng, 0.7) { ForgetGate::Sigmoid } else { ForgetGate::Exponential };
+    slstm.gradient_recurrent_cut = chance(rng, 0.2);
+    slstm.gradient_recurrent_clipval = chance(rng, 0.2).then_some(1e-2);
+    config.feedforward.round_proj_up_to_multiple_of = 1;
+    LanguageModel::new(&config).expect("a model")
+}
+
+fn row(rng: &mut Rng, length: usize) -> Row {
+    let place = |rng: &mut Rng| Place {
+        token: below(rng, VOCABULARY) as u32,
+        target: if chance(rng, 0.1) { IGNORE } else { below(rng, VOCABULARY) as u32 },
+        mark: 0,
+    };
+    (0..length).map(|_| place(rng)).collect()
+}
+
+impl Case {
+    /// A random model, half the time with a state of a few tokens to start from.
+    fn new(seed: u64, batch: usize) -> Case {
+        let mut rng = Rng::new(seed, 0);
+        let model = model(&mut rng);
+        let mut parameters = Parameters::initialize(model.specs(), seed);
+        // Gates and recurrent weights that start at zero would hide what they do.
+        parameters.values.iter_mut().flatten().for_each(|w| *w += 0.4 * rng.normal());
+        let layout = model.state_layout(batch);
+        let noise = |rng: &mut Rng, n: usize| (0..n).map(|_| rng.normal()).collect();
+        let seeds = layout.iter().map(|(_, shape)| noise(&mut rng, shape.len())).collect();
+        let length = 1 + below(&mut rng, 16);
+        let rows = (0..batch).map(|_| row(&mut rng, length)).collect();
+        let mut case = Case { model, parameters, rng, rows, start: None, seeds };
+        if chance(&mut case.rng, 0.5) {
+            let before: Vec<Row> = (0..batch).map(|_| row(&mut case.rng, 5)).collect();
+            case.start = Some(case.run(&before, &[], false, None, None).last);
+        }
+        case
+    }
+
+    fn reset_anywhere(&mut self) {
+        for place in self.rows.iter_mut().flatten() {
+            place.mark |= if chance(&mut self.rng, 0.2) { RESET } else { 0 };
+        }
+    }
+
+    /// The same number of pads anywhere in every row, with tokens and resets that nobody sees.
+    fn padded(&mut self) -> Vec<Row> {
+        let count = 1 + below(&mut self.rng, 8);
+        let mut rows = self.rows.clone();
+        for row in &mut rows {
+            for _ in 0..count {
+                let mark = PAD | if chance(&mut self.rng, 0.2) { RESET } else { 0 };
+                let token = below(&mut self.rng, VOCABULARY) as u32;
+                let at = below(&mut self.rng, row.len() + 1);
+                row.insert(at, Place { token, target: IGNORE, mark });
+            }
+        }
+        rows
+    }
+
+    /// Up to four places to cut at.
+    fn cuts(&mut self, length: usize) -> Vec<usize> {
+        let mut cuts: Vec<usize> =
+            (0..below(&mut self.rng, 5)).map(|_| below(&mut self.rng, length)).filter(|&c| c > 0).collect();
+        cuts.sort_unstable();
+        cuts.dedup();
+        cuts
+    }
+
+    /// Runs `rows` forward piece by piece, then backward from the last piece to the first,
+    /// `seeds` being the gradient of the last state.
+    fn run(
+        &self,
+        rows: &[Row],
+        cuts: &[usize],
+        marked: bool,
+        start: Option<&Parts>,
+        seeds: Option<&Parts>,
+    ) -> Outcome {
+        let bounds: Vec<usize> = [0].iter().chain(cuts).chain([&rows[0].len()]).copied().collect();
+        let mut state = start.cloned();
+        let mut pieces = Vec::new();
+        for bound in bounds.windows(2) {
+            let piece: Vec<Row> = rows.iter().map(|row| row[bound[0]..bound[1]].to_vec()).collect();
+            let piece = Piece::forward(self, &piece, marked, state.as_ref());
+            state = Some(piece.after.iter().map(|&var| piece.executor.value(var).to_vec()).collect());
+            pieces.push(piece);
+        }
+        let last = state.unwrap_or_default();
+        let mut gradients = self.parameters.zeros_like();
+        let mut carried = seeds.cloned();
+        for piece in pieces.iter_mut().rev() {
+            carried = Some(piece.backward(self, carried.as_ref(), &mut gradients));
+        }
+        let mut outcome = Outcome {
+            losses: vec![Vec::new(); rows.len()],
+            logits: vec![Vec::new(); rows.len()],
+            last,
+            gradients,
+            initial: carried.unwrap_or_default(),
+        };
+        for (piece, bound) in pieces.iter().zip(bounds.windows(2)) {
+            let (losses, logits) = (piece.executor.value(piece.losses), piece.executor.value(piece.logits));
+            let length = bound[1] - bound[0];
+            for (b, row) in rows.iter().enumerate() {
+                for t in (0..length).filter(|t| row[bound[0] + t].mark & PAD == 0) {
+                    let at = b * length + t;
+                    outcome.losses[b].push(losses[at]);
+                    outcome.logits[b].extend(&logits[at * VOCABULARY..][..VOCABULARY]);
+                }
+            }
+        }
+        outcome
+    }
+
+    /// Every document of every row alone, whole and without marks: the truth.
+    fn documents(&self) -> Outcome {
+        let batch = self.rows.len();
+        let own = |parts: &Parts, b: usize| -> Parts {
+            let row = |part: &Vec<f64>| part[b * part.len() / batch..(b + 1) * part.len() / batch].to_vec();
+            parts.iter().map(row).collect()
+        };
+        let join = |to: &mut Parts, from: Parts| {
+            to.resize(from.len().max(to.len()), Vec::new());
+            to.iter_mut().zip(from).for_each(|(to, from)| to.extend(from));
+        };
+        let mut outcome = Outcome {
+            losses: Vec::new(),
+            logits: Vec::new(),
+            last: Vec::new(),
+            gradients: self.parameters.zeros_like(),
+            initial: Vec::new(),
+        };
+        for (b, row) in self.rows.iter().enumerate() {
+            let starts = (0..row.len()).filter(|&t| t == 0 || row[t].mark & RESET != 0);
+            let bounds: Vec<usize> = starts.chain([row.len()]).collect();
+            let (mut losses, mut logits, mut last) = (Vec::new(), Vec::new(), Vec::new());
+            let mut initial: Parts =
+                self.start.iter().flat_map(|start| own(start, b)).map(|part| vec![0.0; part.len()]).collect();
+            for bound in bounds.windows(2) {
+                let first = bound[0] == 0 && row[0].mark & RESET == 0;
+                let start = self.start.as_ref().filter(|_| first).map(|start| own(start, b));
+                let seeds = (bound[1] == row.len()).then(|| own(&self.seeds, b));
+                let document = [row[bound[0]..bound[1]].to_vec()];
+                let alone = self.run(&document, &[], false, start.as_ref(), seeds.as_ref());
+                losses.extend(alone.losses.concat());
+                logits.extend(alone.logits.concat());
+                last = alone.last;
+                if start.is_some() {
+                    initial = alone.initial;
+                }
+                for (sum, gradient) in outcome.gradients.iter_mut().zip(alone.gradients) {
+                    sum.iter_mut().zip(gradient).for_each(|(sum, g)| *sum += g);
+                }
+            }
+            outcome.losses.push(losses);
+            outcome.logits.push(logits);
+            join(&mut outcome.last, last);
+            join(&mut outcome.initial, initial);
+        }
+        outcome
+    }
+
+    /// Asserts that `rows`, cut at `cuts`, come to what the documents come to alone.
+    fn check(&self, rows: &[Row], cuts: &[usize], marked: bool) {
+        let got = self.run(rows, cuts, marked, self.start.as_ref(), Some(&self.seeds));
+        let want = self.documents();
+        close("losses", &got.losses, &want.losses);
+        close("logits", &got.logits, &want.logits);
+        close("last state", &got.last, &want.last);
+        close("gradients", &got.gradients, &want.gradients);
+        close("gradient of the initial state", &got.initial, &want.initial);
+    }
+}
+
+/// Every element within [`TOLERANCE`] of the largest of its own list, or of a thousandth of
+/// the largest of all, or within the rounding of numbers of order one, which losses and
+/// seeds are: some gradients are nothing but that.
+#[track_caller]
+fn close(what: &str, got: &Parts, want: &Parts) {
+    let largest = |x: &[f64]| x.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+    let all = want.iter().map(|x| largest(x)).fold(0.0, f64::max);
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        assert_eq!(got.len(), want.len(), "{what} {i}");
+        let bound = TOLERANCE * largest(want).max(1e-3 * all) + 1e-15;
+        for (j, (got, want)) in got.iter().zip(want).enumerate() {
+            assert!((got - want).abs() <= bound, "{what} [{i}][{j}]: {got} and {want}");
+        }
+    }
+}
+
+/// A recorded pass over one piece of a batch.
+struct Piece {
+    executor: Executor<f64>,
+    before: Vec<Var>,
+    after: Vec<Var>,
+    logits: Var,
+    loss: Var,
+    losses: Var,
+}
+
+impl Piece {
+    fn forward(case: &Case, rows: &[Row], marked: bool, state: Option<&Parts>) -> Piece {
+        let shape = [rows.len(), rows[0].len()];
+        let count = shape[0] * shape[1];
+        let mut tape = Tape::new(Mode::Train);
+        let (tokens, targets, scale) = (tape.ids(count), tape.ids(count), tape.input([1]));
+        let marks = marked.then(|| tape.ids(count));
+        let layout = if state.is_some() { case.model.state_layout(shape[0]) } else { Vec::new() };
+        let before: Vec<Var> = layout.iter().map(|(_, s)| tape.input_with_gradient(s.dims())).collect();
+        let mut context = Context::new(marks, None);
+        let features =
+            case.model.features(&mut tape, tokens, shape, state.map(|_| &before[..]), &mut context);
+        let (features, after) = features.expect("features");
+        let logits = case.model.logits(&mut tape, features).expect("logits");
+        let (loss, losses) = cross_entropy(&mut tape, logits, targets, scale).expect("a loss");
+        for &var in after.iter().chain([&loss]) {
+            tape.keep(var);
+            tape.seed_gradient(var);
+        }
+        tape.keep(logits);
+        tape.keep(losses);
+        let mut executor = Executor::new(tape);
+        executor.poison();
+        let mut set = |ids: Ids, of: fn(&Place) -> u32| {
+            executor.ids_mut(ids).iter_mut().zip(rows.iter().flatten()).for_each(|(to, p)| *to = of(p));
+        };
+        set(tokens, |place| place.token);
+        set(targets, |place| place.target);
+        marks.into_iter().for_each(|marks| set(marks, |place| place.mark));
+        executor.input_mut(scale).fill(SCALE);
+        for (&var, part) in before.iter().zip(state.into_iter().flatten()) {
+            executor.input_mut(var).copy_from_slice(part);
+        }
+        executor.forward(&case.parameters.values);
+        Piece { executor, before, after, logits, loss, losses }
+    }
+
+    /// From the gradient of the state after the piece to that of the state before it.
+    fn backward(&mut self, case: &Case, after: Option<&Parts>, gradients: &mut Parts) -> Parts {
+        self.executor.seed_mut(self.loss).fill(1.0);
+        for (&var, part) in self.after.iter().zip(after.into_iter().flatten()) {
+            self.executor.seed_mut(var).copy_from_slice(part);
+        }
+        self.executor.backward(&case.parameters.values, gradients);
+        self.before.iter().map(|&var| self.executor.gradient(var).to_vec()).collect()
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_sequence_may_be_cut_anywhere(seed: u64) {
+        let mut case = Case::new(seed, 1);
+        let length = case.rows[0].len();
+        let cuts = if seed % 4 == 0 { (1..length).collect() } else { case.cuts(length) };
+        case.check(&case.rows, &cuts, false);
+    }
+
+    #[test]
+    fn a_reset_is_a_fresh_start(seed: u64) {
+        let mut case = Case::new(seed, 1);
+        case.reset_anywhere();
+        case.check(&case.rows, &[], true);
+    }
+
+    #[test]
+    fn padding_changes_nothing(seed: u64) {
+        let mut case = Case::new(seed, 1);
+        let rows = case.padded();
+        case.check(&rows, &[], true);
+    }
+
+    #[test]
+    fn rows_do_not_see_each_other(seed: u64) {
+        let case = Case::new(seed, 3);
+        case.check(&case.rows, &[], false);
+    }
+
+    #[test]
+    fn all_at_once(seed: u64) {
+        let mut case = Case::new(seed, 3);
+        case.reset_anywhere();
+        let rows = case.padded();
+        let cuts = case.cuts(rows[0].len());
+        case.check(&rows, &cuts, true);
+    }
+
+    /// The passes that the library itself records: one objective that carries its state, and
+    /// a runner that is stepped from a fork.
+    #[test]
+    fn recorded_passes_agree(seed: u64) {
+        let Case { model, parameters, mut rng, .. } = Case::new(seed, 1);
+        let row = row(&mut rng, 12);
+        let batch = |places: &[Place]| Batch {
+            batch_size: 1,
+            length: places.len(),
+            inputs: places.iter().map(|p| p.token).collect(),
+            targets: places.iter().map(|p| p.target).collect(),
+            marks: vec![0; places.len()],
+            target_count: 1,
+        };
+        let objective = |length, carry| Objective::<f64>::new(&model, Mode::Evaluate, [1, length], carry);
+        let mut whole = objective(12, Carry::Fresh).expect("a pass");
+        whole.forward(&parameters.values, &batch(&row), SCALE).expect("a loss");
+        let mut pieces = objective(4, Carry::Carried).expect("a pass");
+        let mut losses = Vec::new();
+        for piece in row.chunks(4) {
+            pieces.forward(&parameters.values, &batch(piece), SCALE).expect("a loss");
+            losses.extend_from_slice(pieces.token_losses());
+            pieces.carry_state();
+        }
+        close("losses", &vec![losses], &vec![whole.token_losses().to_vec()]);
+
+        let device = Device::cpu(1).expect("a thread");
+        let mut runner = Runner::new(model.into(), parameters.into(), device);
+        let tokens: Vec<u32> = row.iter().map(|p| p.token).collect();
+        let (all, after) = runner.forward(&tokens, &runner.empty_state(1), Logits::All).expect("logits");
+        let (_, prompt) = runner.forward(&tokens[..5], &runner.empty_state(1), Logits::Last).expect("logits");
+        for _ in 0..2 {
+            let (mut fork, mut logits) = (prompt.clone(), Vec::new());
+            for (&token, want) in tokens.iter().zip(all.chunks(VOCABULARY)).skip(5) {
+                runner.step(token, &mut fork, &mut logits).expect("logits");
+                close("logits", &vec![logits.clone()], &vec![want.to_vec()]);
+            }
+            let parts = |state: &xlstm::state::State<f64>| state.parts().map(<[f64]>::to_vec).collect();
+            close("state", &parts(&fork), &parts(&after));
+            prop_assert_eq!(fork.tokens(), 12);
+        }
+    }
+}

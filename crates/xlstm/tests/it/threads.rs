@@ -1,0 +1,102 @@
+//! A training step gives the same bits on any number of threads, and again with the same
+//! seed.
+
+use xlstm::data::Batch;
+use xlstm::engine::{Device, Mode};
+use xlstm::model::objective::Carry;
+use xlstm::model::{LanguageModel, ModelConfig, Objective, SlstmAt};
+use xlstm::nn::Parameters;
+use xlstm::optim::{AdamW, AdamWOptions, global_norm};
+use xlstm::rng::Rng;
+
+const SHAPE: [usize; 2] = [5, 80];
+
+/// A mix of blocks with every kind of dropout; wide enough to be cut into tasks everywhere.
+pub fn model() -> LanguageModel {
+    let mut config = ModelConfig { vocab_size: 211, num_blocks: 3, ..ModelConfig::default() };
+    config.slstm_at = SlstmAt::Positions(vec![1]);
+    config.embedding_dim = 96;
+    (config.dropout, config.add_embedding_dropout, config.bias) = (0.2, true, true);
+    config.feedforward.dropout = 0.1;
+    LanguageModel::new(&config).expect("a model")
+}
+
+/// Random tokens, documents and targets.
+pub fn batch(seed: u64, vocabulary: usize) -> Batch {
+    let mut rng = Rng::new(seed, 77);
+    let count = SHAPE[0] * SHAPE[1];
+    let mut draw = |n: usize| (rng.next_u64() % n as u64) as u32;
+    Batch {
+        batch_size: SHAPE[0],
+        length: SHAPE[1],
+        inputs: (0..count).map(|_| draw(vocabulary)).collect(),
+        targets: (0..count).map(|_| draw(vocabulary)).collect(),
+        marks: (0..count).map(|_| u32::from(draw(20) == 0)).collect(),
+        target_count: count,
+    }
+}
+
+/// A training run that can be taken a step further.
+pub struct Run {
+    parameters: Parameters<f32>,
+    gradients: Vec<Vec<f32>>,
+    objective: Objective<f32>,
+    optimizer: AdamW<f32>,
+    seed: u64,
+}
+
+impl Run {
+    pub fn new(model: &LanguageModel, seed: u64) -> Run {
+        let parameters = Parameters::initialize(model.specs(), 1);
+        let options = AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(0.5) };
+        Run {
+            gradients: parameters.zeros_like(),
+            objective: Objective::new(model, Mode::Train, SHAPE, Carry::Marked).expect("a pass"),
+            optimizer: AdamW::new(options, &parameters),
+            parameters,
+            seed,
+        }
+    }
+
+    /// Loss and gradient norm of the step.
+    pub fn step(&mut self, batch: &Batch) -> (f64, f64) {
+        self.gradients.iter_mut().for_each(|g| g.fill(0.0));
+        self.objective.set_seed(self.seed, self.optimizer.steps, 0);
+        let scale = 1.0 / batch.target_count as f64;
+        let loss = self.objective.forward(&self.parameters.values, batch, scale).expect("a loss");
+        self.objective.backward(&self.parameters.values, &mut self.gradients);
+        let norm = global_norm(&self.gradients);
+        self.optimizer.update(&mut self.parameters, &self.gradients, norm, 1e-2);
+        (loss, norm)
+    }
+}
+
+/// Every bit that three steps leave behind.
+fn bits(threads: usize, seed: u64) -> (Vec<(u64, u64)>, Vec<u32>) {
+    let model = model();
+    let mut run = Run::new(&model, seed);
+    let device = Device::cpu(threads).expect("threads");
+    let steps = (0..3).map(|step| {
+        let batch = batch(step, model.config().vocab_size);
+        let (loss, norm) = device.install(|| run.step(&batch));
+        assert!(loss.is_finite() && norm > 0.0, "{loss} {norm}");
+        (loss.to_bits(), norm.to_bits())
+    });
+    let steps = steps.collect();
+    (steps, run.parameters.values.iter().flatten().map(|w| w.to_bits()).collect())
+}
+
+#[test]
+fn threads_change_no_bit() {
+    let one = bits(1, 3);
+    assert!(one == bits(2, 3), "two threads");
+    assert!(one == bits(3, 3), "three threads");
+}
+
+#[test]
+fn the_seed_decides() {
+    let first = bits(2, 3);
+    assert!(first == bits(2, 3), "the same seed again");
+    let other = bits(2, 4);
+    assert!(first.0 != other.0 && first.1 != other.1, "another seed");
+}

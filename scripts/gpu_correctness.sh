@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Holds the GPU against the processor in f64 and the golden files, and writes
+# docs/results/gpu-correctness.md. Where the GPU is on a machine without Rust, build the example
+# here, run it there with XLSTM_GOLDEN set, and give its output:
+#
+#   scripts/gpu_correctness.sh [OUTPUT_OF_GPU_CHECK]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+output=${1:-}
+if [ -z "$output" ]; then
+    output=$(mktemp)
+    XLSTM_GOLDEN=$PWD/crates/xlstm/tests/golden cargo run --release -p xlstm --features cuda --example gpu_check |
+        tee "$output"
+fi
+python3 - "$output" >docs/results/gpu-correctness.md <<'PYTHON'
+import datetime, pathlib, re, sys
+
+lines = pathlib.Path(sys.argv[1]).read_text().splitlines()
+print("# The GPU against the processor\n")
+print(f"{lines[0]}, f32, {datetime.date.today().isoformat()}: {lines[-1]}.\n")
+print("Errors are relative norms against the processor in f64 on random inputs and poisoned buffers,")
+print("or against the golden files, relative to the largest value of a tensor. Every case ran twice;")
+print("\"same bits\" says that the second run gave the first one's bits.\n")
+print("| what | error | bound | | |\n|---|---|---|---|---|")
+for line in lines[2:]:
+    row = re.match(r"(.+?)\s{2,}(\S+)\s+(\S+)\s+(ok|FAIL)\s*(.*)", line)
+    if row:
+        print("| " + " | ".join(row.groups()) + " |")
+print("\nTraining steps (forward, backward, norm, AdamW), launched plainly and replayed as one CUDA graph:\n")
+print("| model, batch | plain ms | captured ms | tokens/s | MiB |\n|---|---|---|---|---|")
+for line in lines:
+    row = re.match(r"(\S+ \S+ \S+):\s+(\S+)\s+(\S+)\s+(\d+)\s+(\d+)\s+loss", line)
+    if row:
+        print("| " + " | ".join(row.groups()) + " |")
+print("\nMade by `scripts/gpu_correctness.sh`.")
+PYTHON
+echo "wrote docs/results/gpu-correctness.md" >&2
