@@ -26,8 +26,6 @@ pub enum ErrorKind {
     Io,
     /// A GPU that is missing, too old, or that failed.
     Device,
-    /// The run was asked to stop (Ctrl-C).
-    Interrupted,
 }
 
 /// An error with an optional hint on how to go on.

@@ -90,11 +90,6 @@ impl<'a, T: Scalar> MatMut<'a, T> {
         MatMut { data: data.as_mut_ptr(), rows, columns, row_stride: columns, marker: PhantomData }
     }
 
-    /// A shorter borrow of the same matrix.
-    pub fn reborrow(&mut self) -> MatMut<'_, T> {
-        MatMut { marker: PhantomData, ..*self }
-    }
-
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows

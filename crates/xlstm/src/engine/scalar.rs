@@ -2,7 +2,7 @@
 //!
 //! f64 goes through the standard library and is the truth that f32 is tested against.
 //! f32 uses branch-free polynomials: a plain loop over them, run through
-//! [`vectorize`](super::vector::vectorize), becomes SIMD code, which `f32::exp` (a call
+//! `vectorize!`, becomes SIMD code, which `f32::exp` (a call
 //! per element) never does. They propagate NaN, so that a non-finite loss is seen.
 
 use std::fmt::{Debug, Display};

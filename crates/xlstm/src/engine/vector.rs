@@ -2,11 +2,25 @@
 
 use super::scalar::Scalar;
 
-/// Runs `loops` compiled for the widest instruction set of this processor.
+/// Runs a closure without arguments, compiled for the widest instruction set of this
+/// processor: `vectorize!(|| …)`.
 ///
-/// What `loops` calls must be `#[inline(always)]`, or it stays baseline code.
+/// A macro, because a large closure becomes SIMD code only if it is `#[inline(always)]`
+/// itself; otherwise it silently stays baseline code, several times slower. What it calls
+/// must be `#[inline(always)]` too.
+macro_rules! vectorize {
+    (|| $body:expr) => {
+        $crate::engine::vector::dispatch(
+            #[inline(always)]
+            || $body,
+        )
+    };
+}
+pub(crate) use vectorize;
+
+/// What [`vectorize!`] does with its closure.
 #[inline(always)]
-pub fn vectorize<R>(loops: impl FnOnce() -> R) -> R {
+pub(crate) fn dispatch<R>(loops: impl FnOnce() -> R) -> R {
     struct Loops<F>(F);
     impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Loops<F> {
         type Output = R;

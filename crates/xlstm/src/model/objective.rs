@@ -81,11 +81,6 @@ impl<T: Element> Objective<T> {
         })
     }
 
-    /// Batch size and length.
-    pub fn shape(&self) -> [usize; 2] {
-        self.shape
-    }
-
     /// Bytes of all buffers.
     pub fn bytes(&self) -> usize {
         self.executor.bytes()

@@ -131,14 +131,11 @@ impl Kernel for Gated {
         let y = io.output(0);
         let inputs = io.input(0).par_chunks(tile).zip(io.input(1).par_chunks(tile));
         y.par_chunks_mut(tile).zip(inputs).for_each(|(y, (gate, up))| {
-            with_fixed!(self.0, ACT => vectorize(
-                #[inline(always)]
-                || {
-                    for (y, (gate, up)) in y.iter_mut().zip(gate.iter().zip(up)) {
-                        *y = ACT.value(*gate) * *up;
-                    }
-                },
-            ));
+            with_fixed!(self.0, ACT => vectorize!(|| {
+                for (y, (gate, up)) in y.iter_mut().zip(gate.iter().zip(up)) {
+                    *y = ACT.value(*gate) * *up;
+                }
+            }));
         });
     }
 
@@ -155,26 +152,23 @@ impl Kernel for Gated {
             let dgate = dgate.unwrap_or(&mut nobody);
             let mut nobody = [T::ZERO; 0];
             let dup = dup.unwrap_or(&mut nobody);
-            with_fixed!(self.0, ACT => vectorize(
-                #[inline(always)]
-                || {
-                    if dgate.len() == dup.len() {
-                        let gradients = dgate.iter_mut().zip(dup);
-                        for ((dgate, dup), ((dy, gate), up)) in gradients.zip(dy.iter().zip(gate).zip(up)) {
-                            let (value, slope) = ACT.value_and_derivative(*gate);
-                            *dgate = (*dy * *up).mul_add(slope, *dgate);
-                            *dup = dy.mul_add(value, *dup);
-                        }
-                        return;
+            with_fixed!(self.0, ACT => vectorize!(|| {
+                if dgate.len() == dup.len() {
+                    let gradients = dgate.iter_mut().zip(dup);
+                    for ((dgate, dup), ((dy, gate), up)) in gradients.zip(dy.iter().zip(gate).zip(up)) {
+                        let (value, slope) = ACT.value_and_derivative(*gate);
+                        *dgate = (*dy * *up).mul_add(slope, *dgate);
+                        *dup = dy.mul_add(value, *dup);
                     }
-                    for (dgate, ((dy, gate), up)) in dgate.iter_mut().zip(dy.iter().zip(gate).zip(up)) {
-                        *dgate = (*dy * *up).mul_add(ACT.value_and_derivative(*gate).1, *dgate);
-                    }
-                    for (dup, (dy, gate)) in dup.iter_mut().zip(dy.iter().zip(gate)) {
-                        *dup = dy.mul_add(ACT.value(*gate), *dup);
-                    }
-                },
-            ));
+                    return;
+                }
+                for (dgate, ((dy, gate), up)) in dgate.iter_mut().zip(dy.iter().zip(gate).zip(up)) {
+                    *dgate = (*dy * *up).mul_add(ACT.value_and_derivative(*gate).1, *dgate);
+                }
+                for (dup, (dy, gate)) in dup.iter_mut().zip(dy.iter().zip(gate)) {
+                    *dup = dy.mul_add(ACT.value(*gate), *dup);
+                }
+            }));
         });
     }
 

@@ -47,14 +47,11 @@ impl Kernel for Add {
         let y = io.output(0);
         let (a, b) = (io.input(0).par_chunks(tile), io.input(1).par_chunks(tile));
         y.par_chunks_mut(tile).zip(a.zip(b)).for_each(|(y, (a, b))| {
-            vectorize(
-                #[inline(always)]
-                || {
-                    for (y, (a, b)) in y.iter_mut().zip(a.iter().zip(b)) {
-                        *y = *a + *b;
-                    }
-                },
-            );
+            vectorize!(|| {
+                for (y, (a, b)) in y.iter_mut().zip(a.iter().zip(b)) {
+                    *y = *a + *b;
+                }
+            });
         });
     }
 
@@ -65,10 +62,7 @@ impl Kernel for Add {
         for input in 0..2 {
             let Some(dx) = io.input_gradient(input) else { continue };
             dx.tiles(tile).zip(dy.par_chunks(tile)).for_each(|(dx, dy)| {
-                vectorize(
-                    #[inline(always)]
-                    || add_to(dy, dx),
-                );
+                vectorize!(|| add_to(dy, dx));
             });
         }
     }

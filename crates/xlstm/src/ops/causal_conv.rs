@@ -288,25 +288,22 @@ impl Kernel for CausalConv {
         transpose(w, taps, transposed);
         let w = &*transposed;
         y.par_chunks_mut(width * TILE).enumerate().for_each(|(i, y)| {
-            vectorize(
-                #[inline(always)]
-                || {
-                    for (y, token) in y.chunks_exact_mut(width).zip(i * TILE..) {
-                        let (b, t) = (token / length, token % length);
-                        let sequence = Sequence::new(shapes, x, before, marks, b);
-                        if sequence.is_pad(t) {
-                            y.fill(T::ZERO);
-                            continue;
-                        }
-                        for (y, first) in y.chunks_mut(BLOCK).zip((0..).step_by(BLOCK)) {
-                            let u = sequence.convolve(t, first, y.len(), w, bias);
-                            for (y, u) in y.iter_mut().zip(&u) {
-                                *y = if self.silu { Swish.value(*u) } else { *u };
-                            }
+            vectorize!(|| {
+                for (y, token) in y.chunks_exact_mut(width).zip(i * TILE..) {
+                    let (b, t) = (token / length, token % length);
+                    let sequence = Sequence::new(shapes, x, before, marks, b);
+                    if sequence.is_pad(t) {
+                        y.fill(T::ZERO);
+                        continue;
+                    }
+                    for (y, first) in y.chunks_mut(BLOCK).zip((0..).step_by(BLOCK)) {
+                        let u = sequence.convolve(t, first, y.len(), w, bias);
+                        for (y, u) in y.iter_mut().zip(&u) {
+                            *y = if self.silu { Swish.value(*u) } else { *u };
                         }
                     }
-                },
-            );
+                }
+            });
         });
         if taps == 1 {
             return;
@@ -353,42 +350,39 @@ impl Kernel for CausalConv {
             partial.fill(T::ZERO);
             let (dw, rest) = partial.split_at_mut(taps * columns);
             let (db, du) = rest.split_at_mut(columns);
-            vectorize(
-                #[inline(always)]
-                || {
-                    let dys = dy.map(|dy| &dy[b * length * width..(b + 1) * length * width]);
-                    for (t, dy) in dys.unwrap_or_default().chunks_exact(width).enumerate() {
-                        if sequence.is_pad(t) {
-                            continue;
-                        }
-                        let dy = &dy[first..][..columns];
-                        if self.silu {
-                            let parts = du.chunks_mut(BLOCK).zip(dy.chunks(BLOCK));
-                            for ((du, dy), first) in parts.zip((first..).step_by(BLOCK)) {
-                                let u = sequence.convolve(t, first, dy.len(), w, bias);
-                                for (du, (dy, u)) in du.iter_mut().zip(dy.iter().zip(&u)) {
-                                    *du = *dy * Swish.value_and_derivative(*u).1;
-                                }
+            vectorize!(|| {
+                let dys = dy.map(|dy| &dy[b * length * width..(b + 1) * length * width]);
+                for (t, dy) in dys.unwrap_or_default().chunks_exact(width).enumerate() {
+                    if sequence.is_pad(t) {
+                        continue;
+                    }
+                    let dy = &dy[first..][..columns];
+                    if self.silu {
+                        let parts = du.chunks_mut(BLOCK).zip(dy.chunks(BLOCK));
+                        for ((du, dy), first) in parts.zip((first..).step_by(BLOCK)) {
+                            let u = sequence.convolve(t, first, dy.len(), w, bias);
+                            for (du, (dy, u)) in du.iter_mut().zip(dy.iter().zip(&u)) {
+                                *du = *dy * Swish.value_and_derivative(*u).1;
                             }
-                        } else {
-                            du.copy_from_slice(dy);
                         }
-                        add_to(du, db);
-                        for (n, source) in sequence.seen(t).enumerate() {
-                            let tap = taps - 1 - n;
-                            let row = sequence.row(source, first, columns);
-                            add_product(du, row, &mut dw[tap * columns..][..columns]);
-                            let to = match source {
-                                Source::Token(t) => dx.as_mut().map(|dx| dx.row(t)),
-                                Source::Window(r) => dbefore.as_mut().map(|d| d.row(r)),
-                            };
-                            if let Some(to) = to {
-                                add_product(du, &w[tap * width + first..][..columns], to);
-                            }
+                    } else {
+                        du.copy_from_slice(dy);
+                    }
+                    add_to(du, db);
+                    for (n, source) in sequence.seen(t).enumerate() {
+                        let tap = taps - 1 - n;
+                        let row = sequence.row(source, first, columns);
+                        add_product(du, row, &mut dw[tap * columns..][..columns]);
+                        let to = match source {
+                            Source::Token(t) => dx.as_mut().map(|dx| dx.row(t)),
+                            Source::Window(r) => dbefore.as_mut().map(|d| d.row(r)),
+                        };
+                        if let Some(to) = to {
+                            add_product(du, &w[tap * width + first..][..columns], to);
                         }
                     }
-                },
-            );
+                }
+            });
             let Some(dafter) = dafter else { return };
             for (n, source) in sequence.before(length).take(taps - 1).enumerate() {
                 let row = b * (taps - 1) + taps - 2 - n;

@@ -121,14 +121,11 @@ impl Kernel for ConcatLinear {
                 continue;
             }
             dx.tiles(width * TILE).zip(dy.par_chunks(outer * TILE)).for_each(|(dx, dy)| {
-                vectorize(
-                    #[inline(always)]
-                    || {
-                        for (dx, dy) in dx.chunks_exact_mut(width).zip(dy.chunks_exact(outer)) {
-                            add_combination(dx, |o| dy[o], &w[columns.start..], total, outer);
-                        }
-                    },
-                );
+                vectorize!(|| {
+                    for (dx, dy) in dx.chunks_exact_mut(width).zip(dy.chunks_exact(outer)) {
+                        add_combination(dx, |o| dy[o], &w[columns.start..], total, outer);
+                    }
+                });
             });
         }
         if let Some(dw) = io.input_gradient(self.parts) {

@@ -76,10 +76,7 @@ impl Kernel for CrossEntropy {
                         (*nll, *log_sum) = (T::ZERO, T::ZERO);
                         continue;
                     }
-                    *log_sum = vectorize(
-                        #[inline(always)]
-                        || log_sum_exp(x),
-                    );
+                    *log_sum = vectorize!(|| log_sum_exp(x));
                     *nll = *log_sum - x.get(target as usize).copied().unwrap_or(T::NAN);
                 }
             },
@@ -111,14 +108,11 @@ impl Kernel for CrossEntropy {
                             Some(dx) => *dx -= weight,
                             None => weight = T::NAN,
                         }
-                        vectorize(
-                            #[inline(always)]
-                            || {
-                                for (dx, x) in dx.iter_mut().zip(x) {
-                                    *dx = weight.mul_add((*x - log_sum).exp(), *dx);
-                                }
-                            },
-                        );
+                        vectorize!(|| {
+                            for (dx, x) in dx.iter_mut().zip(x) {
+                                *dx = weight.mul_add((*x - log_sum).exp(), *dx);
+                            }
+                        });
                     }
                 },
             );

@@ -76,16 +76,13 @@ impl Dropout {
         let threshold = (self.rate * 2f64.powi(32)) as u32;
         let kept = T::from_f64(1.0 / (1.0 - self.rate));
         to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).enumerate().for_each(|(i, (to, from))| {
-            vectorize(
-                #[inline(always)]
-                || {
-                    let first = (i * CHUNK) as u32;
-                    for ((to, from), element) in to.iter_mut().zip(from).zip(0u32..) {
-                        let factor = Dropout::factor(first.wrapping_add(element), keys, threshold, kept);
-                        each(to, *from, factor);
-                    }
-                },
-            );
+            vectorize!(|| {
+                let first = (i * CHUNK) as u32;
+                for ((to, from), element) in to.iter_mut().zip(from).zip(0u32..) {
+                    let factor = Dropout::factor(first.wrapping_add(element), keys, threshold, kept);
+                    each(to, *from, factor);
+                }
+            });
         });
     }
 }

@@ -73,14 +73,11 @@ impl Kernel for Embedding {
         let block = column_block(width, 64);
         let blocks = MatMut::new(dw, vocabulary, width).blocks(vocabulary, block);
         blocks.into_par_iter().enumerate().for_each(|(i, mut dw)| {
-            vectorize(
-                #[inline(always)]
-                || {
-                    for (dy, &id) in dy.chunks_exact(width).zip(ids) {
-                        add_to(&dy[i * block..][..block], dw.row(id as usize));
-                    }
-                },
-            );
+            vectorize!(|| {
+                for (dy, &id) in dy.chunks_exact(width).zip(ids) {
+                    add_to(&dy[i * block..][..block], dw.row(id as usize));
+                }
+            });
         });
     }
 

@@ -106,33 +106,27 @@ impl Kernel for Headwise {
         if (outer, inner) == (SMALL, SMALL) {
             let diagonals = diagonals(w, false, io.scratch);
             y.par_chunks_mut(width * TILE).zip(x.par_chunks(width * TILE)).for_each(|(y, x)| {
-                vectorize(
-                    #[inline(always)]
-                    || {
-                        for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                            start(y);
-                            add_products(y, x, diagonals);
-                        }
-                    },
-                );
+                vectorize!(|| {
+                    for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                        start(y);
+                        add_products(y, x, diagonals);
+                    }
+                });
             });
             return;
         }
         y.par_chunks_mut(width * TILE).zip(x.par_chunks(heads * inner * TILE)).for_each(|(y, x)| {
-            vectorize(
-                #[inline(always)]
-                || {
-                    for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(heads * inner)) {
-                        start(y);
-                        let blocks = x.chunks_exact(inner).zip(w.chunks_exact(outer * inner));
-                        for (y, (x, w)) in y.chunks_exact_mut(outer).zip(blocks) {
-                            for (y, w) in y.iter_mut().zip(w.chunks_exact(inner)) {
-                                *y += dot(x, w);
-                            }
+            vectorize!(|| {
+                for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(heads * inner)) {
+                    start(y);
+                    let blocks = x.chunks_exact(inner).zip(w.chunks_exact(outer * inner));
+                    for (y, (x, w)) in y.chunks_exact_mut(outer).zip(blocks) {
+                        for (y, w) in y.iter_mut().zip(w.chunks_exact(inner)) {
+                            *y += dot(x, w);
                         }
                     }
-                },
-            );
+                }
+            });
         });
     }
 
@@ -152,30 +146,24 @@ impl Kernel for Headwise {
             } else if (outer, inner) == (SMALL, SMALL) {
                 let diagonals = diagonals(w, true, io.scratch);
                 dx.tiles(in_width * TILE).zip(dy.par_chunks(out_width * TILE)).for_each(|(dx, dy)| {
-                    vectorize(
-                        #[inline(always)]
-                        || {
-                            for (dx, dy) in dx.chunks_exact_mut(in_width).zip(dy.chunks_exact(out_width)) {
-                                add_products(dx, dy, diagonals);
-                            }
-                        },
-                    );
+                    vectorize!(|| {
+                        for (dx, dy) in dx.chunks_exact_mut(in_width).zip(dy.chunks_exact(out_width)) {
+                            add_products(dx, dy, diagonals);
+                        }
+                    });
                 });
             } else {
                 dx.tiles(in_width * TILE).zip(dy.par_chunks(out_width * TILE)).for_each(|(dx, dy)| {
-                    vectorize(
-                        #[inline(always)]
-                        || {
-                            for (dx, dy) in dx.chunks_exact_mut(in_width).zip(dy.chunks_exact(out_width)) {
-                                let blocks = dy.chunks_exact(outer).zip(w.chunks_exact(outer * inner));
-                                for (dx, (dy, w)) in dx.chunks_exact_mut(inner).zip(blocks) {
-                                    for (dy, w) in dy.iter().zip(w.chunks_exact(inner)) {
-                                        axpy(*dy, w, dx);
-                                    }
+                    vectorize!(|| {
+                        for (dx, dy) in dx.chunks_exact_mut(in_width).zip(dy.chunks_exact(out_width)) {
+                            let blocks = dy.chunks_exact(outer).zip(w.chunks_exact(outer * inner));
+                            for (dx, (dy, w)) in dx.chunks_exact_mut(inner).zip(blocks) {
+                                for (dy, w) in dy.iter().zip(w.chunks_exact(inner)) {
+                                    axpy(*dy, w, dx);
                                 }
                             }
-                        },
-                    );
+                        }
+                    });
                 });
             }
         }

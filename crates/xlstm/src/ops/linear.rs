@@ -153,10 +153,7 @@ pub(crate) fn reduce_tiles<T: Scalar>(
     let partials = scratch(space, tiles * width);
     partials.par_chunks_mut(width).enumerate().for_each(|(i, partial)| {
         partial.fill(T::ZERO);
-        vectorize(
-            #[inline(always)]
-            || tile(i * TILE..rows.min((i + 1) * TILE), partial),
-        );
+        vectorize!(|| tile(i * TILE..rows.min((i + 1) * TILE), partial));
     });
     for partial in partials.chunks_exact(width) {
         add_to(partial, sums);

@@ -87,24 +87,21 @@ impl Kernel for Norm {
         let share = T::from_f64(1.0 / size as f64);
         let tiles = y.par_chunks_mut(width * TILE).zip(saved.par_chunks_mut(2 * self.groups * TILE));
         tiles.zip(x.par_chunks(width * TILE)).for_each(|((y, saved), x)| {
-            vectorize(
-                #[inline(always)]
-                || {
-                    let groups = y.chunks_exact_mut(size).zip(x.chunks_exact(size));
-                    for (i, ((y, x), saved)) in groups.zip(saved.chunks_exact_mut(2)).enumerate() {
-                        let w = &w[i % self.groups * size..][..size];
-                        let mean = match self.kind {
-                            NormKind::Layer => share * total(x),
-                            NormKind::RootMeanSquare => T::ZERO,
-                        };
-                        let inverse = T::ONE / (share.mul_add(square_distance(x, mean), eps)).sqrt();
-                        for (y, (x, w)) in y.iter_mut().zip(x.iter().zip(w)) {
-                            *y = (*x - mean) * inverse * (*w + offset);
-                        }
-                        saved.copy_from_slice(&[mean, inverse]);
+            vectorize!(|| {
+                let groups = y.chunks_exact_mut(size).zip(x.chunks_exact(size));
+                for (i, ((y, x), saved)) in groups.zip(saved.chunks_exact_mut(2)).enumerate() {
+                    let w = &w[i % self.groups * size..][..size];
+                    let mean = match self.kind {
+                        NormKind::Layer => share * total(x),
+                        NormKind::RootMeanSquare => T::ZERO,
+                    };
+                    let inverse = T::ONE / (share.mul_add(square_distance(x, mean), eps)).sqrt();
+                    for (y, (x, w)) in y.iter_mut().zip(x.iter().zip(w)) {
+                        *y = (*x - mean) * inverse * (*w + offset);
                     }
-                },
-            );
+                    saved.copy_from_slice(&[mean, inverse]);
+                }
+            });
         });
     }
 
@@ -119,28 +116,25 @@ impl Kernel for Norm {
             let tiles = dx.tiles(width * TILE).zip(dy.par_chunks(width * TILE));
             let tiles = tiles.zip(x.par_chunks(width * TILE)).zip(saved.par_chunks(2 * self.groups * TILE));
             tiles.for_each(|(((dx, dy), x), saved)| {
-                vectorize(
-                    #[inline(always)]
-                    || {
-                        let groups = dx.chunks_exact_mut(size).zip(dy.chunks_exact(size));
-                        let groups = groups.zip(x.chunks_exact(size)).zip(saved.chunks_exact(2));
-                        for (i, (((dx, dy), x), saved)) in groups.enumerate() {
-                            let w = &w[i % self.groups * size..][..size];
-                            let (mean, inverse) = (saved[0], saved[1]);
-                            let [g_sum, gn_sum] = gradient_sums(dy, x, w, mean, inverse, offset);
-                            let g_mean = match self.kind {
-                                NormKind::Layer => share * g_sum,
-                                NormKind::RootMeanSquare => T::ZERO,
-                            };
-                            let gn_mean = share * gn_sum;
-                            for (dx, ((dy, x), w)) in dx.iter_mut().zip(dy.iter().zip(x).zip(w)) {
-                                let n = (*x - mean) * inverse;
-                                let g = *dy * (*w + offset);
-                                *dx = inverse.mul_add(g - g_mean - n * gn_mean, *dx);
-                            }
+                vectorize!(|| {
+                    let groups = dx.chunks_exact_mut(size).zip(dy.chunks_exact(size));
+                    let groups = groups.zip(x.chunks_exact(size)).zip(saved.chunks_exact(2));
+                    for (i, (((dx, dy), x), saved)) in groups.enumerate() {
+                        let w = &w[i % self.groups * size..][..size];
+                        let (mean, inverse) = (saved[0], saved[1]);
+                        let [g_sum, gn_sum] = gradient_sums(dy, x, w, mean, inverse, offset);
+                        let g_mean = match self.kind {
+                            NormKind::Layer => share * g_sum,
+                            NormKind::RootMeanSquare => T::ZERO,
+                        };
+                        let gn_mean = share * gn_sum;
+                        for (dx, ((dy, x), w)) in dx.iter_mut().zip(dy.iter().zip(x).zip(w)) {
+                            let n = (*x - mean) * inverse;
+                            let g = *dy * (*w + offset);
+                            *dx = inverse.mul_add(g - g_mean - n * gn_mean, *dx);
                         }
-                    },
-                );
+                    }
+                });
             });
         }
         if let Some(dw) = io.input_gradient(1) {

@@ -54,18 +54,15 @@ impl Kernel for SkipGate {
         let inputs = io.input(0).par_chunks(tile).zip(io.input(2).par_chunks(tile));
         let inputs = inputs.zip(io.input(3).par_chunks(tile));
         y.par_chunks_mut(tile).zip(inputs).for_each(|(y, ((h, x), z))| {
-            vectorize(
-                #[inline(always)]
-                || {
-                    let rows = h.chunks_exact(width).zip(x.chunks_exact(width)).zip(z.chunks_exact(width));
-                    for (y, ((h, x), z)) in y.chunks_exact_mut(width).zip(rows) {
-                        let row = h.iter().zip(x).zip(skip).zip(z);
-                        for (y, (((h, x), s), z)) in y.iter_mut().zip(row) {
-                            *y = s.mul_add(*x, *h) * Swish.value(*z);
-                        }
+            vectorize!(|| {
+                let rows = h.chunks_exact(width).zip(x.chunks_exact(width)).zip(z.chunks_exact(width));
+                for (y, ((h, x), z)) in y.chunks_exact_mut(width).zip(rows) {
+                    let row = h.iter().zip(x).zip(skip).zip(z);
+                    for (y, (((h, x), s), z)) in y.iter_mut().zip(row) {
+                        *y = s.mul_add(*x, *h) * Swish.value(*z);
                     }
-                },
-            );
+                }
+            });
         });
     }
 
@@ -81,39 +78,36 @@ impl Kernel for SkipGate {
         let given =
             dy.par_chunks(tile).zip(h.par_chunks(tile)).zip(x.par_chunks(tile).zip(z.par_chunks(tile)));
         dh.zip(dx).zip(dz).zip(given).for_each(|(((mut dh, mut dx), mut dz), ((dy, h), (x, z)))| {
-            vectorize(
-                #[inline(always)]
-                || {
-                    for start in (0..dy.len()).step_by(width) {
-                        for column in (0..width).step_by(BLOCK) {
-                            let n = BLOCK.min(width - column);
-                            let at = start + column..start + column + n;
-                            let (dy, skip) = (&dy[at.clone()], &skip[column..][..n]);
-                            let (mut a, mut b) = ([T::ZERO; BLOCK], [T::ZERO; BLOCK]);
-                            for (((a, b), dy), z) in a.iter_mut().zip(&mut b).zip(dy).zip(&z[at.clone()]) {
-                                let (value, slope) = Swish.value_and_derivative(*z);
-                                (*a, *b) = (*dy * value, *dy * slope);
+            vectorize!(|| {
+                for start in (0..dy.len()).step_by(width) {
+                    for column in (0..width).step_by(BLOCK) {
+                        let n = BLOCK.min(width - column);
+                        let at = start + column..start + column + n;
+                        let (dy, skip) = (&dy[at.clone()], &skip[column..][..n]);
+                        let (mut a, mut b) = ([T::ZERO; BLOCK], [T::ZERO; BLOCK]);
+                        for (((a, b), dy), z) in a.iter_mut().zip(&mut b).zip(dy).zip(&z[at.clone()]) {
+                            let (value, slope) = Swish.value_and_derivative(*z);
+                            (*a, *b) = (*dy * value, *dy * slope);
+                        }
+                        if let Some(dh) = &mut dh {
+                            for (dh, a) in dh[at.clone()].iter_mut().zip(&a) {
+                                *dh += *a;
                             }
-                            if let Some(dh) = &mut dh {
-                                for (dh, a) in dh[at.clone()].iter_mut().zip(&a) {
-                                    *dh += *a;
-                                }
+                        }
+                        if let Some(dx) = &mut dx {
+                            for (dx, (a, s)) in dx[at.clone()].iter_mut().zip(a.iter().zip(skip)) {
+                                *dx = a.mul_add(*s, *dx);
                             }
-                            if let Some(dx) = &mut dx {
-                                for (dx, (a, s)) in dx[at.clone()].iter_mut().zip(a.iter().zip(skip)) {
-                                    *dx = a.mul_add(*s, *dx);
-                                }
-                            }
-                            if let Some(dz) = &mut dz {
-                                let row = b.iter().zip(skip).zip(h[at.clone()].iter().zip(&x[at.clone()]));
-                                for (dz, ((b, s), (h, x))) in dz[at].iter_mut().zip(row) {
-                                    *dz = b.mul_add(s.mul_add(*x, *h), *dz);
-                                }
+                        }
+                        if let Some(dz) = &mut dz {
+                            let row = b.iter().zip(skip).zip(h[at.clone()].iter().zip(&x[at.clone()]));
+                            for (dz, ((b, s), (h, x))) in dz[at].iter_mut().zip(row) {
+                                *dz = b.mul_add(s.mul_add(*x, *h), *dz);
                             }
                         }
                     }
-                },
-            );
+                }
+            });
         });
         if let Some(ds) = io.input_gradient(1) {
             reduce_tiles(

@@ -66,17 +66,14 @@ impl<T: Scalar> AdamW<T> {
             let keep = T::from_f64(if spec.decay { 1.0 - rate * weight_decay } else { 1.0 });
             let tiles = w.par_chunks_mut(TILE).zip(g.par_chunks(TILE));
             tiles.zip(m.par_chunks_mut(TILE).zip(v.par_chunks_mut(TILE))).for_each(|((w, g), (m, v))| {
-                vectorize(
-                    #[inline(always)]
-                    || {
-                        for ((w, g), (m, v)) in w.iter_mut().zip(g).zip(m.iter_mut().zip(v.iter_mut())) {
-                            let g = *g * scale;
-                            *m = b1 * *m + rest_1 * g;
-                            *v = b2 * *v + rest_2 * g * g;
-                            *w = *w * keep - rate_1 * *m / (v.sqrt() * root_2 + eps);
-                        }
-                    },
-                );
+                vectorize!(|| {
+                    for ((w, g), (m, v)) in w.iter_mut().zip(g).zip(m.iter_mut().zip(v.iter_mut())) {
+                        let g = *g * scale;
+                        *m = b1 * *m + rest_1 * g;
+                        *v = b2 * *v + rest_2 * g * g;
+                        *w = *w * keep - rate_1 * *m / (v.sqrt() * root_2 + eps);
+                    }
+                });
             });
         }
     }
@@ -85,13 +82,7 @@ impl<T: Scalar> AdamW<T> {
 /// The Euclidean norm of all gradients together: partial sums over fixed tiles, added in
 /// order in f64.
 pub fn global_norm<T: Scalar>(gradients: &[Vec<T>]) -> f64 {
-    let square = |tile: &[T]| {
-        vectorize(
-            #[inline(always)]
-            || sum_of(tile.len(), |i| tile[i] * tile[i]),
-        )
-        .to_f64()
-    };
+    let square = |tile: &[T]| vectorize!(|| sum_of(tile.len(), |i| tile[i] * tile[i])).to_f64();
     let total: f64 = gradients
         .iter()
         .map(|g| g.par_chunks(TILE).map(square).collect::<Vec<f64>>().iter().sum::<f64>())

@@ -199,6 +199,9 @@ fn sessions_fork_save_and_load() {
     session.save(&file, &model.fingerprint()).expect("saved");
     let mut restored = Session::load(runner(), &file, &model.fingerprint()).expect("loaded");
     assert_eq!(restored.state(), session.state());
+    let mut cleared = session.state().clone();
+    cleared.reset();
+    assert_eq!(cleared, runner().empty_state(1), "a state that is reset is an empty one");
     assert_eq!(draw(&mut session, 20), draw(&mut restored, 20));
     assert!(Session::load(runner(), &file, "0000").is_err(), "another model's fingerprint");
     let bytes = std::fs::read(&file).expect("a file");

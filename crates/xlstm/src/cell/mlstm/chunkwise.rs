@@ -134,57 +134,53 @@ pub(super) fn forward<T: Scalar>(
         let scores = &mut work.scores[..len * len];
         let weights = &mut work.weights[..len * len];
         let scaled = &mut work.scaled[..len * dqk];
-        let (m, decay, entry, state) = vectorize(
-            #[inline(always)]
-            || chunk_gates(&input.log_i[start..end], &input.log_f[start..end], *out.m, &mut *work.gates),
-        );
+        let (m, decay, entry, state) = vectorize!(|| chunk_gates(
+            &input.log_i[start..end],
+            &input.log_f[start..end],
+            *out.m,
+            &mut *work.gates
+        ));
         let keys = dense(k, dqk, scaled);
         product(MatMut::new(scores, len, len), scale, q, keys.t(), false, Threads::One);
         let denominators = &mut out.denominators[start..end];
-        vectorize(
-            #[inline(always)]
-            || {
-                chunk_weights(decay, entry, weights);
-                for (a, w) in scores.iter_mut().zip(weights.iter()) {
-                    *a *= *w;
-                }
-                scale_rows(q, |t| state[t] * scale, dqk, scaled);
-                for t in 0..len {
-                    denominators[t] = sum(&scores[t * len..][..len]) + dot(&scaled[t * dqk..][..dqk], out.n);
-                }
-            },
-        );
+        vectorize!(|| {
+            chunk_weights(decay, entry, weights);
+            for (a, w) in scores.iter_mut().zip(weights.iter()) {
+                *a *= *w;
+            }
+            scale_rows(q, |t| state[t] * scale, dqk, scaled);
+            for t in 0..len {
+                denominators[t] = sum(&scores[t * len..][..len]) + dot(&scaled[t * dqk..][..dqk], out.n);
+            }
+        });
         let c = MatRef::new(out.c, dqk, dhv);
         product(out.h.rows_at(start, len), T::ONE, MatRef::new(scores, len, len), v, false, Threads::One);
         product(out.h.rows_at(start, len), T::ONE, MatRef::new(scaled, len, dqk), c, true, Threads::One);
-        vectorize(
-            #[inline(always)]
-            || {
-                for t in 0..len {
-                    let inverse = T::ONE / config.normalizer(denominators[t], m[t]);
-                    let h = out.h.row(start + t);
-                    if input.is_pad(start + t) {
-                        h.fill(T::ZERO);
-                    } else {
-                        for h in h {
-                            *h *= inverse;
-                        }
+        vectorize!(|| {
+            for t in 0..len {
+                let inverse = T::ONE / config.normalizer(denominators[t], m[t]);
+                let h = out.h.row(start + t);
+                if input.is_pad(start + t) {
+                    h.fill(T::ZERO);
+                } else {
+                    for h in h {
+                        *h *= inverse;
                     }
                 }
-                let last = &weights[(len - 1) * len..];
-                scale_rows(k, |t| last[t], dqk, scaled);
-                let kept = state[len - 1];
-                for c in out.c.iter_mut() {
-                    *c *= kept;
-                }
-                for n in out.n.iter_mut() {
-                    *n *= kept;
-                }
-                for row in scaled.chunks_exact(dqk) {
-                    axpy(T::ONE, row, out.n);
-                }
-            },
-        );
+            }
+            let last = &weights[(len - 1) * len..];
+            scale_rows(k, |t| last[t], dqk, scaled);
+            let kept = state[len - 1];
+            for c in out.c.iter_mut() {
+                *c *= kept;
+            }
+            for n in out.n.iter_mut() {
+                *n *= kept;
+            }
+            for row in scaled.chunks_exact(dqk) {
+                axpy(T::ONE, row, out.n);
+            }
+        });
         let keys = MatRef::new(scaled, len, dqk);
         product(MatMut::new(out.c, dqk, dhv), T::ONE, keys.t(), v, true, Threads::One);
         out.stabilizers[start..end].copy_from_slice(m);

@@ -79,37 +79,36 @@ pub(super) fn backward<T: Scalar>(
         let (di, df) = (&mut grads.di[start..end], &mut grads.df[start..end]);
 
         // W, A, dnum, dd.
-        let (m, decay, entry, state) = vectorize(
-            #[inline(always)]
-            || chunk_gates(&input.log_i[start..end], &input.log_f[start..end], m0, &mut *work.gates),
-        );
+        let (m, decay, entry, state) = vectorize!(|| chunk_gates(
+            &input.log_i[start..end],
+            &input.log_f[start..end],
+            m0,
+            &mut *work.gates
+        ));
         let keys = dense(k, dqk, scaled);
         product(MatMut::new(scores, len, len), scale, q, keys.t(), false, Threads::One);
-        vectorize(
-            #[inline(always)]
-            || {
-                chunk_weights(decay, entry, weights);
-                for (a, w) in scores.iter_mut().zip(weights.iter()) {
-                    *a *= *w;
+        vectorize!(|| {
+            chunk_weights(decay, entry, weights);
+            for (a, w) in scores.iter_mut().zip(weights.iter()) {
+                *a *= *w;
+            }
+            for t in 0..len {
+                let row = &mut dnum[t * dhv..][..dhv];
+                if input.is_pad(start + t) {
+                    row.fill(T::ZERO);
+                    (dd[t], dm[t]) = (T::ZERO, T::ZERO);
+                    continue;
                 }
-                for t in 0..len {
-                    let row = &mut dnum[t * dhv..][..dhv];
-                    if input.is_pad(start + t) {
-                        row.fill(T::ZERO);
-                        (dd[t], dm[t]) = (T::ZERO, T::ZERO);
-                        continue;
-                    }
-                    let (dh, d) = (grads.dh.row(start + t), saved.denominators[start + t]);
-                    let normalizer = config.normalizer(d, m[t]);
-                    let dh_h = dot(dh, saved.h.row(start + t));
-                    (dd[t], dm[t]) = config.normalizer_gradients(dh_h, d, m[t], normalizer);
-                    let inverse = T::ONE / normalizer;
-                    for (x, dh) in row.iter_mut().zip(dh) {
-                        *x = *dh * inverse;
-                    }
+                let (dh, d) = (grads.dh.row(start + t), saved.denominators[start + t]);
+                let normalizer = config.normalizer(d, m[t]);
+                let dh_h = dot(dh, saved.h.row(start + t));
+                (dd[t], dm[t]) = config.normalizer_gradients(dh_h, d, m[t], normalizer);
+                let inverse = T::ONE / normalizer;
+                for (x, dh) in row.iter_mut().zip(dh) {
+                    *x = *dh * inverse;
                 }
-            },
-        );
+            }
+        });
         let numerators = MatRef::new(dnum, len, dhv);
 
         // Through the pairs: P and G.
@@ -123,25 +122,21 @@ pub(super) fn backward<T: Scalar>(
         );
         let values = dense(v, dhv, &mut values[..len * dhv]);
         product(MatMut::new(p, len, len), T::ONE, numerators, values.t(), false, Threads::One);
-        vectorize(
-            #[inline(always)]
-            || {
-                columns.fill(T::ZERO);
-                for t in (0..len).rev() {
-                    let row = t * len..(t + 1) * len;
-                    for ((p, g), w) in
-                        p[row.clone()].iter_mut().zip(&mut scores[row.clone()]).zip(&weights[row])
-                    {
-                        *p += dd[t];
-                        *g *= *p;
-                        *p *= *w * scale;
-                    }
-                    add_to(&scores[t * len..][..t + 1], columns);
-                    df[t] = sum(&columns[..t]);
+        vectorize!(|| {
+            columns.fill(T::ZERO);
+            for t in (0..len).rev() {
+                let row = t * len..(t + 1) * len;
+                for ((p, g), w) in p[row.clone()].iter_mut().zip(&mut scores[row.clone()]).zip(&weights[row])
+                {
+                    *p += dd[t];
+                    *g *= *p;
+                    *p *= *w * scale;
                 }
-                di.copy_from_slice(columns);
-            },
-        );
+                add_to(&scores[t * len..][..t + 1], columns);
+                df[t] = sum(&columns[..t]);
+            }
+            di.copy_from_slice(columns);
+        });
         let pairs = MatRef::new(p, len, len);
         product(grads.dq.rows_at(start, len), T::ONE, pairs, k, true, Threads::One);
         product(grads.dk.rows_at(start, len), T::ONE, pairs.t(), q, true, Threads::One);
@@ -156,26 +151,23 @@ pub(super) fn backward<T: Scalar>(
             Threads::One,
         );
         let kept = state[len - 1];
-        vectorize(
-            #[inline(always)]
-            || {
-                let last = &weights[(len - 1) * len..][..len];
-                scale_rows(k, |t| last[t], dqk, scaled);
-                let mut crossing = T::ZERO;
-                if !fresh {
-                    crossing = kept * (dot(c, grads.dc) + dot(n, grads.dn));
-                }
-                for t in 0..len {
-                    let y = &mut rows[t * dqk..][..dqk];
-                    add_to(grads.dn, y);
-                    df[t] += crossing;
-                    leaving[t] = dot(&scaled[t * dqk..][..dqk], y);
-                    crossing += leaving[t];
-                    di[t] += leaving[t];
-                    axpy(last[t], y, grads.dk.row(start + t));
-                }
-            },
-        );
+        vectorize!(|| {
+            let last = &weights[(len - 1) * len..][..len];
+            scale_rows(k, |t| last[t], dqk, scaled);
+            let mut crossing = T::ZERO;
+            if !fresh {
+                crossing = kept * (dot(c, grads.dc) + dot(n, grads.dn));
+            }
+            for t in 0..len {
+                let y = &mut rows[t * dqk..][..dqk];
+                add_to(grads.dn, y);
+                df[t] += crossing;
+                leaving[t] = dot(&scaled[t * dqk..][..dqk], y);
+                crossing += leaving[t];
+                di[t] += leaving[t];
+                axpy(last[t], y, grads.dk.row(start + t));
+            }
+        });
         let keys = MatRef::new(scaled, len, dqk);
         product(
             grads.dv.rows_at(start, len),
@@ -199,29 +191,26 @@ pub(super) fn backward<T: Scalar>(
                 false,
                 Threads::One,
             );
-            vectorize(
-                #[inline(always)]
-                || {
-                    scale_rows(q, |t| state[t] * scale, dqk, scaled);
-                    let mut arriving = T::ZERO;
-                    for t in (0..len).rev() {
-                        let z = &mut rows[t * dqk..][..dqk];
-                        axpy(dd[t], n, z);
-                        arriving += dot(&scaled[t * dqk..][..dqk], z);
-                        df[t] += arriving;
-                        axpy(state[t] * scale, z, grads.dq.row(start + t));
-                    }
-                    for dc in grads.dc.iter_mut() {
-                        *dc *= kept;
-                    }
-                    for dn in grads.dn.iter_mut() {
-                        *dn *= kept;
-                    }
-                    for t in 0..len {
-                        axpy(dd[t], &scaled[t * dqk..][..dqk], grads.dn);
-                    }
-                },
-            );
+            vectorize!(|| {
+                scale_rows(q, |t| state[t] * scale, dqk, scaled);
+                let mut arriving = T::ZERO;
+                for t in (0..len).rev() {
+                    let z = &mut rows[t * dqk..][..dqk];
+                    axpy(dd[t], n, z);
+                    arriving += dot(&scaled[t * dqk..][..dqk], z);
+                    df[t] += arriving;
+                    axpy(state[t] * scale, z, grads.dq.row(start + t));
+                }
+                for dc in grads.dc.iter_mut() {
+                    *dc *= kept;
+                }
+                for dn in grads.dn.iter_mut() {
+                    *dn *= kept;
+                }
+                for t in 0..len {
+                    axpy(dd[t], &scaled[t * dqk..][..dqk], grads.dn);
+                }
+            });
             let queries = MatRef::new(scaled, len, dqk);
             product(MatMut::new(grads.dc, dqk, dhv), T::ONE, queries.t(), numerators, true, Threads::One);
         }
@@ -288,31 +277,28 @@ fn chunk_states<T: Scalar>(
         let m0 = previous_stabilizer(config, input, saved, start);
         let scaled = &mut work.scaled[..len * dqk];
         let k = input.k.rows_at(start, len);
-        vectorize(
-            #[inline(always)]
-            || {
-                let (_, decay, entry, state) =
-                    chunk_gates(&input.log_i[start..end], &input.log_f[start..end], m0, &mut *work.gates);
-                // The last row of W, from its end.
-                let last = &mut work.weights[..len];
-                let mut exponent = T::ZERO;
-                for t in (0..len).rev() {
-                    last[t] = (exponent + entry[t]).exp();
-                    exponent += decay[t];
-                }
-                scale_rows(k, |t| last[t], dqk, scaled);
-                let kept = state[len - 1];
-                for (to, from) in c.iter_mut().zip(before) {
-                    *to = kept * *from;
-                }
-                for (to, from) in n.iter_mut().zip(&before[dqk * dhv..]) {
-                    *to = kept * *from;
-                }
-                for row in scaled.chunks_exact(dqk) {
-                    axpy(T::ONE, row, n);
-                }
-            },
-        );
+        vectorize!(|| {
+            let (_, decay, entry, state) =
+                chunk_gates(&input.log_i[start..end], &input.log_f[start..end], m0, &mut *work.gates);
+            // The last row of W, from its end.
+            let last = &mut work.weights[..len];
+            let mut exponent = T::ZERO;
+            for t in (0..len).rev() {
+                last[t] = (exponent + entry[t]).exp();
+                exponent += decay[t];
+            }
+            scale_rows(k, |t| last[t], dqk, scaled);
+            let kept = state[len - 1];
+            for (to, from) in c.iter_mut().zip(before) {
+                *to = kept * *from;
+            }
+            for (to, from) in n.iter_mut().zip(&before[dqk * dhv..]) {
+                *to = kept * *from;
+            }
+            for row in scaled.chunks_exact(dqk) {
+                axpy(T::ONE, row, n);
+            }
+        });
         let keys = MatRef::new(scaled, len, dqk);
         product(MatMut::new(c, dqk, dhv), T::ONE, keys.t(), input.v.rows_at(start, len), true, Threads::One);
         start = end;

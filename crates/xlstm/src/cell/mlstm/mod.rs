@@ -82,7 +82,7 @@ impl MlstmConfig {
         if empty { self.empty_stabilizer() } else { m }
     }
 
-    /// The stabilised normaliser max(|d|, exp(-m)) + eps, or its inverse's inverse exp(-m)
+    /// What divides the stabilised numerator: max(|d|, exp(-m)) + eps, or exp(-m) alone
     /// where h is not normalised.
     #[inline(always)]
     fn normalizer<T: Scalar>(&self, d: T, m: T) -> T {
@@ -239,8 +239,5 @@ fn unwind_stabilizer<T: Scalar>(
 
 /// x . y over two slices: the products of states with their gradients.
 fn inner<T: Scalar>(x: &[T], y: &[T]) -> T {
-    vector::vectorize(
-        #[inline(always)]
-        || vector::dot(x, y),
-    )
+    vector::vectorize!(|| vector::dot(x, y))
 }

@@ -133,18 +133,15 @@ impl Mlstm {
         log_i.par_chunks_mut(length).zip(log_f.par_chunks_mut(length)).enumerate().for_each(
             |(task, (log_i, log_f))| {
                 let (b, head) = (task / heads, task % heads);
-                vectorize(
-                    #[inline(always)]
-                    || {
-                        for t in 0..length {
-                            let at = (b * length + t) * heads + head;
-                            (log_i[t], log_f[t]) = (i[at], f[at]);
-                        }
-                        for (i, f) in log_i.iter_mut().zip(log_f.iter_mut()) {
-                            (*i, *f) = (input_gate.log(*i), forget_gate.log(*f));
-                        }
-                    },
-                );
+                vectorize!(|| {
+                    for t in 0..length {
+                        let at = (b * length + t) * heads + head;
+                        (log_i[t], log_f[t]) = (i[at], f[at]);
+                    }
+                    for (i, f) in log_i.iter_mut().zip(log_f.iter_mut()) {
+                        (*i, *f) = (input_gate.log(*i), forget_gate.log(*f));
+                    }
+                });
                 if let Some(marks) = marks {
                     for t in 0..length {
                         if marks[b * length + t] & PAD != 0 {

@@ -24,14 +24,11 @@ fn advance_row<T: Scalar>(input: &HeadInput<'_, T>, t: usize, log_d: &mut [T], w
     }
     log_d[t] = input.log_i[t];
     let m = log_d[..=t].iter().fold(T::NEG_INFINITY, |m, x| m.max(*x));
-    vectorize(
-        #[inline(always)]
-        || {
-            for (w, x) in weights[..=t].iter_mut().zip(&log_d[..=t]) {
-                *w = (*x - m).exp();
-            }
-        },
-    );
+    vectorize!(|| {
+        for (w, x) in weights[..=t].iter_mut().zip(&log_d[..=t]) {
+            *w = (*x - m).exp();
+        }
+    });
     m
 }
 
@@ -53,21 +50,18 @@ pub(super) fn forward<T: Scalar>(
             continue;
         }
         let m = advance_row(input, t, log_d, weights);
-        vectorize(
-            #[inline(always)]
-            || {
-                for (j, weight) in weights[..=t].iter_mut().enumerate() {
-                    *weight *= scale * dot(input.q.row(t), input.k.row(j));
-                    axpy(*weight, input.v.row(j), h);
-                }
-                let d = sum(&weights[..=t]);
-                let inverse = T::ONE / config.normalizer(d, m);
-                for h in h.iter_mut() {
-                    *h *= inverse;
-                }
-                (out.stabilizers[t], out.denominators[t]) = (m, d);
-            },
-        );
+        vectorize!(|| {
+            for (j, weight) in weights[..=t].iter_mut().enumerate() {
+                *weight *= scale * dot(input.q.row(t), input.k.row(j));
+                axpy(*weight, input.v.row(j), h);
+            }
+            let d = sum(&weights[..=t]);
+            let inverse = T::ONE / config.normalizer(d, m);
+            for h in h.iter_mut() {
+                *h *= inverse;
+            }
+            (out.stabilizers[t], out.denominators[t]) = (m, d);
+        });
     }
 }
 
@@ -94,36 +88,33 @@ pub(super) fn backward<T: Scalar>(
         }
         let m = advance_row(input, t, log_d, weights);
         let winner = (0..=t).find(|&j| log_d[j] == m).unwrap_or(t);
-        vectorize(
-            #[inline(always)]
-            || {
-                let (q, dh) = (input.q.row(t), grads.dh.row(t));
-                let d = saved.denominators[t];
-                let normalizer = config.normalizer(d, m);
-                let (dd, dm) = config.normalizer_gradients(dot(dh, saved.h.row(t)), d, m, normalizer);
-                for (x, dh) in dnum.iter_mut().zip(dh) {
-                    *x = *dh / normalizer;
+        vectorize!(|| {
+            let (q, dh) = (input.q.row(t), grads.dh.row(t));
+            let d = saved.denominators[t];
+            let normalizer = config.normalizer(d, m);
+            let (dd, dm) = config.normalizer_gradients(dot(dh, saved.h.row(t)), d, m, normalizer);
+            for (x, dh) in dnum.iter_mut().zip(dh) {
+                *x = *dh / normalizer;
+            }
+            // Sources from the first on: what crosses u is everything before it.
+            let mut crossing = T::ZERO;
+            for (j, &weight) in weights[..=t].iter().enumerate() {
+                if j > 0 {
+                    grads.df[j] += crossing;
                 }
-                // Sources from the first on: what crosses u is everything before it.
-                let mut crossing = T::ZERO;
-                for (j, &weight) in weights[..=t].iter().enumerate() {
-                    if j > 0 {
-                        grads.df[j] += crossing;
-                    }
-                    let p = dot(dnum, input.v.row(j)) + dd;
-                    let a = weight * scale * dot(q, input.k.row(j));
-                    grads.di[j] += a * p;
-                    crossing += a * p;
-                    let dlogit = weight * scale * p;
-                    axpy(dlogit, input.k.row(j), grads.dq.row(t));
-                    axpy(dlogit, q, grads.dk.row(j));
-                    axpy(a, dnum, grads.dv.row(j));
-                }
-                grads.di[winner] += dm;
-                for df in &mut grads.df[winner + 1..=t] {
-                    *df += dm;
-                }
-            },
-        );
+                let p = dot(dnum, input.v.row(j)) + dd;
+                let a = weight * scale * dot(q, input.k.row(j));
+                grads.di[j] += a * p;
+                crossing += a * p;
+                let dlogit = weight * scale * p;
+                axpy(dlogit, input.k.row(j), grads.dq.row(t));
+                axpy(dlogit, q, grads.dk.row(j));
+                axpy(a, dnum, grads.dv.row(j));
+            }
+            grads.di[winner] += dm;
+            for df in &mut grads.df[winner + 1..=t] {
+                *df += dm;
+            }
+        });
     }
 }

@@ -23,13 +23,10 @@ pub(super) fn forward<T: Scalar>(
             (out.stabilizers[t], out.denominators[t]) = (*out.m, T::ZERO);
             continue;
         }
-        let (d, m) = vectorize(
-            #[inline(always)]
-            || {
-                let (q, k, v) = (input.q.row(t), input.k.row(t), input.v.row(t));
-                step(config, input, t, (q, k, v), (&mut *out.c, &mut *out.n, *out.m), out.h.row(t))
-            },
-        );
+        let (d, m) = vectorize!(|| {
+            let (q, k, v) = (input.q.row(t), input.k.row(t), input.v.row(t));
+            step(config, input, t, (q, k, v), (&mut *out.c, &mut *out.n, *out.m), out.h.row(t))
+        });
         *out.m = m;
         (out.stabilizers[t], out.denominators[t]) = (m, d);
     }

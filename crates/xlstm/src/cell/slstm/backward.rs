@@ -163,23 +163,20 @@ impl<T: Scalar> Inputs<'_, T> {
         self.start(task, carry);
         bias.fill(T::ZERO);
         tile.fill(T::ZERO);
-        vectorize(
-            #[inline(always)]
-            || {
-                for t in (0..steps).rev() {
-                    let draw = &mut draw[t * rows * 4 * dim..][..rows * 4 * dim];
-                    self.step(task, t, &record[t * rows * parts..][..rows * parts], carry, draw);
-                    // Sums of sums: f32 keeps its digits over long sequences.
-                    for row in draw.chunks_exact(4 * dim) {
-                        add_to(row, tile);
-                    }
-                    if t % TILE == 0 {
-                        add_to(tile, bias);
-                        tile.fill(T::ZERO);
-                    }
+        vectorize!(|| {
+            for t in (0..steps).rev() {
+                let draw = &mut draw[t * rows * 4 * dim..][..rows * 4 * dim];
+                self.step(task, t, &record[t * rows * parts..][..rows * parts], carry, draw);
+                // Sums of sums: f32 keeps its digits over long sequences.
+                for row in draw.chunks_exact(4 * dim) {
+                    add_to(row, tile);
                 }
-            },
-        );
+                if t % TILE == 0 {
+                    add_to(tile, bias);
+                    tile.fill(T::ZERO);
+                }
+            }
+        });
     }
 
     /// The gradients of the last state: dh, dc, dn, and g = dm - c dc - n dn.

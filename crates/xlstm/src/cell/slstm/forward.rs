@@ -126,18 +126,13 @@ impl<T: Scalar> Inputs<'_, T> {
             }
         }
         let record_step = rows * self.operation.record_parts() * dim;
-        // Without the attribute a closure as large as this one is compiled on its own, for the
-        // least processor.
-        vectorize(
-            #[inline(always)]
-            || {
-                for t in 0..steps {
-                    let at = if self.operation.train { t * record_step } else { 0 };
-                    let record = &mut record[at..][..record_step];
-                    self.step(task, t, states, raw, &mut out[t * rows * dim..][..rows * dim], record);
-                }
-            },
-        );
+        vectorize!(|| {
+            for t in 0..steps {
+                let at = if self.operation.train { t * record_step } else { 0 };
+                let record = &mut record[at..][..record_step];
+                self.step(task, t, states, raw, &mut out[t * rows * dim..][..rows * dim], record);
+            }
+        });
         // A tile with fewer rows than the others leaves the rest of its record unused.
         if self.operation.train {
             record[steps * record_step..].fill(T::ZERO);
