@@ -4,6 +4,7 @@
 //! line that makes no sense.
 
 mod builtin;
+mod device;
 mod output;
 mod progress;
 mod verbs;

@@ -53,11 +53,10 @@ impl Observer for Reporter {
             summary.blocks
         ));
         self.print(&format!(
-            "{} tokens to train on, {} to validate on; {} a step, {} threads",
+            "{} tokens to train on, {} to validate on; {} a step",
             compact(summary.training_tokens as f64),
             compact(summary.validation_tokens as f64),
-            compact(summary.tokens_per_step as f64),
-            summary.threads
+            compact(summary.tokens_per_step as f64)
         ));
         if summary.start_step > 0 {
             self.print(&format!("resuming at step {} of {}", summary.start_step, summary.steps));

@@ -5,7 +5,7 @@
 //! use std::sync::Arc;
 //! use xlstm::engine::Device;
 //! use xlstm::model::{LanguageModel, Logits, ModelConfig, Runner, SlstmAt};
-//! use xlstm::nn::Parameters;
+//! use xlstm::nn::{Parameters, Weights};
 //!
 //! # fn main() -> xlstm::Result<()> {
 //! // Three mLSTM blocks and an sLSTM block, with the first values of seed 1.
@@ -13,13 +13,15 @@
 //!     ModelConfig { vocab_size: 256, slstm_at: SlstmAt::Positions(vec![1]), ..ModelConfig::default() };
 //! let model = Arc::new(LanguageModel::new(&config)?);
 //! let parameters = Arc::new(Parameters::<f32>::initialize(model.specs(), 1));
-//! let mut runner = Runner::new(model, parameters, Device::cpu(0)?);
+//! let device = Device::cpu(0)?;
+//! let mut runner = Runner::new(model, Weights::new(parameters, &device)?, device);
 //!
-//! // State in, state out: what was read once can be continued many times.
-//! let empty = runner.empty_state(1);
-//! let (logits, state) = runner.forward(b"To be, or not".map(u32::from).as_slice(), &empty, Logits::Last)?;
-//! let (yes, _) = runner.forward(&[32, 116, 111], &state, Logits::Last)?;
-//! let (no, _) = runner.forward(&[46], &state, Logits::Last)?;
+//! // The state after a prompt is a value: what was read once can be continued many times.
+//! let logits = runner.read(b"To be, or not".map(u32::from).as_slice(), Logits::Last)?;
+//! let state = runner.state()?;
+//! let yes = runner.read(&[32, 116, 111], Logits::Last)?;
+//! runner.set_state(&state)?;
+//! let no = runner.read(&[46], Logits::Last)?;
 //! assert_eq!((logits.len(), yes.len(), no.len()), (256, 256, 256));
 //! # Ok(())
 //! # }

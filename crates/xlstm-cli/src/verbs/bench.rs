@@ -2,10 +2,10 @@
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use xlstm::engine::Device;
 use xlstm::train::bench::{PRESETS, Preset, train_steps};
 use xlstm::{Error, Result};
 
+use crate::device::DeviceArgs;
 use crate::output;
 
 /// Measure how fast this machine is.
@@ -26,9 +26,8 @@ struct TrainBenchArgs {
     /// The model and batch shape
     #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(PRESETS))]
     preset: String,
-    /// CPU threads; 0 = all
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    threads: usize,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Steps to time, after two that do not count
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = steps)]
     steps: usize,
@@ -58,7 +57,7 @@ struct Report<'a> {
 pub fn run(args: &BenchArgs) -> Result<()> {
     let Kind::Train(args) = &args.kind;
     let preset = Preset::named(&args.preset)?;
-    let device = Device::cpu(args.threads)?;
+    let device = args.device.choose()?;
     let measured = train_steps(&preset, &device, args.steps)?;
     let report = Report {
         preset: preset.name,
@@ -75,12 +74,11 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
     let memory = report.peak_memory_mb.map_or_else(|| "unknown".into(), |mb| format!("{mb:.0} MB"));
     output::data(&format!(
-        "preset       {} (batch {} x {}, {} threads)\nparameters   {}\nspeed        {:.0} tokens/s\n\
+        "preset       {} (batch {} x {}, {device})\nparameters   {}\nspeed        {:.0} tokens/s\n\
          step         {:.1} ms (median of {})\npeak memory  {memory}\nproducts     {:.1} GFLOP/s\n",
         report.preset,
         preset.batch_size,
         preset.length,
-        device.threads(),
         report.params,
         report.tokens_per_s,
         report.ms,

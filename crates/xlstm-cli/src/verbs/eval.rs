@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use clap::Args;
 use xlstm::data::{Corpus, read_text};
-use xlstm::engine::Device;
 use xlstm::eval::{Reading, evaluate};
 use xlstm::folder::ModelFolder;
+use xlstm::nn::Weights;
 use xlstm::{Error, Result};
 
+use crate::device::DeviceArgs;
 use crate::output;
 use crate::progress::Meter;
 
@@ -29,9 +30,8 @@ pub struct EvalArgs {
     /// Start from an empty state every N tokens (default: the state is carried over the whole file)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub window: Option<u64>,
-    /// CPU threads; 0 = all
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub threads: usize,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 /// Runs the verb.
@@ -42,14 +42,14 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let folder = ModelFolder::load(&args.model)?;
     let text = read_text(&args.data)?;
     let corpus = Arc::new(Corpus::from_texts(&[text], folder.tokenizer()?)?);
-    let device = Device::cpu(args.threads)?;
+    let device = args.device.choose()?;
+    let weights = Weights::new(folder.parameters.clone(), &device)?;
     let reading = match args.window {
         Some(window) => Reading::Windows(usize::try_from(window).unwrap_or(usize::MAX)),
         None => Reading::Whole,
     };
     let mut meter = Meter::new("evaluating");
-    let report =
-        evaluate(&folder.model, &folder.parameters, &corpus, reading, &device, |share| meter.set(share))?;
+    let report = evaluate(&folder.model, &weights, &corpus, reading, &device, |share| meter.set(share))?;
     drop(meter);
     if args.json {
         let json = serde_json::to_string(&report).map_err(|e| Error::data(e.to_string()))?;

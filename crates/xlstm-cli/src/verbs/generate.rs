@@ -5,13 +5,14 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use clap::{ArgGroup, Args};
 use serde::Serialize;
-use xlstm::engine::Device;
 use xlstm::folder::ModelFolder;
 use xlstm::generate::{Sampler, Sampling, Session};
 use xlstm::model::Runner;
+use xlstm::nn::Weights;
 use xlstm::text::Tokenizer;
 use xlstm::{Error, Result};
 
+use crate::device::DeviceArgs;
 use crate::output;
 
 /// Continue a prompt; the text goes to stdout as it arises.
@@ -51,9 +52,8 @@ pub struct GenerateArgs {
     /// Print one JSON object at the end instead of the text as it arises
     #[arg(long)]
     pub json: bool,
-    /// CPU threads; 0 = all
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub threads: usize,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 /// The `--json` object.
@@ -78,7 +78,9 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         None => args.prompt_ids.clone(),
     };
     let fingerprint = folder.fingerprint();
-    let runner = Runner::new(folder.model.clone(), folder.parameters.clone(), Device::cpu(args.threads)?);
+    let device = args.device.choose()?;
+    let weights = Weights::new(folder.parameters.clone(), &device)?;
+    let runner = Runner::new(folder.model.clone(), weights, device);
     let mut session = match &args.state_in {
         Some(path) => Session::load(runner, path, &fingerprint)?,
         None => Session::new(runner),
@@ -128,7 +130,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     if let Some(path) = &args.state_out {
         session.save(path, &fingerprint)?;
-        output::note(&format!("state after {} tokens: {}", session.state().tokens(), path.display()));
+        output::note(&format!("state after {} tokens: {}", session.state()?.tokens(), path.display()));
     }
     let speed = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);
     output::note(&format!(

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
+use xlstm::engine::{DeviceChoice, Precision};
 use xlstm::files::next_numbered_folder;
 use xlstm::train::{End, RunConfig, Texts, train};
 use xlstm::{Error, Result};
@@ -31,6 +32,12 @@ pub struct TrainArgs {
     /// Go on with the run in this folder, with its own configuration
     #[arg(long, value_name = "DIR")]
     pub resume: Option<PathBuf>,
+    /// auto, cpu or cuda:N (default: the configuration's `device`)
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceChoice>,
+    /// f32 or bf16 (default: the configuration's `dtype`)
+    #[arg(long, value_name = "DTYPE")]
+    pub dtype: Option<Precision>,
     /// CPU threads; 0 = all (default: the configuration's `threads`)
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -70,6 +77,8 @@ fn resumed(folder: &Path, args: &TrainArgs) -> Result<RunConfig> {
 
 fn train_in(args: &TrainArgs, mut config: RunConfig, texts: Texts, folder: &Path) -> Result<()> {
     config.threads = args.threads.unwrap_or(config.threads);
+    config.device = args.device.unwrap_or(config.device);
+    config.dtype = args.dtype.or(config.dtype);
     let stop = Arc::new(AtomicBool::new(false));
     let raised = stop.clone();
     // The first Ctrl-C asks the run to save and end, the second one ends it at once.

@@ -1,8 +1,11 @@
 //! What a run needs to go on bit for bit: the model folder's files and, beside them,
 //! `training.json` (where the run stands) and `training.safetensors` (both moments of every
-//! parameter, and the state that is carried from batch to batch).
+//! parameter, and the state that is carried from batch to batch); of a run on a GPU also
+//! `algorithms.json` (which of several algorithms every matrix product takes).
 
+use std::borrow::Cow;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -11,12 +14,12 @@ use crate::files::{partial_folder, replace_folder};
 use crate::folder::{self, read_tensors, write_tensors};
 use crate::model::LanguageModel;
 use crate::nn::Parameters;
-use crate::optim::AdamW;
 use crate::text::Tokenizer;
 
 const VERSION: u32 = 1;
 const PROGRESS: &str = "training.json";
 const TENSORS: &str = "training.safetensors";
+const ALGORITHMS: &str = "algorithms.json";
 
 /// Where a run stands.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -53,6 +56,21 @@ impl Standing {
     }
 }
 
+/// The numbers of a run: what training goes on from.
+#[derive(Clone, Debug)]
+pub struct Snapshot<'a> {
+    /// The parameters.
+    pub parameters: Cow<'a, Parameters<f32>>,
+    /// AdamW's first moments, one buffer a parameter.
+    pub first: Cow<'a, [Vec<f32>]>,
+    /// AdamW's second moments.
+    pub second: Cow<'a, [Vec<f32>]>,
+    /// The state carried from batch to batch, part by part; empty where none is.
+    pub carried: Vec<Vec<f32>>,
+    /// A GPU's choice of algorithms for matrix products, on which the last bits depend.
+    pub algorithms: Option<String>,
+}
+
 /// Replaces the checkpoint in `target` by the present state of a run.
 ///
 /// # Errors
@@ -60,49 +78,50 @@ impl Standing {
 pub fn save(
     target: &Path,
     model: &LanguageModel,
-    parameters: &Parameters<f32>,
     tokenizer: &Tokenizer,
-    optimizer: &AdamW<f32>,
-    carried: &[Vec<f32>],
+    snapshot: &Snapshot<'_>,
     standing: &Standing,
 ) -> Result<()> {
+    let Snapshot { parameters, first, second, carried, algorithms } = snapshot;
     let partial = partial_folder(target)?;
     folder::write(&partial, model, parameters, Some(tokenizer))?;
     let text = serde_json::to_string_pretty(standing).map_err(|e| Error::checkpoint(e.to_string()))?;
     let path = partial.join(PROGRESS);
     std::fs::write(&path, text + "\n").map_err(|e| Error::io("write", &path, &e))?;
+    if let Some(algorithms) = algorithms {
+        let path = partial.join(ALGORITHMS);
+        std::fs::write(&path, algorithms).map_err(|e| Error::io("write", &path, &e))?;
+    }
     let names = parameters.specs().iter().map(|spec| &spec.name);
     let moment = |kind: &str, moments: &[Vec<f32>]| -> Vec<(String, usize)> {
         names.clone().zip(moments).map(|(name, m)| (format!("{kind}.{name}"), m.len())).collect()
     };
-    let first = moment("first", &optimizer.first).into_iter().zip(&optimizer.first);
-    let second = moment("second", &optimizer.second).into_iter().zip(&optimizer.second);
+    let firsts = moment("first", first).into_iter().zip(first.iter());
+    let seconds = moment("second", second).into_iter().zip(second.iter());
     let state = carried.iter().enumerate().map(|(i, part)| ((format!("carried.{i}"), part.len()), part));
-    let tensors =
-        first.chain(second).chain(state).map(|((name, len), values)| (name, vec![len], values.as_slice()));
+    let tensors = firsts
+        .chain(seconds)
+        .chain(state)
+        .map(|((name, len), values)| (name, vec![len], values.as_slice()));
     write_tensors(&partial.join(TENSORS), tensors)?;
     replace_folder(&partial, target)
 }
 
-/// Reads the checkpoint in `target` back into a model's parameters and optimizer; returns
-/// where the run stood and the carried state.
+/// Reads the checkpoint in `target` of a run of `model`: where it stood, and its numbers.
 ///
 /// # Errors
 /// When a file is missing, damaged or of another model.
-pub fn load(
-    target: &Path,
-    parameters: &mut Parameters<f32>,
-    optimizer: &mut AdamW<f32>,
-) -> Result<(Standing, Vec<Vec<f32>>)> {
+pub fn load(target: &Path, model: &LanguageModel) -> Result<(Standing, Snapshot<'static>)> {
     let loaded = folder::ModelFolder::load(target)?;
-    if loaded.model.specs() != parameters.specs() {
+    let specs = model.specs();
+    if loaded.model.specs() != specs {
         return Err(Error::checkpoint(format!(
             "{} holds a model of another configuration",
             target.display()
         ))
         .hint("resume a run with the config.yaml in its folder, unchanged"));
     }
-    parameters.values.clone_from(&loaded.parameters.values);
+    let parameters = Arc::unwrap_or_clone(loaded.parameters);
     let path = target.join(PROGRESS);
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, &e))?;
     let standing: Standing = serde_json::from_str(&text)
@@ -110,8 +129,8 @@ pub fn load(
     if standing.version != VERSION {
         return Err(Error::checkpoint(format!("{} is of version {}", path.display(), standing.version)));
     }
+    let (mut first, mut second) = (parameters.zeros_like(), parameters.zeros_like());
     let mut carried = Vec::new();
-    let specs = parameters.specs().clone();
     let path = target.join(TENSORS);
     let foreign = |name: &str| {
         Error::checkpoint(format!("{} holds {name}, which the model does not have", path.display()))
@@ -124,7 +143,7 @@ pub fn load(
             return Ok(());
         }
         let index = specs.iter().position(|spec| spec.name == rest).ok_or_else(|| foreign(name))?;
-        let moments = if kind == "first" { &mut optimizer.first } else { &mut optimizer.second };
+        let moments = if kind == "first" { &mut first } else { &mut second };
         if moments[index].len() != values.len() {
             return Err(foreign(name));
         }
@@ -132,6 +151,9 @@ pub fn load(
         Ok(())
     })?;
     carried.sort_by_key(|(index, _)| *index);
-    optimizer.steps = standing.step;
-    Ok((standing, carried.into_iter().map(|(_, part)| part).collect()))
+    let carried = carried.into_iter().map(|(_, part)| part).collect();
+    let (parameters, first, second) = (Cow::Owned(parameters), Cow::Owned(first), Cow::Owned(second));
+    // A run on the processor has none.
+    let algorithms = std::fs::read_to_string(target.join(ALGORITHMS)).ok();
+    Ok((standing, Snapshot { parameters, first, second, carried, algorithms }))
 }

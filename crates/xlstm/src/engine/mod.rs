@@ -10,15 +10,17 @@ pub mod executor;
 pub mod matrix;
 pub mod operation;
 pub mod plan;
+pub mod program;
 pub mod scalar;
 pub mod shape;
 pub mod tape;
 pub mod vector;
 
-pub use device::Device;
+pub use device::{Device, DeviceChoice, Precision};
 pub use executor::Executor;
 pub use matrix::{MatMut, MatRef, product};
 pub use operation::{Backward, Forward, Gradient, Kernel, Operation, Reads};
+pub use program::{Gradients, Program, Values};
 pub use scalar::Scalar;
 pub use shape::Shape;
 pub use tape::{Ids, Mode, Tape, Var};

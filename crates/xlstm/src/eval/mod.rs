@@ -10,7 +10,7 @@ use crate::engine::{Device, Mode};
 use crate::error::Result;
 use crate::model::objective::Carry;
 use crate::model::{LanguageModel, Objective};
-use crate::nn::Parameters;
+use crate::nn::Weights;
 
 /// Tokens of one pass over a text with the state carried on: memory does not grow with it.
 const PASS: usize = 256;
@@ -64,7 +64,7 @@ impl Report {
 /// When the corpus is too short, or its tokens do not fit the model.
 pub fn evaluate<T: Element>(
     model: &LanguageModel,
-    parameters: &Parameters<T>,
+    weights: &Weights<T>,
     corpus: &Arc<Corpus>,
     reading: Reading,
     device: &Device,
@@ -74,8 +74,8 @@ pub fn evaluate<T: Element>(
         Reading::Whole => sequential(corpus.clone(), PASS)?,
         Reading::Windows(length) => validation_batches(corpus.clone(), (4096 / length).clamp(1, 64), length)?,
     };
-    let mut scorer = Scorer::new(model, batches, 0)?;
-    let (nats, tokens) = scorer.score(parameters, device, &mut progress)?;
+    let mut scorer = Scorer::new(model, batches, 0, device)?;
+    let (nats, tokens) = scorer.score(weights, device, &mut progress)?;
     Ok(Report::new(nats, tokens, corpus))
 }
 
@@ -89,15 +89,21 @@ pub struct Scorer<T> {
 }
 
 impl<T: Element> Scorer<T> {
-    /// Scores the first `limit` of `batches` (0: all).
+    /// Scores the first `limit` of `batches` (0: all) on `device`.
     ///
     /// # Errors
-    /// When shapes do not fit.
-    pub fn new(model: &LanguageModel, batches: Evaluation, limit: u64) -> Result<Scorer<T>> {
+    /// When shapes do not fit, or a GPU's memory runs out.
+    pub fn new(
+        model: &LanguageModel,
+        batches: Evaluation,
+        limit: u64,
+        device: &Device,
+    ) -> Result<Scorer<T>> {
         let carry = if batches.carries_state() { Carry::Carried } else { Carry::Marked };
         let mut batch = Batch::default();
         batches.fill(0, &mut batch);
-        let objective = Objective::new(model, Mode::Evaluate, [batch.batch_size, batch.length], carry)?;
+        let shape = [batch.batch_size, batch.length];
+        let objective = Objective::new(model, Mode::Evaluate, shape, carry, device)?;
         let all = batches.batch_count();
         let limit = if limit == 0 { all } else { limit.min(all) };
         Ok(Scorer { objective, batches, limit, batch })
@@ -106,23 +112,23 @@ impl<T: Element> Scorer<T> {
     /// The sum of the token losses in nats, and the number of targets.
     ///
     /// # Errors
-    /// When a token lies outside the vocabulary.
+    /// When a token lies outside the vocabulary, or a GPU fails.
     pub fn score(
         &mut self,
-        parameters: &Parameters<T>,
+        weights: &Weights<T>,
         device: &Device,
         progress: &mut impl FnMut(f64),
     ) -> Result<(f64, u64)> {
-        self.objective.clear_state();
+        self.objective.clear_state()?;
         let (mut nats, mut targets) = (0.0, 0);
         for index in 0..self.limit {
             self.batches.fill(index, &mut self.batch);
             let (objective, batch) = (&mut self.objective, &self.batch);
-            device.install(|| objective.forward(&parameters.values, batch, 1.0))?;
+            device.install(|| objective.forward(weights.values(), batch, 1.0))?;
             // Summed in f64: over a long text f32 would run out of digits.
-            nats += self.objective.token_losses().iter().map(|x| x.to_f64()).sum::<f64>();
+            nats += self.objective.token_losses()?.iter().map(|x| x.to_f64()).sum::<f64>();
             targets += self.batch.target_count as u64;
-            self.objective.carry_state();
+            self.objective.carry_state()?;
             progress((index + 1) as f64 / self.limit as f64);
         }
         Ok((nats, targets))

@@ -32,28 +32,27 @@ impl Finish {
     }
 }
 
-/// One sequence in progress: a state and the logits after its last token.
+/// One sequence in progress: a runner, and the logits after its last token.
 #[derive(Debug)]
 pub struct Session {
     runner: Runner<f32>,
-    state: State<f32>,
     logits: Vec<f32>,
 }
 
 impl Session {
     /// A session that has not begun.
     pub fn new(runner: Runner<f32>) -> Session {
-        let state = runner.empty_state(1);
-        Session { runner, state, logits: Vec::new() }
+        Session { runner, logits: Vec::new() }
     }
 
     /// The session saved in a file, by the model with this fingerprint.
     ///
     /// # Errors
     /// When the file is missing, damaged, or of another model.
-    pub fn load(runner: Runner<f32>, path: &Path, fingerprint: &str) -> Result<Session> {
+    pub fn load(mut runner: Runner<f32>, path: &Path, fingerprint: &str) -> Result<Session> {
         let (state, logits) = State::load(path, &runner.model().state_layout(1), fingerprint)?;
-        Ok(Session { runner, state, logits })
+        runner.set_state(&state)?;
+        Ok(Session { runner, logits })
     }
 
     /// Saves the session to a file.
@@ -61,12 +60,15 @@ impl Session {
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, path: &Path, fingerprint: &str) -> Result<()> {
-        self.state.save(path, fingerprint, &self.logits)
+        self.state()?.save(path, fingerprint, &self.logits)
     }
 
     /// The state after the last token.
-    pub fn state(&self) -> &State<f32> {
-        &self.state
+    ///
+    /// # Errors
+    /// When a GPU fails.
+    pub fn state(&self) -> Result<State<f32>> {
+        self.runner.state()
     }
 
     /// Reads tokens.
@@ -74,10 +76,9 @@ impl Session {
     /// # Errors
     /// When one lies outside the vocabulary.
     pub fn read(&mut self, tokens: &[u32]) -> Result<()> {
-        if tokens.is_empty() {
-            return Ok(());
+        if !tokens.is_empty() {
+            self.logits = self.runner.read(tokens, Logits::Last)?;
         }
-        (self.logits, self.state) = self.runner.forward(tokens, &self.state, Logits::Last)?;
         Ok(())
     }
 
@@ -99,7 +100,7 @@ impl Session {
         }
         for _ in 0..count {
             let token = sampler.draw(&self.logits)?;
-            self.runner.step(token, &mut self.state, &mut self.logits)?;
+            self.read(&[token])?;
             if !listen(token)? {
                 return Ok(Finish::Stopped);
             }

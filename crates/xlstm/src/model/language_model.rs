@@ -53,6 +53,11 @@ impl LanguageModel {
         &self.specs
     }
 
+    /// Number of trainable numbers.
+    pub fn parameter_count(&self) -> usize {
+        self.specs.iter().map(|spec| spec.shape.iter().product::<usize>()).sum()
+    }
+
     /// Names and shapes of the state of `batch` sequences.
     pub fn state_layout(&self, batch: usize) -> Vec<(String, Shape)> {
         self.stack.state_layout(batch)

@@ -5,7 +5,7 @@ use super::language_model::LanguageModel;
 use crate::data::Batch;
 use crate::engine::executor::Culprit;
 use crate::engine::operation::Element;
-use crate::engine::{Executor, Ids, Mode, Tape, Var};
+use crate::engine::{Device, Gradients, Ids, Mode, Program, Shape, Tape, Values, Var};
 use crate::error::{Error, Result};
 use crate::nn::Context;
 use crate::ops::cross_entropy::cross_entropy;
@@ -24,7 +24,7 @@ pub enum Carry {
 /// A replayable pass for one batch shape.
 #[derive(Debug)]
 pub struct Objective<T> {
-    executor: Executor<T>,
+    program: Program<T>,
     shape: [usize; 2],
     vocabulary: usize,
     tokens: Ids,
@@ -32,6 +32,8 @@ pub struct Objective<T> {
     marks: Option<Ids>,
     seed: Ids,
     scale: Var,
+    /// Shapes of the carried state.
+    layout: Vec<Shape>,
     before: Vec<Var>,
     after: Vec<Var>,
     loss: Var,
@@ -39,11 +41,17 @@ pub struct Objective<T> {
 }
 
 impl<T: Element> Objective<T> {
-    /// Records the pass for batches of `shape` (sequences, tokens).
+    /// Records the pass for batches of `shape` (sequences, tokens), to be run on `device`.
     ///
     /// # Errors
-    /// When shapes do not fit.
-    pub fn new(model: &LanguageModel, mode: Mode, shape: [usize; 2], carry: Carry) -> Result<Objective<T>> {
+    /// When shapes do not fit, or a GPU's memory runs out.
+    pub fn new(
+        model: &LanguageModel,
+        mode: Mode,
+        shape: [usize; 2],
+        carry: Carry,
+        device: &Device,
+    ) -> Result<Objective<T>> {
         let mut tape = Tape::new(mode);
         let count = shape[0] * shape[1];
         let (tokens, targets, seed) = (tape.ids(count), tape.ids(count), tape.ids(4));
@@ -62,11 +70,13 @@ impl<T: Element> Objective<T> {
         tape.seed_gradient(loss);
         let after = if carry == Carry::Carried { after } else { Vec::new() };
         after.iter().for_each(|&var| tape.keep(var));
-        let mut executor = Executor::new(tape);
-        executor.seed_mut(loss).fill(T::ONE);
+        let mut program = Program::new(tape, device)?;
+        if mode == Mode::Train {
+            program.set_seed(loss, &[T::ONE])?;
+        }
         let vocabulary = model.config().vocab_size;
         Ok(Objective {
-            executor,
+            program,
             shape,
             vocabulary,
             tokens,
@@ -74,6 +84,7 @@ impl<T: Element> Objective<T> {
             marks,
             seed,
             scale,
+            layout: layout.into_iter().map(|(_, shape)| shape).collect(),
             before,
             after,
             loss,
@@ -83,20 +94,31 @@ impl<T: Element> Objective<T> {
 
     /// Bytes of all buffers.
     pub fn bytes(&self) -> usize {
-        self.executor.bytes()
+        self.program.bytes()
     }
 
     /// What dropout counts from.
-    pub fn set_seed(&mut self, seed: u64, step: u64, micro_batch: u32) {
+    ///
+    /// # Errors
+    /// When a copy to a GPU fails.
+    pub fn set_seed(&mut self, seed: u64, step: u64, micro_batch: u32) -> Result<()> {
         let values = [seed as u32, (seed >> 32) as u32, step as u32, micro_batch];
-        self.executor.ids_mut(self.seed).copy_from_slice(&values);
+        self.program.set_ids(self.seed, &values)
     }
 
-    /// Runs forward on a batch; returns the sum of the token losses times `scale`.
+    /// What the sum of the token losses is multiplied by.
+    ///
+    /// # Errors
+    /// When a copy to a GPU fails.
+    pub fn set_scale(&mut self, scale: f64) -> Result<()> {
+        self.program.set_input(self.scale, &[T::from_f64(scale)])
+    }
+
+    /// Sets tokens, targets and marks.
     ///
     /// # Errors
     /// When the batch has another shape, or a token lies outside the vocabulary.
-    pub fn forward(&mut self, parameters: &[Vec<T>], batch: &Batch, scale: f64) -> Result<f64> {
+    pub fn set_batch(&mut self, batch: &Batch) -> Result<()> {
         if [batch.batch_size, batch.length] != self.shape {
             return Err(Error::shape(format!(
                 "a batch of {}x{} for a pass recorded for {}x{}",
@@ -104,67 +126,105 @@ impl<T: Element> Objective<T> {
             )));
         }
         check_tokens(&batch.inputs, self.vocabulary)?;
-        self.executor.ids_mut(self.tokens).copy_from_slice(&batch.inputs);
-        self.executor.ids_mut(self.targets).copy_from_slice(&batch.targets);
-        if let Some(marks) = self.marks {
-            self.executor.ids_mut(marks).copy_from_slice(&batch.marks);
-        }
-        self.executor.input_mut(self.scale).fill(T::from_f64(scale));
-        self.executor.forward(parameters);
-        Ok(self.executor.value(self.loss)[0].to_f64())
+        self.program.set_ids(self.tokens, &batch.inputs)?;
+        self.program.set_ids(self.targets, &batch.targets)?;
+        self.marks.map_or(Ok(()), |marks| self.program.set_ids(marks, &batch.marks))
+    }
+
+    /// Runs forward on a batch; returns the sum of the token losses times `scale`.
+    ///
+    /// # Errors
+    /// When the batch has another shape, a token lies outside the vocabulary, or a GPU fails.
+    pub fn forward<'a>(
+        &mut self,
+        parameters: impl Into<Values<'a, T>>,
+        batch: &Batch,
+        scale: f64,
+    ) -> Result<f64>
+    where
+        T: 'a,
+    {
+        self.set_batch(batch)?;
+        self.set_scale(scale)?;
+        self.program.forward(parameters)?;
+        Ok(self.program.value(self.loss)?[0].to_f64())
     }
 
     /// Runs backward after forward, adding to `gradients`.
-    pub fn backward(&mut self, parameters: &[Vec<T>], gradients: &mut [Vec<T>]) {
-        self.executor.backward(parameters, gradients);
+    ///
+    /// # Errors
+    /// When a GPU fails.
+    pub fn backward<'a>(
+        &mut self,
+        parameters: impl Into<Values<'a, T>>,
+        gradients: impl Into<Gradients<'a, T>>,
+    ) -> Result<()>
+    where
+        T: 'a,
+    {
+        self.program.backward(parameters, gradients)
     }
 
     /// The loss of every token of the last batch, in nats; 0 where it has no target.
-    pub fn token_losses(&self) -> &[T] {
-        self.executor.value(self.token_losses)
+    ///
+    /// # Errors
+    /// When a GPU fails.
+    pub fn token_losses(&self) -> Result<Vec<T>> {
+        self.program.value(self.token_losses)
     }
 
     /// Makes the state after the last batch the state before the next.
-    pub fn carry_state(&mut self) {
-        for (&after, &before) in self.after.iter().zip(&self.before) {
-            self.executor.feed_back(after, before);
-        }
+    ///
+    /// # Errors
+    /// When a GPU fails.
+    pub fn carry_state(&mut self) -> Result<()> {
+        self.after.iter().zip(&self.before).try_for_each(|(&after, &before)| {
+            self.program.feed_back(after, before)
+        })
     }
 
     /// Makes an empty state the state before the next batch.
-    pub fn clear_state(&mut self) {
-        for &before in &self.before {
-            self.executor.input_mut(before).fill(T::ZERO);
-        }
+    ///
+    /// # Errors
+    /// When a GPU fails.
+    pub fn clear_state(&mut self) -> Result<()> {
+        self.set_state(&self.layout.iter().map(|shape| vec![T::ZERO; shape.len()]).collect::<Vec<_>>())
     }
 
     /// The state before the next batch, part by part.
-    pub fn state(&self) -> Vec<Vec<T>> {
-        self.before.iter().map(|&var| self.executor.value(var).to_vec()).collect()
+    ///
+    /// # Errors
+    /// When a GPU fails.
+    pub fn state(&self) -> Result<Vec<Vec<T>>> {
+        self.before.iter().map(|&var| self.program.value(var)).collect()
     }
 
     /// Sets the state before the next batch.
     ///
     /// # Errors
-    /// When it is of another model or batch size.
+    /// When it is of another model or batch size, or a GPU fails.
     pub fn set_state(&mut self, state: &[Vec<T>]) -> Result<()> {
-        let fits = state.len() == self.before.len()
-            && state
-                .iter()
-                .zip(&self.before)
-                .all(|(part, &var)| part.len() == self.executor.value(var).len());
+        let fits = state.len() == self.layout.len()
+            && state.iter().zip(&self.layout).all(|(part, shape)| part.len() == shape.len());
         if !fits {
             return Err(Error::checkpoint("the carried state belongs to another model or batch size"));
         }
-        for (part, &var) in state.iter().zip(&self.before) {
-            self.executor.input_mut(var).copy_from_slice(part);
-        }
-        Ok(())
+        state.iter().zip(&self.before).try_for_each(|(part, &var)| self.program.set_input(var, part))
     }
 
     /// After a pass that was not finite: the first operation to blame.
-    pub fn find_non_finite(&mut self, parameters: &[Vec<T>], gradients: &mut [Vec<T>]) -> Option<Culprit> {
-        self.executor.find_non_finite(parameters, Some(gradients))
+    ///
+    /// # Errors
+    /// When a GPU fails.
+    pub fn find_non_finite<'a>(
+        &mut self,
+        parameters: impl Into<Values<'a, T>>,
+        gradients: impl Into<Gradients<'a, T>>,
+    ) -> Result<Option<Culprit>>
+    where
+        T: 'a,
+    {
+        self.program.find_non_finite(parameters, gradients)
     }
 }
 

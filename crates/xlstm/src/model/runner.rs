@@ -1,5 +1,5 @@
-//! Runs a model on tokens, state in, state out: prefill and decode. A pass is recorded once
-//! for every (batch, length) met, and kept.
+//! Runs a model on tokens, the state staying on the device between calls: prefill and
+//! decode. A pass is recorded once for every (batch, length) met, and kept.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -7,9 +7,9 @@ use std::sync::Arc;
 use super::language_model::LanguageModel;
 use super::objective::check_tokens;
 use crate::engine::operation::Element;
-use crate::engine::{Device, Executor, Ids, Mode, Tape, Var};
+use crate::engine::{Device, Ids, Mode, Program, Tape, Var};
 use crate::error::{Error, Result};
-use crate::nn::{Context, Parameters};
+use crate::nn::{Context, Weights};
 use crate::ops::last_token::last_token;
 use crate::state::State;
 
@@ -25,18 +25,34 @@ pub enum Logits {
 /// The most tokens a pass is recorded for; longer inputs go through in pieces.
 pub const PIECE: usize = 512;
 
-/// A model with its parameters, ready to run.
+/// What a pass is recorded for: sequences, tokens, and which logits.
+type Key = (usize, usize, Logits);
+
+/// A model that reads sequences, and stands somewhere in them.
 #[derive(Debug)]
 pub struct Runner<T> {
     model: Arc<LanguageModel>,
-    parameters: Arc<Parameters<T>>,
+    weights: Weights<T>,
     device: Device,
-    passes: HashMap<(usize, usize, Logits), Pass<T>>,
+    passes: HashMap<Key, Pass<T>>,
+    batch: usize,
+    /// Tokens that each sequence has seen.
+    tokens: u64,
+    standing: Standing<T>,
+}
+
+/// Where the state before the next token is.
+#[derive(Debug)]
+enum Standing<T> {
+    /// Given from outside.
+    Given(State<T>),
+    /// In the inputs of this pass.
+    Before(Key),
 }
 
 #[derive(Debug)]
 struct Pass<T> {
-    executor: Executor<T>,
+    program: Program<T>,
     tokens: Ids,
     before: Vec<Var>,
     after: Vec<Var>,
@@ -44,9 +60,11 @@ struct Pass<T> {
 }
 
 impl<T: Element> Runner<T> {
-    /// A runner of `model` with `parameters` on `device`.
-    pub fn new(model: Arc<LanguageModel>, parameters: Arc<Parameters<T>>, device: Device) -> Runner<T> {
-        Runner { model, parameters, device, passes: HashMap::new() }
+    /// A runner of `model` with `weights` on `device`, before the first token of one sequence.
+    pub fn new(model: Arc<LanguageModel>, weights: Weights<T>, device: Device) -> Runner<T> {
+        let empty = State::empty(&model.state_layout(1));
+        let standing = Standing::Given(empty);
+        Runner { model, weights, device, passes: HashMap::new(), batch: 1, tokens: 0, standing }
     }
 
     /// The model.
@@ -54,37 +72,60 @@ impl<T: Element> Runner<T> {
         &self.model
     }
 
-    /// The state of `batch` sequences that have not begun.
-    pub fn empty_state(&self, batch: usize) -> State<T> {
-        State::empty(&self.model.state_layout(batch))
+    /// Goes back to before the first token, of `batch` sequences.
+    pub fn reset(&mut self, batch: usize) {
+        (self.batch, self.tokens) = (batch, 0);
+        self.standing = Standing::Given(State::empty(&self.model.state_layout(batch)));
     }
 
-    /// Runs tokens (B S, row by row) after `state`: the logits asked for, and the state after
-    /// the last token. `state` itself is not changed.
+    /// The state after the last token read.
     ///
     /// # Errors
-    /// When tokens lie outside the vocabulary, are not a whole number of rows, or the state
-    /// belongs to another model.
-    pub fn forward(
-        &mut self,
-        tokens: &[u32],
-        state: &State<T>,
-        logits: Logits,
-    ) -> Result<(Vec<T>, State<T>)> {
-        let batch = state.batch();
+    /// When a GPU fails.
+    pub fn state(&self) -> Result<State<T>> {
+        match &self.standing {
+            Standing::Given(state) => Ok(state.clone()),
+            Standing::Before(key) => {
+                let pass = &self.passes[key];
+                let parts = pass.before.iter().map(|&var| pass.program.value(var));
+                State::from_parts(&self.model.state_layout(self.batch), parts, self.tokens)
+            }
+        }
+    }
+
+    /// Goes to where `state` was taken.
+    ///
+    /// # Errors
+    /// When it belongs to another model.
+    pub fn set_state(&mut self, state: &State<T>) -> Result<()> {
+        state.check(&self.model.state_layout(state.batch()))?;
+        (self.batch, self.tokens) = (state.batch(), state.tokens());
+        self.standing = Standing::Given(state.clone());
+        Ok(())
+    }
+
+    /// Reads tokens (B S, row by row) after those read so far; returns the logits asked for.
+    ///
+    /// # Errors
+    /// When tokens lie outside the vocabulary or are not a whole number of rows, or a GPU
+    /// fails.
+    pub fn read(&mut self, tokens: &[u32], logits: Logits) -> Result<Vec<T>> {
+        let batch = self.batch;
         check_tokens(tokens, self.model.config().vocab_size)?;
         if tokens.is_empty() || !tokens.len().is_multiple_of(batch) {
             return Err(Error::shape(format!("{} tokens for a batch of {batch} sequences", tokens.len())));
         }
         let length = tokens.len() / batch;
-        let mut state = state.clone();
+        if length <= PIECE {
+            return self.piece(tokens, length, logits, true);
+        }
         let mut pieces = Vec::new();
         for start in (0..length).step_by(PIECE) {
             let end = length.min(start + PIECE);
             let rows =
                 tokens.chunks_exact(length).flat_map(|row| &row[start..end]).copied().collect::<Vec<_>>();
             let wanted = logits == Logits::All || end == length;
-            pieces.push((end - start, self.piece(&rows, [batch, end - start], &mut state, logits, wanted)?));
+            pieces.push((end - start, self.piece(&rows, end - start, logits, wanted)?));
         }
         let vocabulary = self.model.config().vocab_size;
         let mut joined = Vec::new();
@@ -95,52 +136,56 @@ impl<T: Element> Runner<T> {
                 joined.extend_from_slice(&piece[row * width..(row + 1) * width]);
             }
         }
-        Ok((joined, state))
+        Ok(joined)
     }
 
-    /// One token of one sequence: [`forward`](Runner::forward) with a length of 1, the state
-    /// replaced by the one after it and the logits left in `logits`.
-    ///
-    /// # Errors
-    /// As [`forward`](Runner::forward).
-    pub fn step(&mut self, token: u32, state: &mut State<T>, logits: &mut Vec<T>) -> Result<()> {
-        check_tokens(&[token], self.model.config().vocab_size)?;
-        *logits = self.piece(&[token], [1, 1], state, Logits::Last, true)?;
-        Ok(())
-    }
-
-    fn piece(
-        &mut self,
-        tokens: &[u32],
-        shape: [usize; 2],
-        state: &mut State<T>,
-        logits: Logits,
-        wanted: bool,
-    ) -> Result<Vec<T>> {
-        let key = (shape[0], shape[1], logits);
-        if !self.passes.contains_key(&key) {
-            self.passes.insert(key, Pass::record(&self.model, shape, logits)?);
-        }
-        let (Some(pass), parameters) = (self.passes.get_mut(&key), &self.parameters) else {
-            return Err(Error::shape("no recorded pass"));
+    fn piece(&mut self, tokens: &[u32], length: usize, logits: Logits, wanted: bool) -> Result<Vec<T>> {
+        let key = (self.batch, length, logits);
+        let mut pass = match self.passes.remove(&key) {
+            Some(pass) => pass,
+            None => Pass::record(&self.model, [self.batch, length], logits, &self.device)?,
         };
-        state.check(&self.model.state_layout(shape[0]))?;
-        pass.executor.ids_mut(pass.tokens).copy_from_slice(tokens);
-        for (part, &var) in state.parts().zip(&pass.before) {
-            pass.executor.input_mut(var).copy_from_slice(part);
+        let read = self.read_with(&mut pass, key, tokens, wanted);
+        self.passes.insert(key, pass);
+        let logits = read?;
+        self.standing = Standing::Before(key);
+        self.tokens += length as u64;
+        Ok(logits)
+    }
+
+    fn read_with(&self, pass: &mut Pass<T>, key: Key, tokens: &[u32], wanted: bool) -> Result<Vec<T>> {
+        match &self.standing {
+            Standing::Before(other) if *other == key => {}
+            Standing::Before(other) => {
+                let other = &self.passes[other];
+                for (&to, &from) in pass.before.iter().zip(&other.before) {
+                    pass.program.copy_input(to, &other.program, from)?;
+                }
+            }
+            Standing::Given(state) => {
+                for (part, &var) in state.parts().zip(&pass.before) {
+                    pass.program.set_input(var, part)?;
+                }
+            }
         }
-        let executor = &mut pass.executor;
-        self.device.install(|| executor.forward(&parameters.values));
-        for (part, &var) in state.parts_mut().zip(&pass.after) {
-            part.copy_from_slice(pass.executor.value(var));
+        pass.program.set_ids(pass.tokens, tokens)?;
+        let (program, values) = (&mut pass.program, self.weights.values());
+        self.device.install(|| program.forward(values))?;
+        let logits = if wanted { pass.program.value(pass.logits)? } else { Vec::new() };
+        for (&after, &before) in pass.after.iter().zip(&pass.before) {
+            pass.program.feed_back(after, before)?;
         }
-        state.advance(shape[1] as u64);
-        Ok(if wanted { pass.executor.value(pass.logits).to_vec() } else { Vec::new() })
+        Ok(logits)
     }
 }
 
 impl<T: Element> Pass<T> {
-    fn record(model: &LanguageModel, shape: [usize; 2], logits: Logits) -> Result<Pass<T>> {
+    fn record(
+        model: &LanguageModel,
+        shape: [usize; 2],
+        logits: Logits,
+        device: &Device,
+    ) -> Result<Pass<T>> {
         let mut tape = Tape::new(Mode::Evaluate);
         let tokens = tape.ids(shape[0] * shape[1]);
         let layout = model.state_layout(shape[0]);
@@ -153,6 +198,6 @@ impl<T: Element> Pass<T> {
         };
         let logits = model.logits(&mut tape, features)?;
         after.iter().chain([&logits]).for_each(|&var| tape.keep(var));
-        Ok(Pass { executor: Executor::new(tape), tokens, before, after, logits })
+        Ok(Pass { program: Program::new(tape, device)?, tokens, before, after, logits })
     }
 }

@@ -7,10 +7,12 @@ pub mod mlstm_layer;
 pub mod parameters;
 pub mod slstm_at;
 pub mod slstm_layer;
+pub mod weights;
 
 pub use block::Block;
 pub use config::{BlockKind, ModelConfig};
 pub use parameters::{Builder, Init, Parameter, ParameterSpec, Parameters};
+pub use weights::Weights;
 
 use crate::engine::{Ids, Mode, Tape, Var};
 use crate::error::Result;

@@ -59,12 +59,13 @@ impl<T: Scalar> State<T> {
         self.data.iter().map(Vec::as_slice)
     }
 
-    pub(crate) fn parts_mut(&mut self) -> impl Iterator<Item = &mut [T]> {
-        self.data.iter_mut().map(Vec::as_mut_slice)
-    }
-
-    pub(crate) fn advance(&mut self, tokens: u64) {
-        self.tokens += tokens;
+    /// The state of these parts, after `tokens` tokens.
+    pub(crate) fn from_parts(
+        layout: &[(String, Shape)],
+        parts: impl Iterator<Item = Result<Vec<T>>>,
+        tokens: u64,
+    ) -> Result<State<T>> {
+        Ok(State { layout: layout.to_vec(), data: parts.collect::<Result<_>>()?, tokens })
     }
 
     /// Refuses a state of another model.

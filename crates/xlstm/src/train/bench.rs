@@ -5,14 +5,15 @@
 
 use std::time::Instant;
 
+use super::learner::{Task, learner};
 use super::load::unknown_name;
 use crate::data::Batch;
-use crate::engine::{Device, Mode};
+use crate::engine::Device;
 use crate::error::{Error, Result};
 use crate::model::objective::Carry;
-use crate::model::{LanguageModel, ModelConfig, Objective, SlstmAt};
+use crate::model::{LanguageModel, ModelConfig, SlstmAt};
 use crate::nn::Parameters;
-use crate::optim::{AdamW, AdamWOptions, global_norm};
+use crate::optim::AdamWOptions;
 use crate::rng::Rng;
 
 /// A model and a batch shape with a name.
@@ -85,7 +86,7 @@ pub struct Measured {
 /// Steps before the clock starts: caches, work space and pages are there by then.
 const WARM_UP: usize = 2;
 
-/// Times `steps` training steps of a preset in f32.
+/// Times `steps` training steps of a preset.
 ///
 /// # Errors
 /// When there is no step to time, or the model does not fit together.
@@ -94,33 +95,24 @@ pub fn train_steps(preset: &Preset, device: &Device, steps: usize) -> Result<Mea
         return Err(Error::config("0 steps cannot be timed").hint("at least 1 is needed, 5 are better"));
     }
     let model = LanguageModel::new(&preset.model)?;
-    let mut parameters = Parameters::<f32>::initialize(model.specs(), 1);
-    let mut gradients = parameters.zeros_like();
+    let parameters = Parameters::<f32>::initialize(model.specs(), 1);
     let options = AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(1.0) };
-    let mut optimizer = AdamW::new(options, &parameters);
-    let mut objective =
-        Objective::<f32>::new(&model, Mode::Train, [preset.batch_size, preset.length], Carry::Fresh)?;
-    let batch = random_batch(preset);
-    let scale = 1.0 / batch.target_count as f64;
-    let (seconds, loss) = device.install(|| -> Result<(Vec<f64>, f64)> {
-        let (mut seconds, mut loss) = (Vec::with_capacity(steps), f64::NAN);
-        for step in 0..WARM_UP + steps {
-            let start = Instant::now();
-            loss = objective.forward(&parameters.values, &batch, scale)?;
-            gradients.iter_mut().for_each(|g| g.fill(0.0));
-            objective.backward(&parameters.values, &mut gradients);
-            let norm = global_norm(&gradients);
-            optimizer.update(&mut parameters, &gradients, norm, 1e-4);
-            if step >= WARM_UP {
-                seconds.push(start.elapsed().as_secs_f64());
-            }
+    let shape = [preset.batch_size, preset.length];
+    let mut learner =
+        learner(&model, parameters, Task { shape, carry: Carry::Fresh, options, seed: 1 }, device)?;
+    let batches = [random_batch(preset)];
+    let (mut seconds, mut loss) = (Vec::with_capacity(steps), f64::NAN);
+    for step in 0..WARM_UP + steps {
+        let start = Instant::now();
+        loss = learner.step(&batches, step as u64, 1e-4)?.loss;
+        if step >= WARM_UP {
+            seconds.push(start.elapsed().as_secs_f64());
         }
-        Ok((seconds, loss))
-    })?;
+    }
     let median = median(&seconds);
     let tokens_per_second = (preset.batch_size * preset.length) as f64 / median;
     Ok(Measured {
-        parameters: parameters.count(),
+        parameters: model.parameter_count(),
         seconds,
         median,
         tokens_per_second,

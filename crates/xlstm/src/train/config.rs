@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::sources::{Paths, TextSource, TokenizerChoice};
 use crate::data::Batching;
+use crate::engine::{DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::nn::ModelConfig;
 use crate::nn::config::{at_least_one, positive, probability};
@@ -20,6 +21,10 @@ pub struct RunConfig {
     pub seed: u64,
     /// CPU threads; 0 = all. Results do not depend on it. Default 0.
     pub threads: usize,
+    /// `auto` (a GPU where one can be used), `cpu` or `cuda:N`. Default `auto`.
+    pub device: DeviceChoice,
+    /// `f32` or `bf16`; null = bf16 on a GPU, f32 on the processor. Default null.
+    pub dtype: Option<Precision>,
     /// The model.
     pub model: ModelConfig,
     /// The text and how it is cut into batches.
@@ -126,6 +131,8 @@ impl Default for RunConfig {
         RunConfig {
             seed: 1,
             threads: 0,
+            device: DeviceChoice::Auto,
+            dtype: None,
             model: ModelConfig::default(),
             data: DataConfig::default(),
             optimizer: OptimizerConfig::default(),

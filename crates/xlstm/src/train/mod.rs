@@ -1,7 +1,10 @@
 //! Training: the configuration of a run, its records and what it reports while it runs.
 pub mod bench;
 pub mod config;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod curve;
+pub mod learner;
 pub mod load;
 pub mod metrics;
 pub mod progress;

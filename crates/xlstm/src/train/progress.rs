@@ -23,8 +23,6 @@ pub struct Summary {
     pub start_step: u64,
     /// The step at which the run ends.
     pub steps: u64,
-    /// CPU threads in use.
-    pub threads: usize,
 }
 
 /// The state of a run after a step.

@@ -13,21 +13,22 @@ use std::time::Instant;
 
 use super::Curve;
 use super::config::RunConfig;
+use super::learner::{Learned, Learner, Task, learner};
 use super::metrics::{MetricsLog, Row, TrainingRow, ValidationRow};
 use super::progress::{Observer, Progress, Summary, Validation};
 use super::texts::Texts;
 use crate::checkpoint::{self, Standing};
 use crate::data::{Batch, Batches, Batching, sequential, validation_batches};
-use crate::engine::{Device, Mode};
+use crate::engine::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::Scorer;
 use crate::files::{partial_folder, recover_folder, replace_folder, write_atomically};
 use crate::folder;
 use crate::generate::{Sampler, Sampling, Session};
 use crate::model::objective::Carry;
-use crate::model::{BlockKind, LanguageModel, Objective, Runner};
+use crate::model::{BlockKind, LanguageModel, Runner};
 use crate::nn::Parameters;
-use crate::optim::{AdamW, AdamWOptions, Schedule, global_norm};
+use crate::optim::{AdamWOptions, Schedule};
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,7 +66,9 @@ pub fn train(
     stop: &AtomicBool,
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
-    let mut run = Run::new(config, texts, folder)?;
+    let (device, line) = Device::choose(config.device, config.dtype, config.threads)?;
+    observer.on_message(&line);
+    let mut run = Run::new(config, texts, folder, &device)?;
     observer.on_start(&run.summary());
     let (steps, every) = (config.training.steps, &config.training);
     let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
@@ -104,13 +107,10 @@ struct Run<'a> {
     folder: PathBuf,
     device: Device,
     model: Arc<LanguageModel>,
-    parameters: Parameters<f32>,
-    gradients: Vec<Vec<f32>>,
-    optimizer: AdamW<f32>,
+    learner: Box<dyn Learner>,
     schedule: Schedule,
     batches: Batches,
     micro_batches: Vec<Batch>,
-    objective: Objective<f32>,
     scorer: Option<Scorer<f32>>,
     metrics: MetricsLog,
     standing: Standing,
@@ -133,7 +133,7 @@ impl Speed {
 }
 
 impl<'a> Run<'a> {
-    fn new(config: &'a RunConfig, texts: Texts, folder: &Path) -> Result<Run<'a>> {
+    fn new(config: &'a RunConfig, texts: Texts, folder: &Path, device: &Device) -> Result<Run<'a>> {
         let mut model_config = config.model.clone();
         model_config.vocab_size = texts.vocabulary(model_config.vocab_size)?;
         let model = Arc::new(LanguageModel::new(&model_config)?);
@@ -145,7 +145,6 @@ impl<'a> Run<'a> {
             Batching::Windows if texts.training.documents().len() > 1 => Carry::Marked,
             Batching::Windows => Carry::Fresh,
         };
-        let objective = Objective::new(&model, Mode::Train, [data.batch_size, data.length], carry)?;
         let scorer = match &texts.validation {
             None => None,
             Some(corpus) => {
@@ -153,57 +152,54 @@ impl<'a> Run<'a> {
                     Batching::Windows => validation_batches(corpus.clone(), data.batch_size, data.length)?,
                     Batching::Stream => sequential(corpus.clone(), data.length)?,
                 };
-                Some(Scorer::new(&model, batches, config.training.validation_batches as u64)?)
+                Some(Scorer::new(&model, batches, config.training.validation_batches as u64, device)?)
             }
         };
-        let mut parameters = Parameters::initialize(model.specs(), config.seed);
+        let parameters = Parameters::initialize(model.specs(), config.seed);
         let options = AdamWOptions {
             betas: config.optimizer.betas,
             eps: config.optimizer.eps,
             weight_decay: config.optimizer.weight_decay,
             clip: config.optimizer.clip_norm(),
         };
-        let mut optimizer = AdamW::new(options, &parameters);
+        let shape = [data.batch_size, data.length];
+        let mut learner = learner(&model, parameters, Task { shape, carry, options, seed: config.seed }, device)?;
         let mut run_standing = Standing::start(texts.fingerprint());
         let last = folder.join("last");
-        let mut carried = Vec::new();
         recover_folder(&folder.join("best"))?;
         if recover_folder(&last)? {
-            let (standing, state) = checkpoint::load(&last, &mut parameters, &mut optimizer)?;
+            let (standing, snapshot) = checkpoint::load(&last, &model)?;
             if standing.corpus != run_standing.corpus {
                 return Err(Error::checkpoint(format!("{} was trained on another text", folder.display()))
                     .hint("resume with the text as it was, or start a new run"));
             }
-            (run_standing, carried) = (standing, state);
+            learner.restore(snapshot, standing.step)?;
+            run_standing = standing;
         }
+        // With the device by name, so that going on does not depend on what is chosen then.
+        let resolved =
+            RunConfig { device: device.choice(), dtype: Some(device.precision()), ..config.clone() };
         write_atomically(&folder.join("config.yaml"), |writer| {
-            let yaml = config.to_yaml().map_err(std::io::Error::other)?;
+            let yaml = resolved.to_yaml().map_err(std::io::Error::other)?;
             std::io::Write::write_all(writer, yaml.as_bytes())
         })?;
         let metrics = MetricsLog::resume_at(&folder.join("metrics.jsonl"), run_standing.step)?;
         let seconds = run_standing.seconds;
-        let mut run = Run {
+        Ok(Run {
             config,
             folder: folder.to_owned(),
-            device: Device::cpu(config.threads)?,
-            gradients: parameters.zeros_like(),
+            device: device.clone(),
             schedule: config.learning_rates(),
             micro_batches: vec![Batch::default(); config.training.accumulation],
             texts,
             model,
-            parameters,
-            optimizer,
+            learner,
             batches,
-            objective,
             scorer,
             metrics,
             standing: run_standing,
             speed: Speed { started: Instant::now(), before: seconds, tokens: 0, since: seconds },
-        };
-        if !carried.is_empty() {
-            run.objective.set_state(&carried)?;
-        }
-        Ok(run)
+        })
     }
 
     fn summary(&self) -> Summary {
@@ -212,7 +208,7 @@ impl<'a> Run<'a> {
         let data = &self.config.data;
         Summary {
             folder: self.folder.clone(),
-            parameters: self.parameters.count() as u64,
+            parameters: self.model.parameter_count() as u64,
             blocks: blocks.join(" "),
             vocab_size: self.model.config().vocab_size,
             training_tokens: self.texts.training.len() as u64,
@@ -220,7 +216,6 @@ impl<'a> Run<'a> {
             tokens_per_step: (data.batch_size * data.length * self.config.training.accumulation) as u64,
             start_step: self.standing.step,
             steps: self.config.training.steps,
-            threads: self.device.threads(),
         }
     }
 
@@ -228,37 +223,21 @@ impl<'a> Run<'a> {
     fn step(&mut self) -> Result<Progress> {
         let step = self.standing.step;
         let rate = self.schedule.rate(step);
-        let device = self.device.clone();
-        let (loss, norm) = device.install(|| -> Result<(f64, f64)> {
-            self.gradients.iter_mut().for_each(|g| g.fill(0.0));
-            let count = self.micro_batches.len() as u64;
-            for (index, batch) in (step * count..).zip(&mut self.micro_batches) {
-                self.batches.fill(index, batch);
+        let count = self.micro_batches.len() as u64;
+        let (batches, micro_batches) = (&self.batches, &mut self.micro_batches);
+        self.device.install(|| {
+            for (index, batch) in (step * count..).zip(micro_batches) {
+                batches.fill(index, batch);
             }
-            let targets: usize = self.micro_batches.iter().map(|batch| batch.target_count).sum();
-            let scale = 1.0 / targets.max(1) as f64;
-            let mut loss = 0.0;
-            for (index, batch) in (0..).zip(&self.micro_batches) {
-                self.objective.set_seed(self.config.seed, step, index);
-                let part = self.objective.forward(&self.parameters.values, batch, scale)?;
-                if !part.is_finite() {
-                    return Ok((part, f64::NAN));
-                }
-                loss += part;
-                self.objective.backward(&self.parameters.values, &mut self.gradients);
-                self.objective.carry_state();
-            }
-            let norm = global_norm(&self.gradients);
-            if norm.is_finite() {
-                self.optimizer.update(&mut self.parameters, &self.gradients, norm, rate);
-                self.standing.tokens += targets as u64;
-                self.speed.tokens += targets as u64;
-            }
-            Ok((loss, norm))
-        })?;
-        if !loss.is_finite() || !norm.is_finite() {
-            return Err(self.diverged(loss));
+        });
+        let learned = self.learner.step(&self.micro_batches, step, rate)?;
+        if !learned.is_finite() {
+            return Err(self.diverged(learned.loss));
         }
+        let Learned { loss, norm } = learned;
+        let targets = self.micro_batches.iter().map(|batch| batch.target_count as u64).sum::<u64>();
+        self.standing.tokens += targets;
+        self.speed.tokens += targets;
         self.standing.step += 1;
         let now = self.speed.seconds();
         let rate_of = self.speed.tokens as f64 / (now - self.speed.since).max(1e-9);
@@ -306,7 +285,7 @@ impl<'a> Run<'a> {
         let mut early = false;
         if let (Some(scorer), Some(corpus)) = (&mut self.scorer, &self.texts.validation) {
             let corpus = corpus.clone();
-            let (nats, targets) = scorer.score(&self.parameters, &self.device, &mut |_| {})?;
+            let (nats, targets) = scorer.score(&self.learner.weights(), &self.device, &mut |_| {})?;
             let loss = nats / targets as f64;
             let best = self.standing.best.is_none_or(|best| loss < best);
             let bits_per_byte = self.bits_per_byte(loss, &corpus);
@@ -347,7 +326,7 @@ impl<'a> Run<'a> {
     fn sample(&self) -> Result<String> {
         let config = &self.config.sample;
         let prompt = self.texts.tokenizer.encode(&config.prompt)?;
-        let runner = Runner::new(self.model.clone(), Arc::new(self.parameters.clone()), self.device.clone());
+        let runner = Runner::new(self.model.clone(), self.learner.weights(), self.device.clone());
         let mut session = Session::new(runner);
         session.read(&prompt)?;
         let sampling = Sampling { temperature: config.temperature, top_k: config.top_k, top_p: config.top_p };
@@ -363,22 +342,16 @@ impl<'a> Run<'a> {
     fn save_best(&self) -> Result<()> {
         let target = self.folder.join("best");
         let partial = partial_folder(&target)?;
-        folder::write(&partial, &self.model, &self.parameters, Some(&self.texts.tokenizer))?;
+        let snapshot = self.learner.snapshot()?;
+        folder::write(&partial, &self.model, &snapshot.parameters, Some(&self.texts.tokenizer))?;
         replace_folder(&partial, &target)
     }
 
     fn save(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let target = self.folder.join("last");
         self.standing.seconds = self.speed.seconds();
-        checkpoint::save(
-            &target,
-            &self.model,
-            &self.parameters,
-            &self.texts.tokenizer,
-            &self.optimizer,
-            &self.objective.state(),
-            &self.standing,
-        )?;
+        let snapshot = self.learner.snapshot()?;
+        checkpoint::save(&target, &self.model, &self.texts.tokenizer, &snapshot, &self.standing)?;
         self.draw_curve()?;
         observer.on_checkpoint(&target);
         Ok(())
@@ -392,9 +365,10 @@ impl<'a> Run<'a> {
     /// The error of a step whose loss or gradients are not finite: replays it to name the
     /// block where the first such number arises.
     fn diverged(&mut self, loss: f64) -> Error {
-        self.gradients.iter_mut().for_each(|g| g.fill(0.0));
-        let (objective, parameters) = (&mut self.objective, &self.parameters.values);
-        let culprit = self.device.install(|| objective.find_non_finite(parameters, &mut self.gradients));
+        let culprit = match self.learner.find_non_finite() {
+            Ok(culprit) => culprit,
+            Err(error) => return error,
+        };
         let place = match culprit {
             Some(c) => {
                 let what = if c.backward { "gradient of the " } else { "" };

@@ -2,6 +2,8 @@
 
 // Golden files and how to compare with them.
 mod golden;
+// A recorded pass on the device under test.
+mod pass;
 
 // The mLSTM cell against the official ones, in all forms.
 mod golden_mlstm;

@@ -46,16 +46,16 @@ static ALLOCATOR: Counting = Counting;
 #[test]
 fn a_step_taken_again_keeps_no_new_memory() {
     let model = model();
-    let mut run = Run::new(&model, 1);
     let batch = batch(1, model.config().vocab_size);
     // With one thread all the work is on that thread, and so is the count.
     let device = Device::cpu(1).expect("a thread");
-    let kept = device.install(|| {
-        (0..2).for_each(|_| _ = run.step(&batch));
-        let before = BALANCE.get();
+    let mut run = Run::new(&model, 1, &device);
+    let mut balance = || {
         (0..4).for_each(|_| _ = run.step(&batch));
-        BALANCE.get() - before
-    });
+        device.install(|| BALANCE.get())
+    };
+    let before = balance();
+    let kept = balance() - before;
     // A queue of tasks may double once; a buffer of the step would show.
     assert!(kept < 16 << 10, "{kept} bytes more after four steps");
 }

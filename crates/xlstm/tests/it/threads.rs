@@ -2,12 +2,13 @@
 //! seed.
 
 use xlstm::data::Batch;
-use xlstm::engine::{Device, Mode};
+use xlstm::engine::Device;
 use xlstm::model::objective::Carry;
-use xlstm::model::{LanguageModel, ModelConfig, Objective, SlstmAt};
+use xlstm::model::{LanguageModel, ModelConfig, SlstmAt};
 use xlstm::nn::Parameters;
-use xlstm::optim::{AdamW, AdamWOptions, global_norm};
+use xlstm::optim::AdamWOptions;
 use xlstm::rng::Rng;
+use xlstm::train::learner::{Learner, Task, learner};
 
 const SHAPE: [usize; 2] = [5, 80];
 
@@ -38,52 +39,40 @@ pub fn batch(seed: u64, vocabulary: usize) -> Batch {
 
 /// A training run that can be taken a step further.
 pub struct Run {
-    parameters: Parameters<f32>,
-    gradients: Vec<Vec<f32>>,
-    objective: Objective<f32>,
-    optimizer: AdamW<f32>,
-    seed: u64,
+    learner: Box<dyn Learner>,
+    steps: u64,
 }
 
 impl Run {
-    pub fn new(model: &LanguageModel, seed: u64) -> Run {
+    pub fn new(model: &LanguageModel, seed: u64, device: &Device) -> Run {
         let parameters = Parameters::initialize(model.specs(), 1);
         let options = AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(0.5) };
-        Run {
-            gradients: parameters.zeros_like(),
-            objective: Objective::new(model, Mode::Train, SHAPE, Carry::Marked).expect("a pass"),
-            optimizer: AdamW::new(options, &parameters),
-            parameters,
-            seed,
-        }
+        let task = Task { shape: SHAPE, carry: Carry::Marked, options, seed };
+        Run { learner: learner(model, parameters, task, device).expect("a learner"), steps: 0 }
     }
 
     /// Loss and gradient norm of the step.
     pub fn step(&mut self, batch: &Batch) -> (f64, f64) {
-        self.gradients.iter_mut().for_each(|g| g.fill(0.0));
-        self.objective.set_seed(self.seed, self.optimizer.steps, 0);
-        let scale = 1.0 / batch.target_count as f64;
-        let loss = self.objective.forward(&self.parameters.values, batch, scale).expect("a loss");
-        self.objective.backward(&self.parameters.values, &mut self.gradients);
-        let norm = global_norm(&self.gradients);
-        self.optimizer.update(&mut self.parameters, &self.gradients, norm, 1e-2);
-        (loss, norm)
+        let learned = self.learner.step(std::slice::from_ref(batch), self.steps, 1e-2).expect("a step");
+        self.steps += 1;
+        (learned.loss, learned.norm)
     }
 }
 
 /// Every bit that three steps leave behind.
 fn bits(threads: usize, seed: u64) -> (Vec<(u64, u64)>, Vec<u32>) {
     let model = model();
-    let mut run = Run::new(&model, seed);
     let device = Device::cpu(threads).expect("threads");
+    let mut run = Run::new(&model, seed, &device);
     let steps = (0..3).map(|step| {
         let batch = batch(step, model.config().vocab_size);
-        let (loss, norm) = device.install(|| run.step(&batch));
+        let (loss, norm) = run.step(&batch);
         assert!(loss.is_finite() && norm > 0.0, "{loss} {norm}");
         (loss.to_bits(), norm.to_bits())
     });
     let steps = steps.collect();
-    (steps, run.parameters.values.iter().flatten().map(|w| w.to_bits()).collect())
+    let snapshot = run.learner.snapshot().expect("a snapshot");
+    (steps, snapshot.parameters.values.iter().flatten().map(|w| w.to_bits()).collect())
 }
 
 #[test]
