@@ -99,10 +99,8 @@ pub fn save(
     let firsts = moment("first", first).into_iter().zip(first.iter());
     let seconds = moment("second", second).into_iter().zip(second.iter());
     let state = carried.iter().enumerate().map(|(i, part)| ((format!("carried.{i}"), part.len()), part));
-    let tensors = firsts
-        .chain(seconds)
-        .chain(state)
-        .map(|((name, len), values)| (name, vec![len], values.as_slice()));
+    let tensors =
+        firsts.chain(seconds).chain(state).map(|((name, len), values)| (name, vec![len], values.as_slice()));
     write_tensors(&partial.join(TENSORS), tensors)?;
     replace_folder(&partial, target)
 }

@@ -93,12 +93,7 @@ impl<T: Element> Scorer<T> {
     ///
     /// # Errors
     /// When shapes do not fit, or a GPU's memory runs out.
-    pub fn new(
-        model: &LanguageModel,
-        batches: Evaluation,
-        limit: u64,
-        device: &Device,
-    ) -> Result<Scorer<T>> {
+    pub fn new(model: &LanguageModel, batches: Evaluation, limit: u64, device: &Device) -> Result<Scorer<T>> {
         let carry = if batches.carries_state() { Carry::Carried } else { Carry::Marked };
         let mut batch = Batch::default();
         batches.fill(0, &mut batch);

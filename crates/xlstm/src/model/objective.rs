@@ -3,9 +3,13 @@
 
 use super::language_model::LanguageModel;
 use crate::data::Batch;
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaExecutor, CudaParameters, CudaTensors, launch::Queue};
 use crate::engine::executor::Culprit;
 use crate::engine::operation::Element;
 use crate::engine::{Device, Gradients, Ids, Mode, Program, Shape, Tape, Values, Var};
+#[cfg(feature = "cuda")]
+use crate::error::ErrorKind;
 use crate::error::{Error, Result};
 use crate::nn::Context;
 use crate::ops::cross_entropy::cross_entropy;
@@ -178,9 +182,10 @@ impl<T: Element> Objective<T> {
     /// # Errors
     /// When a GPU fails.
     pub fn carry_state(&mut self) -> Result<()> {
-        self.after.iter().zip(&self.before).try_for_each(|(&after, &before)| {
-            self.program.feed_back(after, before)
-        })
+        self.after
+            .iter()
+            .zip(&self.before)
+            .try_for_each(|(&after, &before)| self.program.feed_back(after, before))
     }
 
     /// Makes an empty state the state before the next batch.
@@ -225,6 +230,50 @@ impl<T: Element> Objective<T> {
         T: 'a,
     {
         self.program.find_non_finite(parameters, gradients)
+    }
+}
+
+/// What a learner on a GPU queues.
+#[cfg(feature = "cuda")]
+impl Objective<f32> {
+    fn executor(&mut self) -> Result<&mut CudaExecutor> {
+        match &mut self.program {
+            Program::Cuda(executor) => Ok(executor),
+            Program::Cpu(_) => Err(Error::new(ErrorKind::Device, "this pass is not on a GPU")),
+        }
+    }
+
+    /// All integers as they have been set, in the executor's layout.
+    pub(crate) fn staged_ids(&mut self) -> Result<&[u32]> {
+        Ok(self.executor()?.staged_ids())
+    }
+
+    /// Queues the pass, forward and backward, over integers in the GPU's memory at `ids`, laid
+    /// out as [`staged_ids`](Self::staged_ids); the loss goes to `loss`, the state is carried.
+    pub(crate) fn queue(
+        &mut self,
+        parameters: &CudaParameters,
+        gradients: &mut CudaTensors,
+        ids: u64,
+        loss: u64,
+    ) -> Result<()> {
+        let var = self.loss;
+        let executor = self.executor()?;
+        executor.copy_ids(ids)?;
+        executor.queue_forward(parameters)?;
+        executor.backward(parameters, gradients)?;
+        executor.copy_value(var, loss)?;
+        self.carry_state()
+    }
+
+    /// Clears the notes that [`find_non_finite`](Self::find_non_finite) reads.
+    pub(crate) fn forget_non_finite(&mut self) -> Result<()> {
+        self.executor()?.forget_non_finite()
+    }
+
+    /// Where the work is queued.
+    pub(crate) fn work_queue(&mut self) -> Result<&Queue> {
+        Ok(self.executor()?.queue())
     }
 }
 

@@ -180,12 +180,7 @@ impl<T: Element> Runner<T> {
 }
 
 impl<T: Element> Pass<T> {
-    fn record(
-        model: &LanguageModel,
-        shape: [usize; 2],
-        logits: Logits,
-        device: &Device,
-    ) -> Result<Pass<T>> {
+    fn record(model: &LanguageModel, shape: [usize; 2], logits: Logits, device: &Device) -> Result<Pass<T>> {
         let mut tape = Tape::new(Mode::Evaluate);
         let tokens = tape.ids(shape[0] * shape[1]);
         let layout = model.state_layout(shape[0]);

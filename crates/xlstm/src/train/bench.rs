@@ -73,6 +73,8 @@ pub struct Measured {
     pub seconds: Vec<f64>,
     /// The median of them.
     pub median: f64,
+    /// On a GPU, the median of steps launched kernel by kernel instead of as one graph.
+    pub plain_median: Option<f64>,
     /// Tokens a second, at the median.
     pub tokens_per_second: f64,
     /// 10^9 floating-point operations of products and cells a second, at the median.
@@ -83,23 +85,51 @@ pub struct Measured {
     pub loss: f64,
 }
 
-/// Steps before the clock starts: caches, work space and pages are there by then.
-const WARM_UP: usize = 2;
+/// Steps before the clock starts: caches, work space, pages and graphs are there by then.
+const WARM_UP: usize = 3;
 
 /// Times `steps` training steps of a preset.
 ///
 /// # Errors
-/// When there is no step to time, or the model does not fit together.
+/// When there is no step to time, the model does not fit together, or a GPU fails.
 pub fn train_steps(preset: &Preset, device: &Device, steps: usize) -> Result<Measured> {
     if steps == 0 {
         return Err(Error::config("0 steps cannot be timed").hint("at least 1 is needed, 5 are better"));
     }
     let model = LanguageModel::new(&preset.model)?;
+    let (seconds, loss) = time(preset, &model, device, steps, true)?;
+    let plain_median = match device {
+        Device::Cpu(_) => None,
+        #[cfg(feature = "cuda")]
+        Device::Cuda(..) => Some(median(&time(preset, &model, device, steps, false)?.0)),
+    };
+    let median = median(&seconds);
+    let tokens_per_second = (preset.batch_size * preset.length) as f64 / median;
+    Ok(Measured {
+        parameters: model.parameter_count(),
+        seconds,
+        median,
+        plain_median,
+        tokens_per_second,
+        gigaflops: tokens_per_second * 3.0 * model.flops_per_token() as f64 / 1e9,
+        peak_megabytes: peak_megabytes(),
+        loss,
+    })
+}
+
+/// Seconds of each step, and the loss of the last.
+fn time(
+    preset: &Preset,
+    model: &LanguageModel,
+    device: &Device,
+    steps: usize,
+    captured: bool,
+) -> Result<(Vec<f64>, f64)> {
     let parameters = Parameters::<f32>::initialize(model.specs(), 1);
     let options = AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(1.0) };
     let shape = [preset.batch_size, preset.length];
-    let mut learner =
-        learner(&model, parameters, Task { shape, carry: Carry::Fresh, options, seed: 1 }, device)?;
+    let task = Task { shape, carry: Carry::Fresh, options, seed: 1, captured };
+    let mut learner = learner(model, parameters, task, device)?;
     let batches = [random_batch(preset)];
     let (mut seconds, mut loss) = (Vec::with_capacity(steps), f64::NAN);
     for step in 0..WARM_UP + steps {
@@ -109,17 +139,7 @@ pub fn train_steps(preset: &Preset, device: &Device, steps: usize) -> Result<Mea
             seconds.push(start.elapsed().as_secs_f64());
         }
     }
-    let median = median(&seconds);
-    let tokens_per_second = (preset.batch_size * preset.length) as f64 / median;
-    Ok(Measured {
-        parameters: model.parameter_count(),
-        seconds,
-        median,
-        tokens_per_second,
-        gigaflops: tokens_per_second * 3.0 * model.flops_per_token() as f64 / 1e9,
-        peak_megabytes: peak_megabytes(),
-        loss,
-    })
+    Ok((seconds, loss))
 }
 
 fn random_batch(preset: &Preset) -> Batch {

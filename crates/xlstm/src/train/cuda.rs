@@ -26,6 +26,7 @@ pub(super) struct CudaLearner {
     optimizer: CudaOptimizer,
     objective: Objective<f32>,
     seed: u64,
+    captured: bool,
     queued: Option<Queued>,
 }
 
@@ -60,6 +61,7 @@ impl CudaLearner {
             optimizer: CudaOptimizer::new(gpu, model.specs(), task.options)?,
             objective: Objective::new(model, Mode::Train, task.shape, task.carry, &device)?,
             seed: task.seed,
+            captured: task.captured,
             queued: None,
         })
     }
@@ -71,7 +73,7 @@ impl Learner for CudaLearner {
         for (index, batch) in (0..).zip(batches) {
             self.objective.set_seed(self.seed, step, index)?;
             self.objective.set_batch(batch)?;
-            ids.extend_from_slice(self.objective.staged_ids());
+            ids.extend_from_slice(self.objective.staged_ids()?);
         }
         let mut queued = match self.queued.take() {
             Some(queued) if queued.micro_batches == batches.len() => queued,
@@ -88,15 +90,22 @@ impl Learner for CudaLearner {
         self.optimizer.prepare(rate)?;
         let bytes = (ids.len() / batches.len().max(1) * 4) as u64;
         let (first_ids, first_loss) = (queued.ids.pointer(), queued.losses.pointer());
-        queued.graph.run(&self.gpu.clone(), || {
+        let gpu = self.gpu.clone();
+        let captured = self.captured;
+        let work = || -> Result<()> {
             self.gradients.clear()?;
             self.objective.forget_non_finite()?;
             for index in 0..batches.len() as u64 {
                 let (ids, loss) = (first_ids + index * bytes, first_loss + 4 * index);
                 self.objective.queue(&self.parameters, &mut self.gradients, ids, loss)?;
             }
-            self.optimizer.queue(self.objective.gpu_queue()?, &self.parameters, &self.gradients)
-        })?;
+            self.optimizer.queue(self.objective.work_queue()?, &self.parameters, &self.gradients)
+        };
+        if captured {
+            queued.graph.run(&gpu, work)?
+        } else {
+            work()?
+        }
         let mut losses = vec![0.0f32; batches.len()];
         self.gpu.download(&mut losses, queued.losses.pointer())?;
         self.queued = Some(queued);

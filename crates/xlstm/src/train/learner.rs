@@ -40,6 +40,8 @@ pub struct Task {
     pub options: AdamWOptions,
     /// Seed of dropout.
     pub seed: u64,
+    /// On a GPU: replay a step as one graph, not kernel by kernel.
+    pub captured: bool,
 }
 
 /// A model that learns.
@@ -179,7 +181,8 @@ impl Learner for CpuLearner {
 
     fn find_non_finite(&mut self) -> Result<Option<Culprit>> {
         self.gradients.iter_mut().for_each(|g| g.fill(0.0));
-        let (objective, values, gradients) = (&mut self.objective, &self.parameters.values, &mut self.gradients);
+        let (objective, values, gradients) =
+            (&mut self.objective, &self.parameters.values, &mut self.gradients);
         self.device.install(|| objective.find_non_finite(values, gradients))
     }
 }

@@ -392,7 +392,12 @@ mod tests {
         );
         refused("learning_rate: 1\n", &[], "unknown key `learning_rate`", "belongs to `optimizer`");
         refused("model: {embeding_dim: 64}\n", &[], "`embeding_dim` in `model`", "`embedding_dim`?");
-        refused("zzzzzzzzzzzz: 1\n", &[], "unknown key", "the keys here are: seed, threads, device, dtype, model");
+        refused(
+            "zzzzzzzzzzzz: 1\n",
+            &[],
+            "unknown key",
+            "the keys here are: seed, threads, device, dtype, model",
+        );
     }
 
     #[test]

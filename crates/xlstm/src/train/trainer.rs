@@ -163,7 +163,12 @@ impl<'a> Run<'a> {
             clip: config.optimizer.clip_norm(),
         };
         let shape = [data.batch_size, data.length];
-        let mut learner = learner(&model, parameters, Task { shape, carry, options, seed: config.seed }, device)?;
+        let mut learner = learner(
+            &model,
+            parameters,
+            Task { shape, carry, options, seed: config.seed, captured: true },
+            device,
+        )?;
         let mut run_standing = Standing::start(texts.fingerprint());
         let last = folder.join("last");
         recover_folder(&folder.join("best"))?;

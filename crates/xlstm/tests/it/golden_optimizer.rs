@@ -114,7 +114,7 @@ fn run<T: Element>(golden: &Golden, train: Train<T>, loss_tolerance: f64, parame
         let count = inputs.len();
         Batch { batch_size: rows, length, inputs, targets, marks: vec![0; count], target_count: count }
     });
-    let task = Task { shape: [rows, length], carry: Carry::Fresh, options, seed: 1 };
+    let task = Task { shape: [rows, length], carry: Carry::Fresh, options, seed: 1, captured: true };
     let specs = parameters.specs().clone();
     let Trained { losses, norms, parameters } =
         train(&model, parameters, task, &batches.collect::<Vec<_>>(), &schedule);

@@ -47,7 +47,7 @@ impl Run {
     pub fn new(model: &LanguageModel, seed: u64, device: &Device) -> Run {
         let parameters = Parameters::initialize(model.specs(), 1);
         let options = AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(0.5) };
-        let task = Task { shape: SHAPE, carry: Carry::Marked, options, seed };
+        let task = Task { shape: SHAPE, carry: Carry::Marked, options, seed, captured: true };
         Run { learner: learner(model, parameters, task, device).expect("a learner"), steps: 0 }
     }
 
