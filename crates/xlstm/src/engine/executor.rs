@@ -30,7 +30,7 @@ pub struct Culprit {
 impl<T: Element> Executor<T> {
     /// Plans and allocates the buffers of `tape`.
     pub fn new(tape: Tape) -> Executor<T> {
-        let plan = Plan::new(&tape, |value| value.shape.len());
+        let plan = Plan::new(&tape, |value| tape.values[value].shape.len());
         let slots = plan.slots.iter().map(|&len| vec![T::ZERO; len]).collect();
         let ids = tape.ids.iter().map(|&len| vec![0; len]).collect();
         Executor { tape, plan, slots, ids, scratch: Vec::new() }
@@ -237,12 +237,12 @@ impl<T: Element> Executor<T> {
             scratch: &mut self.scratch,
         };
         for (slot, (input, var)) in io.inputs.iter_mut().zip(&node.inputs).enumerate() {
-            if reads.inputs >> slot & 1 == 1 {
+            if reads.input(slot) {
                 *input = var.map(|v| read(&self.tape, &self.plan, &self.slots, parameters, v));
             }
         }
         for (slot, var) in node.outputs.iter().enumerate() {
-            if reads.outputs >> slot & 1 == 1 {
+            if reads.output(slot) {
                 io.outputs[slot] = Some(read(&self.tape, &self.plan, &self.slots, parameters, *var));
             }
             io.output_gradients[slot] =

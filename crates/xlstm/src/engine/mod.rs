@@ -18,7 +18,7 @@ pub mod vector;
 pub use device::Device;
 pub use executor::Executor;
 pub use matrix::{MatMut, MatRef, product};
-pub use operation::{Backward, Forward, Gradient, Kernel, Operation, Reads};
+pub use operation::{Backward, Forward, Gradient, Kernel, Operation, Slots};
 pub use scalar::Scalar;
 pub use shape::Shape;
 pub use tape::{Ids, Mode, Tape, Var};

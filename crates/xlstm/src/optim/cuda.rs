@@ -9,7 +9,7 @@ use super::AdamWOptions;
 use crate::engine::cuda::context::{Buffer, arguments, driver};
 use crate::engine::cuda::launch::Queue;
 use crate::engine::cuda::parameters::ALIGNMENT;
-use crate::engine::cuda::{CudaExecutor, CudaTensors, Gpu, Layout, Source};
+use crate::engine::cuda::{CudaExecutor, CudaParameters, CudaTensors, Gpu, Layout, Source};
 use crate::error::Result;
 use crate::nn::ParameterSpec;
 
@@ -87,7 +87,7 @@ impl CudaOptimizer {
     }
 
     /// Queues the norm and the update.
-    fn queue(&self, queue: &Queue, parameters: &CudaTensors, gradients: &CudaTensors) -> Result<()> {
+    fn queue(&self, queue: &Queue, parameters: &CudaParameters, gradients: &CudaTensors) -> Result<()> {
         let total = gradients.layout().total();
         let tiles = total.div_ceil(NORM_TILE);
         let AdamWOptions { betas: [b1, b2], eps, clip, .. } = self.options;
@@ -102,7 +102,8 @@ impl CudaOptimizer {
             "adamw",
             total,
             arguments![
-                parameters.pointer(),
+                parameters.masters(),
+                parameters.copies(),
                 g,
                 self.first.pointer(),
                 self.second.pointer(),
@@ -177,7 +178,7 @@ impl CudaStep {
     pub fn run(
         &mut self,
         executor: &mut CudaExecutor,
-        parameters: &mut CudaTensors,
+        parameters: &mut CudaParameters,
         gradients: &mut CudaTensors,
         optimizer: &mut CudaOptimizer,
         rate: f64,
@@ -215,7 +216,7 @@ impl CudaStep {
 /// When a kernel cannot be compiled or launched.
 pub fn launch(
     executor: &mut CudaExecutor,
-    parameters: &mut CudaTensors,
+    parameters: &mut CudaParameters,
     gradients: &mut CudaTensors,
     optimizer: &CudaOptimizer,
 ) -> Result<()> {

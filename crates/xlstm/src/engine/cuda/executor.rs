@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::Precision;
-use super::context::{Buffer, Gpu};
+use super::context::{Buffer, Gpu, NAN};
 use super::launch::{CudaBackward, CudaForward, Queue};
-use super::parameters::CudaTensors;
+use super::parameters::{CudaParameters, CudaTensors};
+use super::{Precision, from_bf16, to_bf16};
 use crate::engine::operation::MAX_SLOTS;
 use crate::engine::plan::Plan;
 use crate::engine::tape::{Ids, Source, Tape, Var};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// Slots start at multiples of this: what bulk copies and wide loads ask for.
 const ALIGNMENT: usize = 1024;
@@ -19,6 +19,8 @@ const ALIGNMENT: usize = 1024;
 #[derive(Debug)]
 pub struct CudaExecutor {
     tape: Tape,
+    /// What each value and its gradient are stored in.
+    types: Vec<Precision>,
     plan: Plan,
     arena: Buffer,
     /// Where each slot of the plan starts in the arena.
@@ -32,16 +34,19 @@ impl CudaExecutor {
     /// Plans and allocates the buffers of `tape`.
     ///
     /// # Errors
-    /// When memory runs out.
+    /// When memory runs out, or when the tape mixes types: an operation reads another's f32 where
+    /// it wants elements, or the other way round.
     pub fn new(tape: Tape, precision: Precision, gpu: &Arc<Gpu>) -> Result<CudaExecutor> {
-        let plan = Plan::new(&tape, |value| value.shape.len() * precision.bytes());
+        let types = types(&tape, precision)?;
+        let plan = Plan::new(&tape, |value| bytes_of(&tape, &types, value));
         let (offsets, bytes) = offsets(plan.slots.iter().copied());
         let (ids_offsets, ids_bytes) = self::offsets(tape.ids.iter().map(|len| len * 4));
         Ok(CudaExecutor {
             arena: Buffer::zeros(gpu, bytes)?,
             ids: Buffer::zeros(gpu, ids_bytes)?,
-            queue: Queue::new(gpu)?,
+            queue: Queue::new(gpu, precision)?,
             tape,
+            types,
             plan,
             offsets,
             ids_offsets,
@@ -90,7 +95,7 @@ impl CudaExecutor {
             .collect();
         for (slot, &bytes) in self.plan.slots.iter().enumerate() {
             if !owned.contains(&slot) {
-                gpu.fill(self.slot(slot), 0x7fc0_0000, bytes)?;
+                gpu.fill(self.slot(slot), NAN, bytes)?;
             }
         }
         self.queue.poison()
@@ -101,8 +106,7 @@ impl CudaExecutor {
     /// # Errors
     /// When the copy fails.
     pub fn set_input(&mut self, var: Var, values: &[f32]) -> Result<()> {
-        debug_assert_eq!(values.len(), self.tape.shape(var).len());
-        self.upload(self.value_pointer(var), values)
+        self.upload(self.value_pointer(var), var, values)
     }
 
     /// Sets integers before a replay.
@@ -111,7 +115,9 @@ impl CudaExecutor {
     /// When the copy fails.
     pub fn set_ids(&mut self, ids: Ids, values: &[u32]) -> Result<()> {
         debug_assert_eq!(values.len(), self.tape.ids[ids.index()]);
-        self.upload(Some(self.ids.pointer() + self.ids_offsets[ids.index()]), values)
+        let gpu = self.queue.gpu();
+        gpu.enter()?;
+        gpu.upload(self.ids.pointer() + self.ids_offsets[ids.index()], values)
     }
 
     /// Sets the gradient that backward starts from, of a value marked by `seed_gradient`.
@@ -119,14 +125,18 @@ impl CudaExecutor {
     /// # Errors
     /// When the copy fails.
     pub fn set_seed(&mut self, var: Var, values: &[f32]) -> Result<()> {
-        debug_assert_eq!(values.len(), self.tape.shape(var).len());
-        self.upload(self.gradient_pointer(var), values)
+        self.upload(self.gradient_pointer(var), var, values)
     }
 
-    fn upload<T: Copy>(&self, to: Option<u64>, values: &[T]) -> Result<()> {
+    fn upload(&self, to: Option<u64>, var: Var, values: &[f32]) -> Result<()> {
+        debug_assert_eq!(values.len(), self.tape.shape(var).len());
+        let Some(to) = to else { return Ok(()) };
         let gpu = self.queue.gpu();
         gpu.enter()?;
-        to.map_or(Ok(()), |to| gpu.upload(to, values))
+        match self.types[var.index()] {
+            Precision::F32 => gpu.upload(to, values),
+            Precision::Bf16 => gpu.upload(to, &values.iter().map(|x| to_bf16(*x)).collect::<Vec<_>>()),
+        }
     }
 
     /// A kept value or an input, after a replay.
@@ -149,9 +159,19 @@ impl CudaExecutor {
         let Some(from) = from else { return Ok(Vec::new()) };
         let gpu = self.queue.gpu();
         gpu.enter()?;
-        let mut values = vec![0.0; self.tape.shape(var).len()];
-        gpu.download(&mut values, from)?;
-        Ok(values)
+        let len = self.tape.shape(var).len();
+        match self.types[var.index()] {
+            Precision::F32 => {
+                let mut values = vec![0.0; len];
+                gpu.download(&mut values, from)?;
+                Ok(values)
+            }
+            Precision::Bf16 => {
+                let mut values = vec![0; len];
+                gpu.download(&mut values, from)?;
+                Ok(values.into_iter().map(from_bf16).collect())
+            }
+        }
     }
 
     /// Copies a kept value into an input of the same shape. (Not a swap, as on the CPU: a
@@ -161,10 +181,11 @@ impl CudaExecutor {
     /// When the copy fails.
     pub fn feed_back(&mut self, value: Var, input: Var) -> Result<()> {
         debug_assert_eq!(self.tape.shape(value), self.tape.shape(input));
+        debug_assert_eq!(self.types[value.index()], self.types[input.index()]);
         let gpu = self.queue.gpu();
         gpu.enter()?;
         match (self.value_pointer(value), self.value_pointer(input)) {
-            (Some(from), Some(to)) => gpu.copy(to, from, self.tape.shape(value).len() * 4),
+            (Some(from), Some(to)) => gpu.copy(to, from, self.tape.shape(value).len() * self.types[value.index()].bytes()),
             _ => Ok(()),
         }
     }
@@ -173,7 +194,8 @@ impl CudaExecutor {
     ///
     /// # Errors
     /// When a kernel cannot be compiled or launched.
-    pub fn forward(&mut self, parameters: &CudaTensors) -> Result<()> {
+    pub fn forward(&mut self, parameters: &CudaParameters) -> Result<()> {
+        self.check(parameters)?;
         self.queue.gpu().enter()?;
         (0..self.tape.nodes.len()).try_for_each(|i| self.forward_node(i, parameters))
     }
@@ -182,7 +204,8 @@ impl CudaExecutor {
     ///
     /// # Errors
     /// When a kernel cannot be compiled or launched.
-    pub fn backward(&mut self, parameters: &CudaTensors, gradients: &mut CudaTensors) -> Result<()> {
+    pub fn backward(&mut self, parameters: &CudaParameters, gradients: &mut CudaTensors) -> Result<()> {
+        self.check(parameters)?;
         self.queue.gpu().enter()?;
         (0..self.tape.nodes.len()).rev().try_for_each(|i| self.backward_node(i, parameters, gradients))
     }
@@ -195,7 +218,7 @@ impl CudaExecutor {
     /// When a kernel cannot be compiled or launched.
     pub fn profile(
         &mut self,
-        parameters: &CudaTensors,
+        parameters: &CudaParameters,
         gradients: &mut CudaTensors,
     ) -> Result<Vec<(&'static str, f64, f64)>> {
         let mut times: Vec<(&'static str, f64, f64)> = Vec::new();
@@ -225,12 +248,21 @@ impl CudaExecutor {
         Ok(times)
     }
 
-    fn forward_node(&mut self, i: usize, parameters: &CudaTensors) -> Result<()> {
+    fn check(&self, parameters: &CudaParameters) -> Result<()> {
+        let (wanted, given) = (self.queue.precision(), parameters.precision());
+        if wanted != given {
+            let message = format!("a tape in {wanted:?} is given parameters in {given:?}");
+            return Err(Error::new(ErrorKind::Device, message));
+        }
+        Ok(())
+    }
+
+    fn forward_node(&mut self, i: usize, parameters: &CudaParameters) -> Result<()> {
         let node = &self.tape.nodes[i];
         let mut inputs = [None; MAX_SLOTS];
         let mut outputs = [0; MAX_SLOTS];
-        for (input, var) in inputs.iter_mut().zip(&node.inputs) {
-            *input = var.and_then(|var| self.read(var, parameters));
+        for (slot, var) in node.inputs.iter().enumerate() {
+            inputs[slot] = var.and_then(|var| self.read(i, slot, var, parameters));
         }
         for (output, &var) in outputs.iter_mut().zip(&node.outputs) {
             *output = self.value_pointer(var).unwrap_or(0);
@@ -244,12 +276,12 @@ impl CudaExecutor {
     fn backward_node(
         &mut self,
         i: usize,
-        parameters: &CudaTensors,
+        parameters: &CudaParameters,
         gradients: &mut CudaTensors,
     ) -> Result<()> {
         for &var in &self.plan.first[i] {
             if let Some(slot) = self.plan.gradient[var] {
-                self.queue.zero(self.slot(slot), self.tape.values[var].shape.len())?;
+                self.queue.gpu().fill(self.slot(slot), 0, bytes_of(&self.tape, &self.types, var))?;
             }
         }
         let node = &self.tape.nodes[i];
@@ -261,8 +293,8 @@ impl CudaExecutor {
         let (mut outputs, mut output_gradients) = ([0; MAX_SLOTS], [None; MAX_SLOTS]);
         for (slot, var) in node.inputs.iter().enumerate() {
             let Some(var) = *var else { continue };
-            if reads.inputs >> slot & 1 == 1 {
-                inputs[slot] = self.read(var, parameters);
+            if reads.input(slot) {
+                inputs[slot] = self.read(i, slot, var, parameters);
             }
             input_gradients[slot] = match self.tape.values[var.index()].source {
                 Source::Parameter { index, offset } => Some(gradients.at(index, offset)),
@@ -270,7 +302,7 @@ impl CudaExecutor {
             };
         }
         for (slot, &var) in node.outputs.iter().enumerate() {
-            if reads.outputs >> slot & 1 == 1 {
+            if reads.output(slot) {
                 outputs[slot] = self.value_pointer(var).unwrap_or(0);
             }
             output_gradients[slot] = self.gradient_pointer(var);
@@ -289,9 +321,13 @@ impl CudaExecutor {
         node.operation.backward_on_gpu(&mut io)
     }
 
-    fn read(&self, var: Var, parameters: &CudaTensors) -> Option<u64> {
+    /// Where node `node` finds input `slot`, which is `var`.
+    fn read(&self, node: usize, slot: usize, var: Var, parameters: &CudaParameters) -> Option<u64> {
         match self.tape.values[var.index()].source {
-            Source::Parameter { index, offset } => Some(parameters.at(index, offset)),
+            Source::Parameter { index, offset } => {
+                let full = self.tape.nodes[node].operation.full_precision().input(slot);
+                Some(parameters.at(index, offset, full))
+            }
             _ => self.value_pointer(var),
         }
     }
@@ -303,6 +339,47 @@ impl CudaExecutor {
         }
         ids
     }
+}
+
+/// Bytes of a value or its gradient; whole words, since memory is filled by words.
+fn bytes_of(tape: &Tape, types: &[Precision], value: usize) -> usize {
+    (tape.values[value].shape.len() * types[value].bytes()).next_multiple_of(4)
+}
+
+/// What each value is stored in: as the node that writes it says, inputs as their first reader
+/// says. (Of a parameter there are both: each node reads the one that it says.)
+fn types(tape: &Tape, precision: Precision) -> Result<Vec<Precision>> {
+    let of = |full: bool| if full { Precision::F32 } else { precision };
+    let mut types: Vec<Option<Precision>> = vec![None; tape.values.len()];
+    for node in &tape.nodes {
+        let full = node.operation.full_precision();
+        let fault = |slot: usize, what: &str| {
+            let (name, scope) = (node.operation.name(), &tape.scopes[node.scope]);
+            Err(Error::new(
+                ErrorKind::Device,
+                format!("input {slot} of {name} in {scope} {what}: a mistake in the model's code"),
+            ))
+        };
+        for (slot, var) in node.inputs.iter().enumerate() {
+            let Some(var) = var else { continue };
+            let wanted = of(full.input(slot));
+            if matches!(tape.values[var.index()].source, Source::Parameter { .. }) {
+                continue;
+            }
+            if wanted != Precision::F32 && node.operation.weights() >> slot & 1 == 1 {
+                return fault(slot, "is a weight, but no parameter");
+            }
+            let found = *types[var.index()].get_or_insert(wanted);
+            if found != wanted {
+                return fault(slot, &format!("is stored in {found:?}, not in {wanted:?}"));
+            }
+        }
+        for (slot, var) in node.outputs.iter().enumerate() {
+            types[var.index()] = Some(of(full.output(slot)));
+        }
+    }
+    // Nobody reads the rest.
+    Ok(types.into_iter().map(|found| found.unwrap_or(Precision::F32)).collect())
 }
 
 /// Where parts of these sizes start, each aligned, and their size in all.
