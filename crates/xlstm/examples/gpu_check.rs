@@ -1,30 +1,14 @@
-//! Checks the GPU against the truth, on a machine that has one: every operation against the
-//! CPU in f64 on random inputs and poisoned buffers, the golden layers, blocks and language
-//! models, twenty steps of training, the same bits twice; then times a captured step.
-//!
-//! `XLSTM_GOLDEN=crates/xlstm/tests/golden gpu_check [ordinal]`
-
-#[path = "../tests/it/golden.rs"]
-#[allow(dead_code)]
-mod golden;
-#[path = "../tests/it/golden_models.rs"]
-#[allow(dead_code, unused_imports)]
-mod golden_models;
+//! Checks every operation and cell on a GPU against the processor in f64, on random inputs and
+//! poisoned buffers, and against itself: the same bits twice. `gpu_check [ordinal]`
 
 use std::sync::Arc;
-use std::time::Instant;
 
-use golden::Golden;
 use xlstm::cell::mlstm::{Form, MlstmConfig, MlstmState, mlstm};
 use xlstm::cell::slstm::{CellFunction, SlstmConfig, SlstmState, slstm};
 use xlstm::cell::{ForgetGate, InputGate};
-use xlstm::engine::cuda::{CudaExecutor, CudaTensors, Gpu, Layout, Precision};
-use xlstm::engine::{Executor, Ids, Mode, Shape, Tape, Var};
+use xlstm::engine::cuda::{CudaExecutor, CudaTensors, Gpu, Layout};
+use xlstm::engine::{Executor, Ids, Mode, Precision, Shape, Tape, Var};
 use xlstm::marks::{IGNORE, PAD, RESET};
-use xlstm::model::{BlockKind, LanguageModel, ModelConfig, Stack};
-use xlstm::nn::mlstm_layer::MlstmLayer;
-use xlstm::nn::slstm_layer::SlstmLayer;
-use xlstm::nn::{Block, Builder, Context, Parameters};
 use xlstm::ops::activation::{Activation, gated};
 use xlstm::ops::add::add;
 use xlstm::ops::causal_conv::causal_conv;
@@ -37,8 +21,6 @@ use xlstm::ops::last_token::last_token;
 use xlstm::ops::linear::linear;
 use xlstm::ops::norm::{Norm, NormKind, norm};
 use xlstm::ops::skip_gate::skip_gate;
-use xlstm::optim::cuda::{CudaOptimizer, CudaStep, launch, layout_of};
-use xlstm::optim::{AdamWOptions, Decay, Schedule};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 type Record<'a> = &'a dyn Fn(&mut Tape, &[Var], &[Ids]) -> xlstm::Result<Vec<Var>>;
@@ -363,302 +345,6 @@ fn cells(table: &mut Table<'_>) {
     }
 }
 
-fn golden_parts(table: &mut Table<'_>) -> Outcome<()> {
-    for name in [
-        "mlstm_layer",
-        "mlstm_layer_bias",
-        "slstm_layer",
-        "slstm_layer_noconv",
-        "mlstm_block",
-        "slstm_block",
-        "stack",
-    ] {
-        let golden = Golden::load(name);
-        let config = golden_models::config(&golden.json["config"]["args"]);
-        let mut b = Builder::new();
-        type Forward = Box<dyn Fn(&mut Tape, Var) -> xlstm::Result<Var>>;
-        macro_rules! forward {
-            ($part:expr) => {{
-                let part = $part;
-                Box::new(move |t: &mut Tape, x: Var| Ok(part.forward(t, x, None, &mut Context::default())?.0))
-                    as Forward
-            }};
-        }
-        let forward = match golden.json["config"]["build"].as_str().unwrap_or_default() {
-            "mlstm_layer" => forward!(MlstmLayer::new(&config, &mut b)),
-            "slstm_layer" => forward!(SlstmLayer::new(&config, 0, &mut b)),
-            "mlstm_block" => forward!(Block::new(&config, BlockKind::Mlstm, 0, &mut b)),
-            "slstm_block" => forward!(Block::new(&config, BlockKind::Slstm, 0, &mut b)),
-            _ => forward!(Stack::new(&config, &mut b)),
-        };
-        let mut parameters = Parameters::<f64>::initialize(&b.finish(), 1);
-        golden_models::load(&golden, &mut parameters, "param.");
-        let case = Case {
-            inputs: vec![golden.tensor("in.x")],
-            parameters: parameters.values.clone(),
-            seeds: Some(vec![golden.values("gw.y")]),
-            ..Case::default()
-        };
-        let [outputs, inputs, gradients] = case.gpu(&|t, v, _| Ok(vec![forward(t, v[0])?]), table.gpu)?;
-        let y = distance(&outputs[0], &golden.values("out.y"));
-        let x = distance(&inputs[0], &golden.values("grad.x"));
-        let p = worst_gradient(&golden, &parameters, &gradients);
-        let tolerance = (4.0 * golden.f32_error()).max(1e-5);
-        table.row(
-            &format!("golden {name}"),
-            y.max(x).max(p),
-            tolerance,
-            &format!("y {y:.0e}, dx {x:.0e}, dw {p:.0e}"),
-        );
-    }
-    Ok(())
-}
-
-fn worst_gradient(golden: &Golden, parameters: &Parameters<f64>, gradients: &[Vec<f64>]) -> f64 {
-    let specs = parameters.specs().iter().zip(gradients);
-    specs.map(|(spec, g)| distance(g, &golden.values(&format!("gradp.{}", spec.name)))).fold(0.0, f64::max)
-}
-
-fn ids_of(x: &[f64]) -> Vec<u32> {
-    x.iter().map(|x| if *x < 0.0 { IGNORE } else { *x as u32 }).collect()
-}
-
-fn golden_language_models(table: &mut Table<'_>) -> Outcome<()> {
-    for name in ["lm", "lm_slstm_only", "lm_tied_mlstm_only"] {
-        let golden = Golden::load(name);
-        let model = LanguageModel::new(&golden_models::config(&golden.json["config"]["args"]))?;
-        let mut parameters = Parameters::<f64>::initialize(model.specs(), 1);
-        golden_models::load(&golden, &mut parameters, "param.");
-        let (shape, tokens) = golden.tensor("in.idx");
-        let (shape, tokens) = ([shape[0], shape[1]], ids_of(&tokens));
-        let case = Case {
-            inputs: vec![(vec![1], vec![1.0 / tokens.len() as f64])],
-            ids: vec![tokens.clone(), ids_of(&golden.values("in.targets"))],
-            parameters: parameters.values.clone(),
-            seeds: Some(vec![vec![1.0]]),
-        };
-        let record = |t: &mut Tape, v: &[Var], i: &[Ids]| {
-            let (features, _) = model.features(t, i[0], shape, None, &mut Context::default())?;
-            let logits = model.logits(t, features)?;
-            Ok(vec![cross_entropy(t, logits, i[1], v[0])?.0])
-        };
-        let [outputs, _, gradients] = case.gpu(&record, table.gpu)?;
-        let loss = distance(&outputs[0], &golden.values("out.loss"));
-        let p = worst_gradient(&golden, &parameters, &gradients);
-        let tolerance = (4.0 * golden.f32_error()).max(1e-5);
-        table.row(&format!("golden {name}"), loss.max(p), tolerance, &format!("loss {loss:.0e}, dw {p:.0e}"));
-
-        // Token by token, the state carried.
-        let mut tape = Tape::new(Mode::Evaluate);
-        let ids = tape.ids(shape[0]);
-        let layout = model.state_layout(shape[0]);
-        let before: Vec<Var> = layout.iter().map(|(_, shape)| tape.input(shape.dims())).collect();
-        let (features, after) =
-            model.features(&mut tape, ids, [shape[0], 1], Some(&before), &mut Context::default())?;
-        let logits = model.logits(&mut tape, features)?;
-        after.iter().chain([&logits]).for_each(|&var| tape.keep(var));
-        let mut executor = CudaExecutor::new(tape, Precision::F32, table.gpu)?;
-        let mut on_gpu = CudaTensors::zeros(table.gpu, &layout_of(model.specs()))?;
-        on_gpu.upload(&parameters.values.iter().map(|p| narrow(p)).collect::<Vec<_>>())?;
-        let want = golden.values("out.logits");
-        let (vocabulary, mut worst) = (model.config().vocab_size, 0.0f64);
-        for t in 0..shape[1] {
-            let column: Vec<u32> = (0..shape[0]).map(|b| tokens[b * shape[1] + t]).collect();
-            executor.set_ids(ids, &column)?;
-            executor.forward(&on_gpu)?;
-            let got = wide(&executor.value(logits)?);
-            let truth: Vec<f64> = (0..shape[0])
-                .flat_map(|b| want[(b * shape[1] + t) * vocabulary..][..vocabulary].to_vec())
-                .collect();
-            worst = worst.max(distance(&got, &truth));
-            for (&a, &b) in after.iter().zip(&before) {
-                executor.feed_back(a, b)?;
-            }
-        }
-        table.row(&format!("golden {name} by token"), worst, tolerance, "logits");
-    }
-    Ok(())
-}
-
-/// A training step's tape: tokens, targets -> loss.
-struct Training {
-    executor: CudaExecutor,
-    tokens: Ids,
-    targets: Ids,
-    loss: Var,
-}
-
-impl Training {
-    fn new(model: &LanguageModel, shape: [usize; 2], gpu: &Arc<Gpu>) -> xlstm::Result<Training> {
-        let mut tape = Tape::new(Mode::Train);
-        let count = shape[0] * shape[1];
-        let (tokens, targets) = (tape.ids(count), tape.ids(count));
-        let scale = tape.input([1]);
-        let (features, _) = model.features(&mut tape, tokens, shape, None, &mut Context::default())?;
-        let logits = model.logits(&mut tape, features)?;
-        let (loss, _) = cross_entropy(&mut tape, logits, targets, scale)?;
-        tape.keep(loss);
-        tape.seed_gradient(loss);
-        let mut executor = CudaExecutor::new(tape, Precision::F32, gpu)?;
-        executor.set_input(scale, &[1.0 / count as f32])?;
-        executor.set_seed(loss, &[1.0])?;
-        Ok(Training { executor, tokens, targets, loss })
-    }
-}
-
-fn golden_training(table: &mut Table<'_>) -> Outcome<()> {
-    let golden = Golden::load("optim_lm20");
-    let model = LanguageModel::new(&golden_models::config(&golden.json["config"]["args"]))?;
-    let mut start = Parameters::<f32>::initialize(model.specs(), 1);
-    golden_models::load(&golden, &mut start, "param.");
-    let options = &golden.json["config"]["opt"];
-    let number = |key: &str| options[key].as_f64().unwrap_or(f64::NAN);
-    let schedule = Schedule {
-        max: number("max_lr"),
-        min: number("min_lr"),
-        warmup_steps: number("warmup") as u64,
-        decay_steps: number("decay_until") as u64,
-        decay: Decay::Cosine,
-    };
-    let options = AdamWOptions {
-        betas: serde_json::from_value(options["betas"].clone())?,
-        eps: number("eps"),
-        weight_decay: number("weight_decay"),
-        clip: Some(number("clip")),
-    };
-    let (shape, data) = golden.tensor("in.data");
-    let (rows, length) = (shape[1], shape[2] - 1);
-    let layout = layout_of(model.specs());
-    let mut ends = Vec::new();
-    for captured in [true, false] {
-        let mut training = Training::new(&model, [rows, length], table.gpu)?;
-        let mut parameters = CudaTensors::zeros(table.gpu, &layout)?;
-        let mut gradients = CudaTensors::zeros(table.gpu, &layout)?;
-        parameters.upload(&start.values)?;
-        let mut optimizer = CudaOptimizer::new(table.gpu, model.specs(), options)?;
-        let mut step = CudaStep::new();
-        let (mut losses, mut norms) = (Vec::new(), Vec::new());
-        for (i, data) in data.chunks(rows * (length + 1)).enumerate() {
-            let part = |from: usize| -> Vec<u32> {
-                data.chunks(length + 1)
-                    .flat_map(|row| row[from..from + length].iter().map(|x| *x as u32))
-                    .collect()
-            };
-            training.executor.set_ids(training.tokens, &part(0))?;
-            training.executor.set_ids(training.targets, &part(1))?;
-            if !captured {
-                step = CudaStep::new();
-            }
-            let rate = schedule.rate(i as u64);
-            step.run(&mut training.executor, &mut parameters, &mut gradients, &mut optimizer, rate)?;
-            losses.push(f64::from(training.executor.value(training.loss)?[0]));
-            norms.push(optimizer.norm()?);
-        }
-        let loss = distance(&losses, &golden.values("out.loss"));
-        let norm = distance(&norms, &golden.values("out.grad_norm"));
-        let end = parameters.download()?;
-        let drift = golden.json["f32_vs_f64_final_param_maxabs"].as_f64().unwrap_or(0.0);
-        let mut worst = 0.0f64;
-        for (spec, values) in model.specs().iter().zip(&end) {
-            let want = golden.values(&format!("final.{}", spec.name));
-            let loose = spec.name.ends_with("_bias_") || spec.name.ends_with("igate.bias");
-            let bound = if loose { 20.0 * (4.0 * drift).max(1e-3) } else { 4.0 * drift };
-            for (got, want) in values.iter().zip(want) {
-                worst = worst.max((f64::from(*got) - want).abs() / bound);
-            }
-        }
-        let name = if captured { "captured" } else { "plain" };
-        table.row(&format!("training 20 steps, {name}: loss"), loss, 1e-5, "");
-        table.row(&format!("training 20 steps, {name}: norm"), norm, 1e-4, "");
-        table.row(&format!("training 20 steps, {name}: end"), worst, 1.0, "in units of the bound");
-        ends.push(end);
-    }
-    // A gradient that is not finite changes nothing.
-    let mut training = Training::new(&model, [rows, length], table.gpu)?;
-    let mut parameters = CudaTensors::zeros(table.gpu, &layout)?;
-    let mut gradients = CudaTensors::zeros(table.gpu, &layout)?;
-    let mut spoiled = start.values.clone();
-    spoiled[0][0] = f32::INFINITY;
-    parameters.upload(&spoiled)?;
-    let mut optimizer = CudaOptimizer::new(table.gpu, model.specs(), options)?;
-    let mut step = CudaStep::new();
-    for _ in 0..3 {
-        step.run(&mut training.executor, &mut parameters, &mut gradients, &mut optimizer, 1e-3)?;
-    }
-    let untouched = parameters.download()? == spoiled && !optimizer.norm()?.is_finite();
-    table.row("infinite gradients change nothing", f64::from(u8::from(!untouched)), 0.0, "");
-    table.row("captured and plain: same bits", f64::from(u8::from(ends[0] != ends[1])), 0.0, "");
-    Ok(())
-}
-
-fn times(table: &mut Table<'_>) -> Outcome<()> {
-    println!("\nsteps, f32          plain ms  captured ms   tokens/s  MiB");
-    for (dim, blocks, slstm, vocab, shape) in [
-        (128, 6, "none", 256, [16, 256]),
-        (256, 8, "7:1", 256, [16, 256]),
-        (768, 12, "none", 16384, [8, 512]),
-        (768, 12, "7:1", 16384, [8, 512]),
-    ] {
-        let config: ModelConfig = serde_json::from_value(serde_json::json!({
-            "embedding_dim": dim, "num_blocks": blocks, "slstm_at": slstm, "vocab_size": vocab,
-        }))?;
-        let model = LanguageModel::new(&config)?;
-        let start = Parameters::<f32>::initialize(model.specs(), 1);
-        let layout = layout_of(model.specs());
-        let mut training = Training::new(&model, shape, table.gpu)?;
-        let mut parameters = CudaTensors::zeros(table.gpu, &layout)?;
-        let mut gradients = CudaTensors::zeros(table.gpu, &layout)?;
-        parameters.upload(&start.values)?;
-        let options = AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(1.0) };
-        let mut optimizer = CudaOptimizer::new(table.gpu, model.specs(), options)?;
-        let count = shape[0] * shape[1];
-        let tokens: Vec<u32> = (0..count as u32).map(|i| i.wrapping_mul(2_654_435_761) % vocab).collect();
-        training.executor.set_ids(training.tokens, &tokens)?;
-        training.executor.set_ids(training.targets, &tokens)?;
-        let median = |mut times: Vec<f64>| {
-            times.sort_by(f64::total_cmp);
-            times[times.len() / 2] * 1e3
-        };
-        let gpu = table.gpu.clone();
-        let mut plain = Vec::new();
-        for _ in 0..12 {
-            let start = Instant::now();
-            optimizer.prepare(1e-3)?;
-            launch(&mut training.executor, &mut parameters, &mut gradients, &optimizer)?;
-            gpu.synchronize()?;
-            plain.push(start.elapsed().as_secs_f64());
-        }
-        let mut step = CudaStep::new();
-        let mut captured = Vec::new();
-        for i in 0..22 {
-            let start = Instant::now();
-            step.run(&mut training.executor, &mut parameters, &mut gradients, &mut optimizer, 1e-3)?;
-            gpu.synchronize()?;
-            if i > 2 {
-                captured.push(start.elapsed().as_secs_f64());
-            }
-        }
-        let (plain, captured) = (median(plain), median(captured));
-        println!(
-            "{dim}x{blocks} {slstm} {}x{}: {plain:>9.2} {captured:>9.2} {:>12.0} {:>6}   loss {:.4}, {} nodes",
-            shape[0],
-            shape[1],
-            count as f64 / captured * 1e3,
-            training.executor.bytes() >> 20,
-            training.executor.value(training.loss)?[0],
-            training.executor.nodes(),
-        );
-        let times = training.executor.profile(&parameters, &mut gradients)?;
-        let total: f64 = times.iter().map(|t| t.1 + t.2).sum();
-        print!("   node by node {total:.1} ms:");
-        for (name, forward, backward) in times.iter().take(9) {
-            print!(" {name} {forward:.2} + {backward:.2},");
-        }
-        println!();
-    }
-    Ok(())
-}
-
 fn main() -> Outcome<()> {
     let ordinal = std::env::args().nth(1).map_or(Ok(0), |x| x.parse())?;
     let gpu = Gpu::new(ordinal)?;
@@ -667,10 +353,6 @@ fn main() -> Outcome<()> {
     let mut table = Table { gpu: &gpu, failures: 0 };
     operations(&mut table);
     cells(&mut table);
-    golden_parts(&mut table)?;
-    golden_language_models(&mut table)?;
-    golden_training(&mut table)?;
-    times(&mut table)?;
     println!("{} failures", table.failures);
     if table.failures > 0 { Err("the GPU and the truth differ".into()) } else { Ok(()) }
 }

@@ -31,6 +31,9 @@ struct TrainBenchArgs {
     /// Steps to time, after three that do not count
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = steps)]
     steps: usize,
+    /// Also show where the time goes, operation by operation
+    #[arg(long)]
+    profile: bool,
     /// Print one JSON object instead of lines for people
     #[arg(long)]
     json: bool,
@@ -76,12 +79,20 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             .map_err(|e| Error::config(format!("the report cannot be written as JSON: {e}")))?;
         return output::data(&format!("{line}\n"));
     }
+    let mut table = String::new();
+    if args.profile {
+        table += "\noperation        nodes  forward ms  backward ms\n";
+        for row in &measured.operations {
+            table +=
+                &format!("{:<16} {:>5} {:>11.2} {:>12.2}\n", row.name, row.nodes, row.forward, row.backward);
+        }
+    }
     let memory = report.peak_memory_mb.map_or_else(|| "unknown".into(), |mb| format!("{mb:.0} MB"));
     let plain =
         report.plain_ms.map_or_else(String::new, |ms| format!(", {ms:.1} ms launched kernel by kernel"));
     output::data(&format!(
         "preset       {} (batch {} x {}, {device})\nparameters   {}\nspeed        {:.0} tokens/s\n\
-         step         {:.1} ms (median of {}){plain}\npeak memory  {memory}\nproducts     {:.1} GFLOP/s\n",
+         step         {:.1} ms (median of {}){plain}\npeak memory  {memory}\nproducts     {:.1} GFLOP/s\n{table}",
         report.preset,
         preset.batch_size,
         preset.length,

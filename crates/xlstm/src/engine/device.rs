@@ -8,46 +8,8 @@ use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "cuda")]
 use super::cuda::Gpu;
+use super::precision::Precision;
 use crate::error::{Error, Result};
-
-/// What activations and their gradients are stored in. Gate pre-activations, states,
-/// statistics, losses, parameter gradients and what the optimizer keeps are f32 always.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// f32 throughout, without TF32.
-    F32,
-    /// bf16, with sums in f32.
-    Bf16,
-}
-
-impl Precision {
-    /// Bytes of an activation.
-    pub fn bytes(self) -> usize {
-        match self {
-            Precision::F32 => 4,
-            Precision::Bf16 => 2,
-        }
-    }
-
-    /// `f32` or `bf16`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Precision::F32 => "f32",
-            Precision::Bf16 => "bf16",
-        }
-    }
-}
-
-impl FromStr for Precision {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Precision> {
-        [Precision::F32, Precision::Bf16].into_iter().find(|precision| precision.name() == text).ok_or_else(
-            || Error::config(format!("{text:?} is no number format")).hint("there are f32 and bf16"),
-        )
-    }
-}
 
 /// A wish for a device: `auto`, `cpu` or `cuda:N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,8 +1,11 @@
 //! Replays a tape on the CPU: forward, backward, and the search for the first number
 //! that is not finite.
 
+use std::time::Instant;
+
 use super::operation::{Backward, Element, Forward, Gradient, MAX_SLOTS};
 use super::plan::Plan;
+use super::profile::{OperationTime, Profile};
 use super::tape::{Ids, Source, Tape, Var};
 
 /// A tape with its buffers. Replaying keeps no new memory once the work space has grown; the
@@ -21,8 +24,8 @@ pub struct Executor<T> {
 pub struct Culprit {
     /// The model part, such as "blocks.3".
     pub scope: String,
-    /// The operation in it.
-    pub operation: &'static str,
+    /// The operation in it, where that is known.
+    pub operation: Option<&'static str>,
     /// Whether the gradient, not the value, is at fault.
     pub backward: bool,
 }
@@ -30,7 +33,7 @@ pub struct Culprit {
 impl<T: Element> Executor<T> {
     /// Plans and allocates the buffers of `tape`.
     pub fn new(tape: Tape) -> Executor<T> {
-        let plan = Plan::new(&tape, |value| value.shape.len());
+        let plan = Plan::new(&tape, |value| tape.values[value].shape.len());
         let slots = plan.slots.iter().map(|&len| vec![T::ZERO; len]).collect();
         let ids = tape.ids.iter().map(|&len| vec![0; len]).collect();
         Executor { tape, plan, slots, ids, scratch: Vec::new() }
@@ -125,6 +128,24 @@ impl<T: Element> Executor<T> {
         }
     }
 
+    /// Replays forward and backward node by node; returns the time of each operation, the most
+    /// expensive first.
+    pub fn profile(&mut self, parameters: &[Vec<T>], gradients: &mut [Vec<T>]) -> Vec<OperationTime> {
+        let mut profile = Profile::default();
+        let nodes = self.tape.nodes.len();
+        for (i, is_forward) in (0..nodes).map(|i| (i, true)).chain((0..nodes).rev().map(|i| (i, false))) {
+            let start = Instant::now();
+            if is_forward {
+                self.forward_node(i, parameters);
+            } else {
+                self.backward_node(i, parameters, gradients);
+            }
+            let spent = start.elapsed().as_secs_f64() * 1e3;
+            profile.add(self.tape.nodes[i].operation.name(), is_forward, spent);
+        }
+        profile.finish()
+    }
+
     /// Replays forward (and backward, when `gradients` is given) and names the first node
     /// that makes a number that is not finite.
     pub fn find_non_finite(
@@ -134,7 +155,7 @@ impl<T: Element> Executor<T> {
     ) -> Option<Culprit> {
         let culprit = |tape: &Tape, i: usize, backward| Culprit {
             scope: tape.scopes[tape.nodes[i].scope].clone(),
-            operation: tape.nodes[i].operation.name(),
+            operation: Some(tape.nodes[i].operation.name()),
             backward,
         };
         for i in 0..self.tape.nodes.len() {
@@ -237,12 +258,12 @@ impl<T: Element> Executor<T> {
             scratch: &mut self.scratch,
         };
         for (slot, (input, var)) in io.inputs.iter_mut().zip(&node.inputs).enumerate() {
-            if reads.inputs >> slot & 1 == 1 {
+            if reads.input(slot) {
                 *input = var.map(|v| read(&self.tape, &self.plan, &self.slots, parameters, v));
             }
         }
         for (slot, var) in node.outputs.iter().enumerate() {
-            if reads.outputs >> slot & 1 == 1 {
+            if reads.output(slot) {
                 io.outputs[slot] = Some(read(&self.tape, &self.plan, &self.slots, parameters, *var));
             }
             io.output_gradients[slot] =

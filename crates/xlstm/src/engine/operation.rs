@@ -17,21 +17,30 @@ use crate::error::Result;
 /// The most inputs, and the most outputs, of one operation.
 pub const MAX_SLOTS: usize = 12;
 
-/// Bit sets over an operation's inputs and outputs: whose values backward reads. All
-/// others may be overwritten as soon as the forward pass is done with them.
+/// Some of an operation's inputs and outputs, as bit sets.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Reads {
-    /// Bit i: the value of input i.
+pub struct Slots {
+    /// Bit i: input i.
     pub inputs: u32,
-    /// Bit i: the value of output i.
+    /// Bit i: output i.
     pub outputs: u32,
 }
 
-impl Reads {
-    /// Backward reads the values of these inputs and outputs.
-    pub fn of(inputs: &[usize], outputs: &[usize]) -> Reads {
+impl Slots {
+    /// These inputs and outputs.
+    pub fn of(inputs: &[usize], outputs: &[usize]) -> Slots {
         let bits = |indices: &[usize]| indices.iter().fold(0, |set, i| set | 1 << i);
-        Reads { inputs: bits(inputs), outputs: bits(outputs) }
+        Slots { inputs: bits(inputs), outputs: bits(outputs) }
+    }
+
+    /// Whether input `i` is among them.
+    pub fn input(self, i: usize) -> bool {
+        self.inputs >> i & 1 == 1
+    }
+
+    /// Whether output `i` is among them.
+    pub fn output(self, i: usize) -> bool {
+        self.outputs >> i & 1 == 1
     }
 }
 
@@ -84,9 +93,9 @@ impl<'a, T: Scalar> Forward<'a, T> {
 
 /// What backward gets.
 pub struct Backward<'a, T> {
-    /// Input values, as far as declared in [`Reads`].
+    /// Input values, as far as declared by [`Kernel::reads`].
     pub inputs: [Option<&'a [T]>; MAX_SLOTS],
-    /// Output values, as far as declared in [`Reads`].
+    /// Output values, as far as declared by [`Kernel::reads`].
     pub outputs: [Option<&'a [T]>; MAX_SLOTS],
     /// Gradients of the outputs; None is a gradient of zero.
     pub output_gradients: [Option<&'a [T]>; MAX_SLOTS],
@@ -181,8 +190,22 @@ pub trait Kernel: Debug + Send + Sync + 'static {
     /// When the inputs do not fit together.
     fn outputs(&self, inputs: &[Option<Shape>]) -> Result<Vec<Shape>>;
 
-    /// Which values backward reads.
-    fn reads(&self) -> Reads;
+    /// Whose values backward reads. All others may be overwritten as soon as the forward pass
+    /// is done with them.
+    fn reads(&self) -> Slots;
+
+    /// What is f32 on a GPU even where activations are bf16: gate pre-activations, states,
+    /// statistics, losses, and parameters that enter no matrix product. The others are stored
+    /// in the GPU's precision, and so are gradients, each as its value.
+    fn full_precision(&self) -> Slots {
+        Slots::default()
+    }
+
+    /// The inputs that are weight matrices, as a bit set: on a GPU their gradients are f32 even
+    /// where they are read in bf16, so that there they have to be parameters.
+    fn weights(&self) -> u32 {
+        0
+    }
 
     /// Writes every output.
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>);
@@ -215,7 +238,11 @@ pub trait Operation: Debug + Send + Sync {
     /// When the inputs do not fit together.
     fn outputs(&self, inputs: &[Option<Shape>]) -> Result<Vec<Shape>>;
     /// See [`Kernel::reads`].
-    fn reads(&self) -> Reads;
+    fn reads(&self) -> Slots;
+    /// See [`Kernel::full_precision`].
+    fn full_precision(&self) -> Slots;
+    /// See [`Kernel::weights`].
+    fn weights(&self) -> u32;
     /// [`Kernel::forward`] in f32.
     fn forward_f32(&self, io: &mut Forward<'_, f32>);
     /// [`Kernel::forward`] in f64.
@@ -245,8 +272,14 @@ impl<K: Kernel> Operation for K {
     fn outputs(&self, inputs: &[Option<Shape>]) -> Result<Vec<Shape>> {
         Kernel::outputs(self, inputs)
     }
-    fn reads(&self) -> Reads {
+    fn reads(&self) -> Slots {
         Kernel::reads(self)
+    }
+    fn full_precision(&self) -> Slots {
+        Kernel::full_precision(self)
+    }
+    fn weights(&self) -> u32 {
+        Kernel::weights(self)
     }
     fn forward_f32(&self, io: &mut Forward<'_, f32>) {
         self.forward(io);

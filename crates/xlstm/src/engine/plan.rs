@@ -5,7 +5,7 @@
 //! from its first contribution to the backward step of the node that made the value.
 //! Buffers whose lives do not overlap share a slot, the best-fitting free one.
 
-use super::tape::{Mode, Source, Tape, Value};
+use super::tape::{Mode, Source, Tape};
 
 /// Where the values and gradients of a tape live.
 #[derive(Debug, Default)]
@@ -32,8 +32,8 @@ struct Life {
 const FOREVER: usize = usize::MAX;
 
 impl Plan {
-    /// `size` of a value, in the unit that slots are to be measured in.
-    pub(super) fn new(tape: &Tape, size: impl Fn(&Value) -> usize) -> Plan {
+    /// `size` of value number i, in the unit that slots are to be measured in.
+    pub(super) fn new(tape: &Tape, size: impl Fn(usize) -> usize) -> Plan {
         let mut lives = lives(tape, size);
         lives.sort_by_key(|life| (life.birth, std::cmp::Reverse(life.len)));
         let mut plan = Plan {
@@ -79,7 +79,7 @@ impl Plan {
     }
 }
 
-fn lives(tape: &Tape, size: impl Fn(&Value) -> usize) -> Vec<Life> {
+fn lives(tape: &Tape, size: impl Fn(usize) -> usize) -> Vec<Life> {
     let n = tape.nodes.len();
     let backward = |node: usize| 2 * n - 1 - node;
     let train = tape.mode == Mode::Train;
@@ -90,7 +90,7 @@ fn lives(tape: &Tape, size: impl Fn(&Value) -> usize) -> Vec<Life> {
         let flows = train && node.outputs.iter().any(|v| tape.values[v.index()].gradient);
         for (slot, var) in node.inputs.iter().enumerate() {
             let Some(var) = var else { continue };
-            let last = if flows && reads.inputs >> slot & 1 == 1 { backward(i) } else { i };
+            let last = if flows && reads.input(slot) { backward(i) } else { i };
             death[var.index()] = death[var.index()].max(last);
             if flows && tape.values[var.index()].gradient {
                 // Nodes come in order, so the last one seen is the first to run backward.
@@ -98,7 +98,7 @@ fn lives(tape: &Tape, size: impl Fn(&Value) -> usize) -> Vec<Life> {
             }
         }
         for (slot, var) in node.outputs.iter().enumerate() {
-            let last = if flows && reads.outputs >> slot & 1 == 1 { backward(i) } else { i };
+            let last = if flows && reads.output(slot) { backward(i) } else { i };
             death[var.index()] = death[var.index()].max(last);
         }
     }
@@ -110,7 +110,7 @@ fn lives(tape: &Tape, size: impl Fn(&Value) -> usize) -> Vec<Life> {
             Source::Node(node) => node,
         };
         let forever = value.kept || value.source == Source::Input;
-        let len = size(value);
+        let len = size(var);
         lives.push(Life {
             var,
             is_gradient: false,

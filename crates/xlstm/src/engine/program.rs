@@ -5,6 +5,7 @@ use super::cuda::{CudaExecutor, CudaParameters, CudaTensors};
 use super::device::Device;
 use super::executor::{Culprit, Executor};
 use super::operation::Element;
+use super::profile::OperationTime;
 use super::tape::{Ids, Tape, Var};
 #[cfg(feature = "cuda")]
 use crate::error::Error;
@@ -269,6 +270,32 @@ impl<T: Element> Program<T> {
             #[cfg(feature = "cuda")]
             (Program::Cuda(executor), Values::Cuda(parameters), Gradients::Cuda(gradients)) => {
                 executor.backward(parameters, gradients)
+            }
+            #[cfg(feature = "cuda")]
+            _ => Err(elsewhere()),
+        }
+    }
+
+    /// Replays forward and backward node by node; returns the time of each operation, the most
+    /// expensive first.
+    ///
+    /// # Errors
+    /// As [`backward`](Program::backward).
+    pub fn profile<'a>(
+        &mut self,
+        parameters: impl Into<Values<'a, T>>,
+        gradients: impl Into<Gradients<'a, T>>,
+    ) -> Result<Vec<OperationTime>>
+    where
+        T: 'a,
+    {
+        match (self, parameters.into(), gradients.into()) {
+            (Program::Cpu(executor), Values::Cpu(parameters), Gradients::Cpu(gradients)) => {
+                Ok(executor.profile(parameters, gradients))
+            }
+            #[cfg(feature = "cuda")]
+            (Program::Cuda(executor), Values::Cuda(parameters), Gradients::Cuda(gradients)) => {
+                executor.profile(parameters, gradients)
             }
             #[cfg(feature = "cuda")]
             _ => Err(elsewhere()),

@@ -7,7 +7,7 @@ use crate::data::Batch;
 use crate::engine::cuda::{CudaExecutor, CudaParameters, CudaTensors, launch::Queue};
 use crate::engine::executor::Culprit;
 use crate::engine::operation::Element;
-use crate::engine::{Device, Gradients, Ids, Mode, Program, Shape, Tape, Values, Var};
+use crate::engine::{Device, Gradients, Ids, Mode, OperationTime, Program, Shape, Tape, Values, Var};
 #[cfg(feature = "cuda")]
 use crate::error::ErrorKind;
 use crate::error::{Error, Result};
@@ -215,6 +215,21 @@ impl<T: Element> Objective<T> {
             return Err(Error::checkpoint("the carried state belongs to another model or batch size"));
         }
         state.iter().zip(&self.before).try_for_each(|(part, &var)| self.program.set_input(var, part))
+    }
+
+    /// Runs the last batch again node by node; returns the time of each operation.
+    ///
+    /// # Errors
+    /// When a GPU fails.
+    pub fn profile<'a>(
+        &mut self,
+        parameters: impl Into<Values<'a, T>>,
+        gradients: impl Into<Gradients<'a, T>>,
+    ) -> Result<Vec<OperationTime>>
+    where
+        T: 'a,
+    {
+        self.program.profile(parameters, gradients)
     }
 
     /// After a pass that was not finite: the first operation to blame.

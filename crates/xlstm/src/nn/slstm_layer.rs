@@ -18,7 +18,7 @@ use crate::cell::slstm::{CellFunction, SlstmConfig, SlstmState, slstm};
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
 use crate::ops::causal_conv::causal_conv;
-use crate::ops::headwise::headwise;
+use crate::ops::headwise::headwise_full;
 use crate::ops::norm::{Norm, NormKind, norm};
 
 /// The layer's parameters and options.
@@ -125,7 +125,7 @@ impl SlstmLayer {
         let mut gates = [x; 4];
         for (gate, (input, parameter)) in gates.iter_mut().zip([c, c, x, x].into_iter().zip(self.gates)) {
             let weight = parameter.var(tape);
-            *gate = headwise(tape, input, weight, None)?;
+            *gate = headwise_full(tape, input, weight, None)?;
         }
         let (recurrent, bias) = (self.recurrent.var(tape), self.bias.var(tape));
         let before = state.map(|s| SlstmState {

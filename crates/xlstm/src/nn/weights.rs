@@ -29,7 +29,7 @@ impl<T: Scalar> Weights<T> {
             #[cfg(feature = "cuda")]
             Device::Cuda(gpu, precision) => {
                 let layout = Layout::new(parameters.values.iter().map(Vec::len));
-                let placed = CudaParameters::new(gpu, &layout, *precision)?;
+                let placed = CudaParameters::zeros(gpu, &layout, *precision)?;
                 let values = parameters.values.iter();
                 let narrow = |x: &Vec<T>| x.iter().map(|x| x.to_f64() as f32).collect::<Vec<f32>>();
                 placed.upload(&values.map(narrow).collect::<Vec<_>>())?;

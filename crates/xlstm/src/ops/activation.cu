@@ -1,5 +1,4 @@
-// y = act(gate) * up. One thread an element. kind: the order of the enumeration in
-// activation.rs.
+// y = act(gate) * up. kind: the order of the enumeration in activation.rs.
 
 struct Both {
     float value, slope;
@@ -38,8 +37,12 @@ __device__ __forceinline__ Both activation(float x, int kind) {
 extern "C" __global__ void gated_forward(
     const element_t *gate, const element_t *up, element_t *y, long long n, int kind
 ) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) store(y + i, activation(load(gate + i), kind).value * load(up + i));
+    int count;
+    long long i = my_elements(n, &count);
+    if (count <= 0) return;
+    Wide g = load_wide(gate + i, count), u = load_wide(up + i, count);
+    EACH_WIDE(j) u.x[j] *= activation(g.x[j], kind).value;
+    store_wide(y + i, u, count);
 }
 
 /// dgate += dy up act'(gate), dup += dy act(gate); either may be null.
@@ -47,10 +50,15 @@ extern "C" __global__ void gated_backward(
     const element_t *dy, const element_t *gate, const element_t *up, element_t *dgate, element_t *dup, long long n,
     int kind
 ) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    Both both = activation(load(gate + i), kind);
-    float g = load(dy + i);
-    if (dgate) add(dgate + i, g * load(up + i) * both.slope);
-    if (dup) add(dup + i, g * both.value);
+    int count;
+    long long i = my_elements(n, &count);
+    if (count <= 0) return;
+    Wide g = load_wide(gate + i, count), u = load_wide(up + i, count), d = load_wide(dy + i, count);
+    EACH_WIDE(j) {
+        Both both = activation(g.x[j], kind);
+        g.x[j] = d.x[j] * u.x[j] * both.slope;
+        u.x[j] = d.x[j] * both.value;
+    }
+    if (dgate) add_wide(dgate + i, g, count);
+    if (dup) add_wide(dup + i, u, count);
 }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
-use crate::engine::operation::{Backward, Forward, Kernel, Reads};
+use crate::engine::operation::{Backward, Forward, Kernel, Slots};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::vectorize;
 use crate::engine::{Scalar, Shape};
@@ -122,8 +122,8 @@ impl Kernel for Gated {
         }
     }
 
-    fn reads(&self) -> Reads {
-        Reads::of(&[0, 1], &[])
+    fn reads(&self) -> Slots {
+        Slots::of(&[0, 1], &[])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -176,7 +176,7 @@ impl Kernel for Gated {
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let n = io.shapes.outputs[0].len();
         let arguments = arguments![io.input(0), io.input(1), io.outputs[0], n as u64, self.0 as u32];
-        io.queue.launch_each(&SOURCE, "gated_forward", n, arguments)
+        io.queue.launch_wide(&SOURCE, "gated_forward", n, arguments)
     }
 
     #[cfg(feature = "cuda")]
@@ -185,7 +185,7 @@ impl Kernel for Gated {
         let [dgate, dup, ..] = io.input_gradients;
         let arguments =
             arguments![io.gradient(), io.input(0), io.input(1), dgate, dup, n as u64, self.0 as u32];
-        io.queue.launch_each(&SOURCE, "gated_backward", n, arguments)
+        io.queue.launch_wide(&SOURCE, "gated_backward", n, arguments)
     }
 }
 

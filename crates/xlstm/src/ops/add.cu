@@ -1,12 +1,17 @@
-// y = a + b. One thread an element.
+// y = a + b.
 
 extern "C" __global__ void add_forward(const element_t *a, const element_t *b, element_t *y, long long n) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) store(y + i, load(a + i) + load(b + i));
+    int count;
+    long long i = my_elements(n, &count);
+    if (count <= 0) return;
+    Wide sum = load_wide(a + i, count), other = load_wide(b + i, count);
+    EACH_WIDE(j) sum.x[j] += other.x[j];
+    store_wide(y + i, sum, count);
 }
 
 /// dx += dy.
 extern "C" __global__ void add_backward(const element_t *dy, element_t *dx, long long n) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) add(dx + i, load(dy + i));
+    int count;
+    long long i = my_elements(n, &count);
+    if (count > 0) add_wide(dx + i, load_wide(dy + i, count), count);
 }

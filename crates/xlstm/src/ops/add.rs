@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
-use crate::engine::operation::{Backward, Forward, Kernel, Reads};
+use crate::engine::operation::{Backward, Forward, Kernel, Slots};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{add_to, vectorize};
 use crate::engine::{Scalar, Shape};
@@ -38,8 +38,8 @@ impl Kernel for Add {
         }
     }
 
-    fn reads(&self) -> Reads {
-        Reads::of(&[], &[])
+    fn reads(&self) -> Slots {
+        Slots::of(&[], &[])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -71,14 +71,14 @@ impl Kernel for Add {
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let n = io.shapes.outputs[0].len();
         let arguments = arguments![io.input(0), io.input(1), io.outputs[0], n as u64];
-        io.queue.launch_each(&SOURCE, "add_forward", n, arguments)
+        io.queue.launch_wide(&SOURCE, "add_forward", n, arguments)
     }
 
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let n = io.shapes.outputs[0].len();
         for dx in io.input_gradients.into_iter().flatten() {
-            io.queue.launch_each(&SOURCE, "add_backward", n, arguments![io.gradient(), dx, n as u64])?;
+            io.queue.launch_wide(&SOURCE, "add_backward", n, arguments![io.gradient(), dx, n as u64])?;
         }
         Ok(())
     }

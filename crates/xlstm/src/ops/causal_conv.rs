@@ -15,7 +15,7 @@ use rayon::prelude::*;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{self, CudaBackward, CudaForward, context::arguments};
 use crate::engine::matrix::MatMut;
-use crate::engine::operation::{Backward, Forward, Kernel, NodeShapes, Reads, scratch};
+use crate::engine::operation::{Backward, Forward, Kernel, NodeShapes, Slots, scratch};
 use crate::engine::tape::{Ids, Tape, Var};
 use crate::engine::vector::{add_to, vectorize};
 use crate::engine::{Gradient, Scalar, Shape};
@@ -275,8 +275,12 @@ impl Kernel for CausalConv {
         Ok(vec![x, window])
     }
 
-    fn reads(&self) -> Reads {
-        Reads::of(if self.silu { &[0, 1, 2, 3] } else { &[0, 1, 3] }, &[])
+    fn reads(&self) -> Slots {
+        Slots::of(if self.silu { &[0, 1, 2, 3] } else { &[0, 1, 3] }, &[])
+    }
+
+    fn full_precision(&self) -> Slots {
+        Slots::of(&[1, 2, 3], &[1])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -457,7 +461,8 @@ impl Kernel for CausalConv {
             return Ok(());
         }
         let arguments = arguments![partials, dw, db, width, taps, batch * tiles];
-        io.queue.launch(&SOURCE, "causal_conv_backward_weights", [blocks, taps + 1, 1], 256, arguments)
+        let grid = [width.div_ceil(32), taps + 1, 1];
+        io.queue.launch_square(&SOURCE, "causal_conv_backward_weights", grid, [32, 8], arguments)
     }
 }
 

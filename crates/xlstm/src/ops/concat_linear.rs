@@ -8,9 +8,11 @@
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
-use crate::engine::cuda::{CudaBackward, CudaForward, blas::Operand, blas::Product};
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::ROWS};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
-use crate::engine::operation::{Backward, Forward, Kernel, MAX_SLOTS, Reads, scratch};
+use crate::engine::operation::{Backward, Forward, Kernel, Slots, scratch};
+#[cfg(feature = "cuda")]
+use crate::engine::operation::{MAX_SLOTS, NodeShapes};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{add_to, axpy, vectorize};
 use crate::engine::{Scalar, Shape};
@@ -31,12 +33,22 @@ struct ConcatLinear {
 /// each of their features.
 pub fn concat_linear(tape: &mut Tape, parts: &[Var], weight: Var, bias: Option<Var>) -> Result<Var> {
     let operation = ConcatLinear { parts: parts.len() };
-    if parts.is_empty() || parts.len() + 2 > MAX_SLOTS {
-        return Err(Error::shape(format!("concat_linear takes 1 to {} parts", MAX_SLOTS - 2)));
+    if parts.is_empty() || parts.len() > MAX_PARTS {
+        return Err(Error::shape(format!("concat_linear takes 1 to {MAX_PARTS} parts")));
     }
     let inputs: Vec<Option<Var>> = parts.iter().copied().chain([weight]).map(Some).chain([bias]).collect();
     Ok(tape.record(operation, &inputs, &[])?[0])
 }
+
+/// As many parts as the GPU's kernels have pointers for.
+const MAX_PARTS: usize = 4;
+
+/// Outputs that those kernels take at a time: OUTPUTS of concat_linear.cu.
+#[cfg(feature = "cuda")]
+const CUDA_OUTPUTS: usize = 8;
+
+#[cfg(feature = "cuda")]
+const SOURCE: Source = Source::new("concat_linear", include_str!("concat_linear.cu"));
 
 /// Rows that share one pass over what they are added to.
 const GROUP: usize = 4;
@@ -72,8 +84,16 @@ impl Kernel for ConcatLinear {
         Ok(vec![first.with_last(w.rows())])
     }
 
-    fn reads(&self) -> Reads {
-        Reads { inputs: (1 << (self.parts + 1)) - 1, outputs: 0 }
+    fn reads(&self) -> Slots {
+        Slots { inputs: (1 << (self.parts + 1)) - 1, outputs: 0 }
+    }
+
+    fn full_precision(&self) -> Slots {
+        Slots::of(&[self.parts + 1], &[0])
+    }
+
+    fn weights(&self) -> u32 {
+        1 << self.parts
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -164,66 +184,51 @@ impl Kernel for ConcatLinear {
     #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let (rows, outer) = (io.shapes.outputs[0].rows(), io.shapes.outputs[0].last());
-        let (w, total) = (io.input(self.parts), io.shapes.input(self.parts).last());
-        let bias = io.inputs[self.parts + 1];
-        match bias {
-            Some(bias) => io.queue.fill_rows(bias, io.outputs[0], rows, outer)?,
-            None => io.queue.zero(io.outputs[0], rows * outer)?,
-        }
-        let mut first = 0;
-        for part in 0..self.parts {
-            let width = io.shapes.input(part).last();
-            if width > 0 {
-                io.queue.product(&Product {
-                    size: [rows, outer, width],
-                    a: Operand::new(io.input(part), width),
-                    b: Operand::new(w + 4 * first as u64, total).t(),
-                    c: Operand::new(io.outputs[0], outer),
-                    batch: 1,
-                    accumulate: true,
-                })?;
-            }
-            first += width;
-        }
-        Ok(())
+        let ([x0, x1, x2, x3], [w0, w1, w2, w3]) = (self.given(&io.inputs), self.widths(io.shapes));
+        let (w, bias, y) = (io.input(self.parts), io.inputs[self.parts + 1], io.outputs[0]);
+        let arguments = arguments![x0, x1, x2, x3, w0, w1, w2, w3, w, bias, y, rows, outer];
+        let grid = [rows.div_ceil(32), outer.div_ceil(CUDA_OUTPUTS), 1];
+        io.queue.launch(&SOURCE, "concat_linear_forward", grid, 256, arguments)
     }
 
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let (rows, outer) = (io.shapes.outputs[0].rows(), io.shapes.outputs[0].last());
         let (w, total) = (io.input(self.parts), io.shapes.input(self.parts).last());
-        let dy = Operand::new(io.gradient(), outer);
+        let (dy, tiles) = (io.gradient(), rows.div_ceil(ROWS));
+        let ([x0, x1, x2, x3], [w0, w1, w2, w3]) = (self.given(&io.inputs), self.widths(io.shapes));
         let mut first = 0;
         for part in 0..self.parts {
             let width = io.shapes.input(part).last();
-            let from = 4 * first as u64;
-            first += width;
-            if width == 0 {
-                continue;
-            }
             if let Some(dx) = io.input_gradients[part] {
-                io.queue.product(&Product {
-                    size: [rows, width, outer],
-                    a: dy,
-                    b: Operand::new(w + from, total),
-                    c: Operand::new(dx, width),
-                    batch: 1,
-                    accumulate: true,
-                })?;
+                for o in (0..outer).step_by(CUDA_OUTPUTS) {
+                    let arguments = arguments![dy, w, dx, rows, outer, o, total, first, width];
+                    let grid = [width.div_ceil(1024), tiles, 1];
+                    io.queue.launch(&SOURCE, "concat_linear_inputs", grid, 128, arguments)?;
+                }
             }
-            if let Some(dw) = io.input_gradients[self.parts] {
-                io.queue.product(&Product {
-                    size: [outer, width, rows],
-                    a: dy.t(),
-                    b: Operand::new(io.input(part), width),
-                    c: Operand::new(dw + from, total),
-                    batch: 1,
-                    accumulate: true,
-                })?;
-            }
+            first += width;
         }
-        io.input_gradients[self.parts + 1]
-            .map_or(Ok(()), |db| io.queue.add_rows(io.gradient(), rows, outer, db))
+        if let Some(dw) = io.input_gradients[self.parts] {
+            let sums = io.queue.scratch(tiles * outer * total)?;
+            let arguments = arguments![x0, x1, x2, x3, w0, w1, w2, w3, dy, sums, rows, outer];
+            let grid = [total.div_ceil(1024), tiles, outer.div_ceil(CUDA_OUTPUTS)];
+            io.queue.launch(&SOURCE, "concat_linear_weights", grid, 128, arguments)?;
+            io.queue.add_parts(sums, tiles, outer * total, dw)?;
+        }
+        io.input_gradients[self.parts + 1].map_or(Ok(()), |db| io.queue.add_rows(dy, true, rows, outer, db))
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl ConcatLinear {
+    /// The parts, as many as kernels take.
+    fn given(&self, inputs: &[Option<u64>; MAX_SLOTS]) -> [Option<u64>; MAX_PARTS] {
+        std::array::from_fn(|part| inputs[part].filter(|_| part < self.parts))
+    }
+
+    fn widths(&self, shapes: &NodeShapes) -> [usize; MAX_PARTS] {
+        std::array::from_fn(|part| if part < self.parts { shapes.input(part).last() } else { 0 })
     }
 }
 

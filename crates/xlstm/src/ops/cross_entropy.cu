@@ -26,12 +26,20 @@ extern "C" __global__ void __launch_bounds__(256) cross_entropy_forward(
         if (threadIdx.x == 0) nll[blockIdx.x] = log_sum[blockIdx.x] = 0.0f;
         return;
     }
-    float largest = NEG_INFINITY, sum = 0.0f;
-    for (int i = threadIdx.x; i < vocabulary; i += 256) largest = fmaxf(largest, load(x + i));
-    largest = block_reduce(largest, true);
-    // A NaN passes the maximum and shows in the sum.
-    for (int i = threadIdx.x; i < vocabulary; i += 256) sum += expf(load(x + i) - largest);
-    sum = block_reduce(sum, false);
+    // In one pass: a sum of exponentials follows the largest number seen so far. A NaN passes the
+    // maximum and shows in the sum.
+    float mine = NEG_INFINITY, sum = 0.0f;
+    for (int i = threadIdx.x * WIDE; i < vocabulary; i += 256 * WIDE) {
+        Wide wide = load_wide(x + i, vocabulary - i);
+        float before = mine, part = 0.0f;
+        EACH_WIDE(j) if (i + j < vocabulary) mine = fmaxf(mine, wide.x[j]);
+        // No number yet but minus infinity: any shift will do.
+        float shift = mine == NEG_INFINITY ? 0.0f : mine;
+        EACH_WIDE(j) if (i + j < vocabulary) part += expf(wide.x[j] - shift);
+        sum = fmaf(sum, expf(before - shift), part);
+    }
+    float largest = block_reduce(mine, true);
+    sum = block_reduce(mine == NEG_INFINITY ? sum : sum * expf(mine - largest), false);
     if (threadIdx.x == 0) {
         float log = largest + logf(sum);
         log_sum[blockIdx.x] = log;
@@ -63,9 +71,13 @@ extern "C" __global__ void __launch_bounds__(256) cross_entropy_backward(
 ) {
     unsigned target = targets[blockIdx.x];
     if (target == IGNORE) return;
-    long long first = (long long)blockIdx.x * vocabulary;
+    const element_t *x = logits + (long long)blockIdx.x * vocabulary;
+    dx += (long long)blockIdx.x * vocabulary;
     float weight = (dloss ? *scale * *dloss : 0.0f) + (dnll ? dnll[blockIdx.x] : 0.0f), log = log_sum[blockIdx.x];
     if (target >= vocabulary) weight = __int_as_float(0x7fc00000);
-    for (int i = threadIdx.x; i < vocabulary; i += 256)
-        add(dx + first + i, weight * (expf(load(logits + first + i) - log) - (i == target ? 1.0f : 0.0f)));
+    for (int i = threadIdx.x * WIDE; i < vocabulary; i += 256 * WIDE) {
+        Wide wide = load_wide(x + i, vocabulary - i);
+        EACH_WIDE(j) wide.x[j] = weight * (expf(wide.x[j] - log) - (i + j == target ? 1.0f : 0.0f));
+        add_wide(dx + i, wide, vocabulary - i);
+    }
 }

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
-use crate::engine::operation::{Backward, Forward, Kernel, Reads};
+use crate::engine::operation::{Backward, Forward, Kernel, Slots};
 use crate::engine::tape::{Ids, Tape, Var};
 use crate::engine::vector::{sum, vectorize};
 use crate::engine::{Scalar, Shape};
@@ -57,8 +57,12 @@ impl Kernel for CrossEntropy {
         Ok(vec![[].into(), rows, rows])
     }
 
-    fn reads(&self) -> Reads {
-        Reads::of(&[0, 1], &[1, 2])
+    fn reads(&self) -> Slots {
+        Slots::of(&[0, 1], &[1, 2])
+    }
+
+    fn full_precision(&self) -> Slots {
+        Slots::of(&[1], &[0, 1, 2])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {

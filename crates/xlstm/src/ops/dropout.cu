@@ -16,16 +16,18 @@ __device__ __forceinline__ unsigned absorb(unsigned key, const unsigned *seed, u
     return mix(site ^ key, key);
 }
 
-/// y = x mask / (1 - rate), or y += with accumulate: backward is the same map. One thread an
-/// element. kept: 1 / (1 - rate); threshold: rate 2^32.
+/// y = x mask / (1 - rate), or y += with accumulate: backward is the same map. kept: 1 / (1 - rate);
+/// threshold: rate 2^32.
 extern "C" __global__ void dropout(
     const unsigned *seed, const element_t *x, element_t *y, long long n, unsigned site, unsigned threshold,
     float kept, int accumulate
 ) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
+    int count;
+    long long i = my_elements(n, &count);
+    if (count <= 0) return;
     unsigned key = absorb(0x243f6a88u, seed, site), other = absorb(0x85a308d3u, seed, site);
-    float factor = mix((unsigned)i ^ key, other) < threshold ? 0.0f : kept, value = load(x + i) * factor;
-    if (accumulate) add(y + i, value);
-    else store(y + i, value);
+    Wide values = load_wide(x + i, count);
+    EACH_WIDE(j) values.x[j] *= mix((unsigned)(i + j) ^ key, other) < threshold ? 0.0f : kept;
+    if (accumulate) add_wide(y + i, values, count);
+    else store_wide(y + i, values, count);
 }

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::Queue};
-use crate::engine::operation::{Backward, Forward, Kernel, Reads};
+use crate::engine::operation::{Backward, Forward, Kernel, Slots};
 use crate::engine::tape::{Ids, Mode, Tape, Var};
 use crate::engine::vector::vectorize;
 use crate::engine::{Scalar, Shape};
@@ -94,7 +94,7 @@ impl Dropout {
         let threshold = (self.rate * 2f64.powi(32)) as u32;
         let kept = 1.0 / (1.0 - self.rate);
         let arguments = arguments![seed, x, y, n as u64, self.site, threshold, kept, u32::from(accumulate)];
-        queue.launch_each(&SOURCE, "dropout", n, arguments)
+        queue.launch_wide(&SOURCE, "dropout", n, arguments)
     }
 }
 
@@ -110,8 +110,8 @@ impl Kernel for Dropout {
         Ok(vec![inputs[0].ok_or_else(|| Error::shape("x is needed"))?])
     }
 
-    fn reads(&self) -> Reads {
-        Reads::of(&[], &[])
+    fn reads(&self) -> Slots {
+        Slots::of(&[], &[])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {

@@ -1,35 +1,57 @@
 // y = the row of the weight that each token id names. The caller validates ids.
 
-/// One thread an element.
-extern "C" __global__ void embedding_forward(
-    const float *weight, const unsigned *ids, element_t *y, long long n, int width
+/// A warp a token. grid (ceil(tokens / 8)), block 256.
+extern "C" __global__ void __launch_bounds__(256) embedding_forward(
+    const element_t *weight, const unsigned *ids, element_t *y, int tokens, int width
 ) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) store(y + i, weight[(long long)ids[i / width] * width + i % width]);
+    int token = blockIdx.x * 8 + threadIdx.x / 32;
+    if (token >= tokens) return;
+    const element_t *from = weight + (long long)ids[token] * width;
+    element_t *to = y + (long long)token * width;
+    for (int i = threadIdx.x % 32 * WIDE; i < width; i += 32 * WIDE)
+        store_wide(to + i, load_wide(from + i, width - i), width - i);
 }
 
-/// dW[id] += dy, tokens in order. grid (vocabulary, ceil(width / 256)), block 256: a block looks
-/// through all ids, 256 at a time, for its own.
+#define CHUNKS 4
+
+/// dW[id] += dy. grid (vocabulary, ceil(width / 1024)), block 256: a warp looks through every eighth
+/// 32 ids for its block's own and adds their rows, tokens in order; the warps' sums are added in
+/// order.
 extern "C" __global__ void __launch_bounds__(256) embedding_backward(
     const element_t *dy, const unsigned *ids, float *dw, int tokens, int width
 ) {
-    __shared__ unsigned found[8];
-    int column = blockIdx.y * 256 + threadIdx.x, lane = threadIdx.x % 32;
-    float sum = 0.0f;
+    __shared__ float sums[8][32 * WIDE];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.y * CHUNKS * 32 * WIDE + lane * WIDE;
+    Wide sum[CHUNKS] = {};
     bool any = false;
-    for (int start = 0; start < tokens; start += 256) {
-        int token = start + threadIdx.x;
+    for (int start = 32 * warp; start < tokens; start += 256) {
+        int token = start + lane;
         unsigned here = __ballot_sync(0xffffffffu, token < tokens && ids[token] == blockIdx.x);
-        if (!__syncthreads_or(here)) continue;
-        any = true;
-        if (lane == 0) found[threadIdx.x / 32] = here;
-        __syncthreads();
-        for (int warp = 0; warp < 8; warp++)
-            for (unsigned rest = found[warp]; rest; rest &= rest - 1) {
-                int at = start + 32 * warp + __ffs(rest) - 1;
-                if (column < width) sum += load(dy + (long long)at * width + column);
+        any |= here != 0;
+        for (; here; here &= here - 1) {
+            const element_t *row = dy + (long long)(start + __ffs(here) - 1) * width;
+#pragma unroll
+            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                int column = first + chunk * 32 * WIDE;
+                if (column >= width) continue;
+                Wide more = load_wide(row + column, width - column);
+                EACH_WIDE(j) sum[chunk].x[j] += more.x[j];
             }
+        }
+    }
+    if (!__syncthreads_or(any)) return;
+    float *to = dw + (long long)blockIdx.x * width;
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        EACH_WIDE(j) sums[warp][j * 32 + lane] = sum[chunk].x[j];
+        __syncthreads();
+        // Thread j * 32 + lane has the column lane * WIDE + j.
+        int column = (blockIdx.y * CHUNKS + chunk) * 32 * WIDE + lane * WIDE + warp;
+        if (column < width) {
+            float total = 0.0f;
+            for (int i = 0; i < 8; i++) total += sums[i][threadIdx.x];
+            to[column] += total;
+        }
         __syncthreads();
     }
-    if (any && column < width) dw[(long long)blockIdx.x * width + column] += sum;
 }

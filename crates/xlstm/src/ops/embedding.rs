@@ -5,7 +5,7 @@ use rayon::prelude::*;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
 use crate::engine::matrix::MatMut;
-use crate::engine::operation::{Backward, Forward, Kernel, Reads};
+use crate::engine::operation::{Backward, Forward, Kernel, Slots};
 use crate::engine::tape::{Ids, Tape, Var};
 use crate::engine::vector::{add_to, vectorize};
 use crate::engine::{Scalar, Shape};
@@ -48,8 +48,12 @@ impl Kernel for Embedding {
         Ok(vec![[self.batch, self.length, weight.last()].into()])
     }
 
-    fn reads(&self) -> Reads {
-        Reads::of(&[], &[])
+    fn reads(&self) -> Slots {
+        Slots::of(&[], &[])
+    }
+
+    fn weights(&self) -> u32 {
+        1
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -83,9 +87,9 @@ impl Kernel for Embedding {
 
     #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
-        let (n, width) = (io.shapes.outputs[0].len(), io.shapes.outputs[0].last());
-        let arguments = arguments![io.input(0), io.ids[0], io.outputs[0], n as u64, width];
-        io.queue.launch_each(&SOURCE, "embedding_forward", n, arguments)
+        let (tokens, width) = (self.batch * self.length, io.shapes.outputs[0].last());
+        let arguments = arguments![io.input(0), io.ids[0], io.outputs[0], tokens, width];
+        io.queue.launch(&SOURCE, "embedding_forward", [tokens.div_ceil(8), 1, 1], 256, arguments)
     }
 
     #[cfg(feature = "cuda")]
@@ -93,7 +97,7 @@ impl Kernel for Embedding {
         let Some(dw) = io.input_gradients[0] else { return Ok(()) };
         let (vocabulary, width) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
         let arguments = arguments![io.gradient(), io.ids[0], dw, self.batch * self.length, width];
-        let grid = [vocabulary, width.div_ceil(256), 1];
+        let grid = [vocabulary, width.div_ceil(1024), 1];
         io.queue.launch(&SOURCE, "embedding_backward", grid, 256, arguments)
     }
 }

@@ -11,7 +11,7 @@ use crate::engine::cuda::{
     CudaBackward, CudaForward, Source, blas::Operand, blas::Product, context::arguments, launch::ROWS,
 };
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
-use crate::engine::operation::{Backward, Forward, Kernel, Reads, scratch};
+use crate::engine::operation::{Backward, Forward, Kernel, Slots, scratch};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{axpy, dot, vectorize};
 use crate::engine::{Scalar, Shape};
@@ -21,7 +21,10 @@ use crate::ops::linear::{reduce_tiles, sum_rows};
 
 /// x (…, NH·I), W (NH, O, I), optional b (NH·O) -> y (…, NH·O).
 #[derive(Debug)]
-struct Headwise;
+struct Headwise {
+    /// y is f32 on a GPU whatever the precision.
+    full: bool,
+}
 
 /// Records the linear map of each head's features by that head's weight.
 ///
@@ -29,7 +32,16 @@ struct Headwise;
 /// When the heads' inner dimensions do not add up to the rows of x, or the bias does not
 /// have one number an output.
 pub fn headwise(tape: &mut Tape, x: Var, weight: Var, bias: Option<Var>) -> Result<Var> {
-    Ok(tape.record(Headwise, &[Some(x), Some(weight), bias], &[])?[0])
+    Ok(tape.record(Headwise { full: false }, &[Some(x), Some(weight), bias], &[])?[0])
+}
+
+/// [`headwise`] with an output that is f32 on a GPU whatever its precision, such as gate
+/// pre-activations.
+///
+/// # Errors
+/// As [`headwise`].
+pub fn headwise_full(tape: &mut Tape, x: Var, weight: Var, bias: Option<Var>) -> Result<Var> {
+    Ok(tape.record(Headwise { full: true }, &[Some(x), Some(weight), bias], &[])?[0])
 }
 
 /// Both sides of a block at least this long: a matrix product a head.
@@ -78,8 +90,16 @@ impl Kernel for Headwise {
         Ok(vec![x.with_last(heads * outer)])
     }
 
-    fn reads(&self) -> Reads {
-        Reads::of(&[0, 1], &[])
+    fn reads(&self) -> Slots {
+        Slots::of(&[0, 1], &[])
+    }
+
+    fn full_precision(&self) -> Slots {
+        Slots::of(&[2], if self.full { &[0] } else { &[] })
+    }
+
+    fn weights(&self) -> u32 {
+        1 << 1
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -209,21 +229,28 @@ impl Kernel for Headwise {
     #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let (heads, outer, inner) = sizes(io.shapes.input(1));
-        let rows = io.shapes.input(0).rows();
+        let (rows, width) = (io.shapes.input(0).rows(), heads * outer);
         let (x, w, bias, y) = (io.input(0), io.input(1), io.inputs[2], io.outputs[0]);
+        if (outer, inner) == (SMALL, SMALL) && !self.full {
+            let arguments = arguments![x, w, bias, y, rows, width];
+            let grid = [width.div_ceil(1024), rows.div_ceil(ROWS), 1];
+            return io.queue.launch(&SOURCE, "headwise_forward_4", grid, 128, arguments);
+        }
         if outer < LARGE || inner < LARGE {
-            let n = rows * heads * outer;
+            let n = rows * width;
             let arguments = arguments![x, w, bias, y, n as u64, heads, outer, inner];
-            return io.queue.launch_each(&SOURCE, "headwise_forward", n, arguments);
+            let name = if self.full { "headwise_forward_full" } else { "headwise_forward" };
+            return io.queue.launch_each(&SOURCE, name, n, arguments);
         }
         if let Some(bias) = bias {
-            io.queue.fill_rows(bias, y, rows, heads * outer)?;
+            io.queue.fill_rows(bias, y, self.full, rows, width)?;
         }
+        let c = Operand::new(y, width).batched(outer);
         io.queue.product(&Product {
             size: [rows, outer, inner],
             a: Operand::new(x, heads * inner).batched(inner),
             b: Operand::new(w, inner).batched(outer * inner).t(),
-            c: Operand::new(y, heads * outer).batched(outer),
+            c: if self.full { c.full() } else { c },
             batch: heads,
             accumulate: bias.is_some(),
         })
@@ -232,46 +259,58 @@ impl Kernel for Headwise {
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let (heads, outer, inner) = sizes(io.shapes.input(1));
-        let rows = io.shapes.input(0).rows();
-        let (dy, x, w) = (io.gradient(), io.input(0), io.input(1));
-        let large = outer >= LARGE && inner >= LARGE;
-        let dys = Operand::new(dy, heads * outer).batched(outer);
-        match io.input_gradients[0] {
-            Some(dx) if large => io.queue.product(&Product {
-                size: [rows, inner, outer],
-                a: dys,
-                b: Operand::new(w, inner).batched(outer * inner),
-                c: Operand::new(dx, heads * inner).batched(inner),
-                batch: heads,
-                accumulate: true,
-            })?,
-            Some(dx) => {
-                let n = rows * heads * inner;
-                let arguments = arguments![dy, w, dx, n as u64, heads, outer, inner];
-                io.queue.launch_each(&SOURCE, "headwise_backward", n, arguments)?;
+        let (rows, width) = (io.shapes.input(0).rows(), heads * outer);
+        let (x, w, [dx, dw, db, ..]) = (io.input(0), io.input(1), io.input_gradients);
+        let dy = match io.gradient() {
+            dy if self.full => io.queue.to_elements(dy, rows * width)?,
+            dy => dy,
+        };
+        let (count, tiles) = (heads * outer * inner, rows.div_ceil(ROWS));
+        if outer >= LARGE && inner >= LARGE {
+            let dys = Operand::new(dy, width).batched(outer);
+            if let Some(dx) = dx {
+                io.queue.product(&Product {
+                    size: [rows, inner, outer],
+                    a: dys,
+                    b: Operand::new(w, inner).batched(outer * inner),
+                    c: Operand::new(dx, heads * inner).batched(inner),
+                    batch: heads,
+                    accumulate: true,
+                })?;
             }
-            None => {}
-        }
-        match io.input_gradients[1] {
-            Some(dw) if large => io.queue.product(&Product {
-                size: [outer, inner, rows],
-                a: dys.t(),
-                b: Operand::new(x, heads * inner).batched(inner),
-                c: Operand::new(dw, inner).batched(outer * inner),
-                batch: heads,
-                accumulate: true,
-            })?,
-            Some(dw) => {
-                let (count, tiles) = (heads * outer * inner, rows.div_ceil(ROWS));
-                let parts = io.queue.scratch(tiles * count)?;
-                let arguments = arguments![dy, x, parts, rows, heads, outer, inner];
-                let grid = [count.div_ceil(128), tiles, 1];
-                io.queue.launch(&SOURCE, "headwise_parts", grid, 128, arguments)?;
+            if let Some(dw) = dw {
+                io.queue.product(&Product {
+                    size: [outer, inner, rows],
+                    a: dys.t(),
+                    b: Operand::new(x, heads * inner).batched(inner),
+                    c: Operand::new(dw, inner).batched(outer * inner).full(),
+                    batch: heads,
+                    accumulate: true,
+                })?;
+            }
+        } else {
+            let parts = dw.map(|_| io.queue.scratch(tiles * count)).transpose()?;
+            if (outer, inner) == (SMALL, SMALL) {
+                let arguments = arguments![dy, x, w, dx, parts, rows, width];
+                let grid = [width.div_ceil(1024), tiles, 1];
+                io.queue.launch(&SOURCE, "headwise_backward_4", grid, 128, arguments)?;
+            } else {
+                if let Some(dx) = dx {
+                    let n = rows * heads * inner;
+                    let arguments = arguments![dy, w, dx, n as u64, heads, outer, inner];
+                    io.queue.launch_each(&SOURCE, "headwise_backward", n, arguments)?;
+                }
+                if let Some(parts) = parts {
+                    let arguments = arguments![dy, x, parts, rows, heads, outer, inner];
+                    let grid = [count.div_ceil(128), tiles, 1];
+                    io.queue.launch(&SOURCE, "headwise_parts", grid, 128, arguments)?;
+                }
+            }
+            if let (Some(dw), Some(parts)) = (dw, parts) {
                 io.queue.add_parts(parts, tiles, count, dw)?;
             }
-            None => {}
         }
-        io.input_gradients[2].map_or(Ok(()), |db| io.queue.add_rows(dy, rows, heads * outer, db))
+        db.map_or(Ok(()), |db| io.queue.add_rows(dy, false, rows, width, db))
     }
 }
 

@@ -2,7 +2,7 @@
 
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
-use crate::engine::operation::{Backward, Forward, Kernel, Reads};
+use crate::engine::operation::{Backward, Forward, Kernel, Slots};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::add_to;
 use crate::engine::{Scalar, Shape};
@@ -35,8 +35,8 @@ impl Kernel for LastToken {
         }
     }
 
-    fn reads(&self) -> Reads {
-        Reads::of(&[], &[])
+    fn reads(&self) -> Slots {
+        Slots::of(&[], &[])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, blas::Operand, blas::Product};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
-use crate::engine::operation::{Backward, Forward, Kernel, Reads, scratch};
+use crate::engine::operation::{Backward, Forward, Kernel, Slots, scratch};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{add_to, vectorize};
 use crate::engine::{Scalar, Shape};
@@ -39,8 +39,16 @@ impl Kernel for Linear {
         Ok(vec![x.with_last(w.rows())])
     }
 
-    fn reads(&self) -> Reads {
-        Reads::of(&[0, 1], &[])
+    fn reads(&self) -> Slots {
+        Slots::of(&[0, 1], &[])
+    }
+
+    fn full_precision(&self) -> Slots {
+        Slots::of(&[2], &[])
+    }
+
+    fn weights(&self) -> u32 {
+        1 << 1
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -83,7 +91,7 @@ impl Kernel for Linear {
         let y = io.shapes.outputs[0];
         let (rows, inner, outer) = (y.rows(), io.shapes.input(0).last(), y.last());
         if let Some(bias) = io.inputs[2] {
-            io.queue.fill_rows(bias, io.outputs[0], rows, outer)?;
+            io.queue.fill_rows(bias, io.outputs[0], false, rows, outer)?;
         }
         io.queue.product(&Product {
             size: [rows, outer, inner],
@@ -115,12 +123,12 @@ impl Kernel for Linear {
                 size: [outer, inner, rows],
                 a: dy.t(),
                 b: Operand::new(io.input(0), inner),
-                c: Operand::new(dw, inner),
+                c: Operand::new(dw, inner).full(),
                 batch: 1,
                 accumulate: true,
             })?;
         }
-        io.input_gradients[2].map_or(Ok(()), |db| io.queue.add_rows(io.gradient(), rows, outer, db))
+        io.input_gradients[2].map_or(Ok(()), |db| io.queue.add_rows(io.gradient(), false, rows, outer, db))
     }
 }
 

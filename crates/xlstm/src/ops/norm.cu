@@ -15,16 +15,27 @@ extern "C" __global__ void __launch_bounds__(256) norm_forward(
     y += group * size;
     w += group % groups * size;
     float mean = 0.0f, square = 0.0f;
+    // Three passes, of which the last two find x in the cache.
     if (layer) {
-        for (int i = lane; i < size; i += 32) mean += load(x + i);
+        for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
+            Wide wide = load_wide(x + i, size - i);
+            EACH_WIDE(j) mean += wide.x[j];
+        }
         mean = warp_sum(mean) / size;
     }
-    for (int i = lane; i < size; i += 32) {
-        float d = load(x + i) - mean;
-        square = fmaf(d, d, square);
+    for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
+        Wide wide = load_wide(x + i, size - i);
+        EACH_WIDE(j) {
+            float d = i + j < size ? wide.x[j] - mean : 0.0f;
+            square = fmaf(d, d, square);
+        }
     }
     float inverse = 1.0f / sqrtf(warp_sum(square) / size + eps);
-    for (int i = lane; i < size; i += 32) store(y + i, (load(x + i) - mean) * inverse * (w[i] + offset));
+    for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
+        Wide wide = load_wide(x + i, size - i), scale = load_wide(w + i, size - i);
+        EACH_WIDE(j) wide.x[j] = (wide.x[j] - mean) * inverse * (scale.x[j] + offset);
+        store_wide(y + i, wide, size - i);
+    }
     if (lane == 0) {
         saved[2 * group] = mean;
         saved[2 * group + 1] = inverse;
@@ -45,16 +56,24 @@ extern "C" __global__ void __launch_bounds__(256) norm_backward(
     dx += group * size;
     w += group % groups * size;
     float mean = saved[2 * group], inverse = saved[2 * group + 1], g_sum = 0.0f, gn_sum = 0.0f;
-    for (int i = lane; i < size; i += 32) {
-        float g = load(dy + i) * (w[i] + offset);
-        g_sum += g;
-        gn_sum = fmaf(g, (load(x + i) - mean) * inverse, gn_sum);
+    for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
+        Wide g = load_wide(dy + i, size - i), n = load_wide(x + i, size - i), scale = load_wide(w + i, size - i);
+        // Beyond the end, dy is zero.
+        EACH_WIDE(j) {
+            float own = g.x[j] * (scale.x[j] + offset);
+            g_sum += own;
+            gn_sum = fmaf(own, (n.x[j] - mean) * inverse, gn_sum);
+        }
     }
     g_sum = layer ? warp_sum(g_sum) / size : 0.0f;
     gn_sum = warp_sum(gn_sum) / size;
-    for (int i = lane; i < size; i += 32) {
-        float n = (load(x + i) - mean) * inverse, g = load(dy + i) * (w[i] + offset);
-        add(dx + i, inverse * (g - g_sum - n * gn_sum));
+    for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
+        Wide g = load_wide(dy + i, size - i), n = load_wide(x + i, size - i), scale = load_wide(w + i, size - i);
+        EACH_WIDE(j) {
+            float normal = (n.x[j] - mean) * inverse;
+            g.x[j] = inverse * (g.x[j] * (scale.x[j] + offset) - g_sum - normal * gn_sum);
+        }
+        add_wide(dx + i, g, size - i);
     }
 }
 
@@ -67,6 +86,7 @@ extern "C" __global__ void norm_parts(
     int column = blockIdx.x * 128 + threadIdx.x, first = blockIdx.y * ROWS;
     if (column >= width) return;
     float sum = 0.0f;
+#pragma unroll 4
     for (int row = first; row < min(rows, first + ROWS); row++) {
         long long i = (long long)row * width + column;
         const float *s = saved + 2 * ((long long)row * groups + column / size);

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::ROWS};
-use crate::engine::operation::{Backward, Forward, Kernel, Reads};
+use crate::engine::operation::{Backward, Forward, Kernel, Slots};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{sum, vectorize};
 use crate::engine::{Scalar, Shape};
@@ -75,8 +75,12 @@ impl Kernel for Norm {
         Ok(vec![x, x.with_last(2 * self.groups)])
     }
 
-    fn reads(&self) -> Reads {
-        Reads::of(&[0, 1], &[1])
+    fn reads(&self) -> Slots {
+        Slots::of(&[0, 1], &[1])
+    }
+
+    fn full_precision(&self) -> Slots {
+        Slots::of(&[1], &[1])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {

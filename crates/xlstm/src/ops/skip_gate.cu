@@ -2,14 +2,26 @@
 
 #define ROWS 64
 
+/// The skip's columns of elements i and on.
+__device__ __forceinline__ Wide columns(const float *skip, long long i, int width, int count) {
+    int column = (int)(i % width);
+    if (column + WIDE <= width) return load_wide(skip + column, count);
+    Wide wide;
+    EACH_WIDE(j) wide.x[j] = skip[(column + j) % width];
+    return wide;
+}
+
 extern "C" __global__ void skip_gate_forward(
     const element_t *h, const float *skip, const element_t *x, const element_t *z, element_t *y, long long n,
     int width
 ) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    float gate = load(z + i);
-    store(y + i, fmaf(skip[i % width], load(x + i), load(h + i)) * (gate * sigmoid(gate)));
+    int count;
+    long long i = my_elements(n, &count);
+    if (count <= 0) return;
+    Wide sum = load_wide(h + i, count), s = columns(skip, i, width, count);
+    Wide xs = load_wide(x + i, count), gates = load_wide(z + i, count);
+    EACH_WIDE(j) sum.x[j] = fmaf(s.x[j], xs.x[j], sum.x[j]) * (gates.x[j] * sigmoid(gates.x[j]));
+    store_wide(y + i, sum, count);
 }
 
 /// dh += a, dx += a s, dz += dy (h + s x) silu'(z), with a = dy silu(z); each may be null.
@@ -17,13 +29,20 @@ extern "C" __global__ void skip_gate_backward(
     const element_t *dy, const element_t *h, const float *skip, const element_t *x, const element_t *z,
     element_t *dh, element_t *dx, element_t *dz, long long n, int width
 ) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    float gate = load(z + i), s = sigmoid(gate), value = gate * s, slope = fmaf(value, 1.0f - s, s);
-    float g = load(dy + i), scale = skip[i % width];
-    if (dh) add(dh + i, g * value);
-    if (dx) add(dx + i, g * value * scale);
-    if (dz) add(dz + i, g * slope * fmaf(scale, load(x + i), load(h + i)));
+    int count;
+    long long i = my_elements(n, &count);
+    if (count <= 0) return;
+    Wide g = load_wide(dy + i, count), hs = load_wide(h + i, count), xs = load_wide(x + i, count);
+    Wide gates = load_wide(z + i, count), s = columns(skip, i, width, count);
+    EACH_WIDE(j) {
+        float gate = gates.x[j], open = sigmoid(gate), value = gate * open;
+        gates.x[j] = g.x[j] * fmaf(value, 1.0f - open, open) * fmaf(s.x[j], xs.x[j], hs.x[j]);
+        g.x[j] *= value;
+        s.x[j] *= g.x[j];
+    }
+    if (dh) add_wide(dh + i, g, count);
+    if (dx) add_wide(dx + i, s, count);
+    if (dz) add_wide(dz + i, gates, count);
 }
 
 /// parts (tiles, width) = the sums of a x over tiles of ROWS rows. grid (ceil(width / 128), tiles),
@@ -34,6 +53,7 @@ extern "C" __global__ void skip_gate_parts(
     int column = blockIdx.x * 128 + threadIdx.x, first = blockIdx.y * ROWS;
     if (column >= width) return;
     float sum = 0.0f;
+#pragma unroll 4
     for (int row = first; row < min(rows, first + ROWS); row++) {
         long long i = (long long)row * width + column;
         float gate = load(z + i);

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::ROWS};
-use crate::engine::operation::{Backward, Forward, Kernel, Reads};
+use crate::engine::operation::{Backward, Forward, Kernel, Slots};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::vectorize;
 use crate::engine::{Scalar, Shape};
@@ -43,8 +43,12 @@ impl Kernel for SkipGate {
         Ok(vec![h])
     }
 
-    fn reads(&self) -> Reads {
-        Reads::of(&[0, 1, 2, 3], &[])
+    fn reads(&self) -> Slots {
+        Slots::of(&[0, 1, 2, 3], &[])
+    }
+
+    fn full_precision(&self) -> Slots {
+        Slots::of(&[1], &[])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -134,7 +138,7 @@ impl Kernel for SkipGate {
         let (n, width) = (io.shapes.outputs[0].len(), io.shapes.outputs[0].last());
         let [h, skip, x, z, ..] = io.inputs;
         let arguments = arguments![h, skip, x, z, io.outputs[0], n as u64, width];
-        io.queue.launch_each(&SOURCE, "skip_gate_forward", n, arguments)
+        io.queue.launch_wide(&SOURCE, "skip_gate_forward", n, arguments)
     }
 
     #[cfg(feature = "cuda")]
@@ -143,7 +147,7 @@ impl Kernel for SkipGate {
         let (n, width, rows) = (shape.len(), shape.last(), shape.rows());
         let ([h, skip, x, z, ..], [dh, dskip, dx, dz, ..]) = (io.inputs, io.input_gradients);
         let arguments = arguments![io.gradient(), h, skip, x, z, dh, dx, dz, n as u64, width];
-        io.queue.launch_each(&SOURCE, "skip_gate_backward", n, arguments)?;
+        io.queue.launch_wide(&SOURCE, "skip_gate_backward", n, arguments)?;
         let Some(dskip) = dskip else { return Ok(()) };
         let tiles = rows.div_ceil(ROWS);
         let parts = io.queue.scratch(tiles * width)?;

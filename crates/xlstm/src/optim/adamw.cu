@@ -32,9 +32,10 @@ extern "C" __global__ void global_norm(const double *parts, float *outcome, int 
 }
 
 /// One thread an element. decay: a flag a block of 64 elements; rates: rate / (1 - b1^t),
-/// 1 / sqrt(1 - b2^t), 1 - rate decay. Nothing changes where the norm is not finite.
+/// 1 / sqrt(1 - b2^t), 1 - rate decay. copy: w in bf16, or null. Nothing changes where the norm is not
+/// finite.
 extern "C" __global__ void adamw(
-    float *w, const float *g, float *m, float *v, const float *decay, const float *rates, const float *outcome,
+    float *w, bf16_t *copy, const float *g, float *m, float *v, const float *decay, const float *rates, const float *outcome,
     int total, float b1, float b2, float rest_1, float rest_2, float eps
 ) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -45,5 +46,7 @@ extern "C" __global__ void adamw(
     float keep = decay[i / 64] != 0.0f ? rates[2] : 1.0f;
     m[i] = first;
     v[i] = second;
-    w[i] = w[i] * keep - rates[0] * first / (sqrtf(second) * rates[1] + eps);
+    float updated = w[i] * keep - rates[0] * first / (sqrtf(second) * rates[1] + eps);
+    w[i] = updated;
+    if (copy) store(copy + i, updated);
 }

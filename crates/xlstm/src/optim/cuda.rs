@@ -1,15 +1,12 @@
-//! AdamW on a GPU, and the training step as one CUDA graph.
+//! AdamW on a GPU.
 
 use std::sync::Arc;
 
-use cudarc::driver::CudaGraph;
-use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-
 use super::AdamWOptions;
-use crate::engine::cuda::context::{Buffer, arguments, driver};
+use crate::engine::cuda::context::{Buffer, arguments};
 use crate::engine::cuda::launch::Queue;
 use crate::engine::cuda::parameters::ALIGNMENT;
-use crate::engine::cuda::{CudaExecutor, CudaTensors, Gpu, Layout, Source};
+use crate::engine::cuda::{CudaParameters, CudaTensors, Gpu, Layout, Source};
 use crate::error::Result;
 use crate::nn::ParameterSpec;
 
@@ -87,7 +84,12 @@ impl CudaOptimizer {
     }
 
     /// Queues the norm and the update.
-    fn queue(&self, queue: &Queue, parameters: &CudaTensors, gradients: &CudaTensors) -> Result<()> {
+    pub(crate) fn queue(
+        &self,
+        queue: &Queue,
+        parameters: &CudaParameters,
+        gradients: &CudaTensors,
+    ) -> Result<()> {
         let total = gradients.layout().total();
         let tiles = total.div_ceil(NORM_TILE);
         let AdamWOptions { betas: [b1, b2], eps, clip, .. } = self.options;
@@ -102,7 +104,8 @@ impl CudaOptimizer {
             "adamw",
             total,
             arguments![
-                parameters.pointer(),
+                parameters.masters(),
+                parameters.copies(),
                 g,
                 self.first.pointer(),
                 self.second.pointer(),
@@ -146,81 +149,4 @@ impl CudaOptimizer {
         self.steps = steps;
         Ok(())
     }
-}
-
-/// A training step: gradients to zero, forward, backward, norm and update. The first call
-/// launches it kernel by kernel, which compiles kernels and sizes work space; the second
-/// captures it, and from then on it is replayed as one graph.
-#[derive(Default)]
-pub struct CudaStep {
-    graph: Option<CudaGraph>,
-    warm: bool,
-}
-
-impl std::fmt::Debug for CudaStep {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "CudaStep(captured: {})", self.graph.is_some())
-    }
-}
-
-impl CudaStep {
-    /// Nothing captured yet.
-    pub fn new() -> CudaStep {
-        CudaStep::default()
-    }
-
-    /// Queues one step at learning rate `rate`, on what has been uploaded to the executor.
-    /// All calls must be given the same executor, parameters, gradients and optimizer.
-    ///
-    /// # Errors
-    /// When a kernel cannot be compiled or launched.
-    pub fn run(
-        &mut self,
-        executor: &mut CudaExecutor,
-        parameters: &mut CudaTensors,
-        gradients: &mut CudaTensors,
-        optimizer: &mut CudaOptimizer,
-        rate: f64,
-    ) -> Result<()> {
-        optimizer.prepare(rate)?;
-        if let Some(graph) = &self.graph {
-            return graph.launch().map_err(|e| driver("replay a step", e));
-        }
-        if !self.warm {
-            launch(executor, parameters, gradients, optimizer)?;
-            self.warm = true;
-            return Ok(());
-        }
-        let gpu = parameters.gpu().clone();
-        let stream = gpu.stream();
-        stream
-            .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-            .map_err(|e| driver("capture a step", e))?;
-        let launched = launch(executor, parameters, gradients, optimizer);
-        // SAFETY: 0 stands for no flags; the enumeration has no name for that.
-        let flags = unsafe { std::mem::transmute::<u32, CUgraphInstantiate_flags>(0) };
-        let captured = stream.end_capture(flags);
-        launched?;
-        self.graph = captured.map_err(|e| driver("instantiate a step", e))?;
-        match &self.graph {
-            Some(graph) => graph.launch().map_err(|e| driver("replay a step", e)),
-            None => launch(executor, parameters, gradients, optimizer),
-        }
-    }
-}
-
-/// Queues a whole step, kernel by kernel.
-///
-/// # Errors
-/// When a kernel cannot be compiled or launched.
-pub fn launch(
-    executor: &mut CudaExecutor,
-    parameters: &mut CudaTensors,
-    gradients: &mut CudaTensors,
-    optimizer: &CudaOptimizer,
-) -> Result<()> {
-    gradients.clear()?;
-    executor.forward(parameters)?;
-    executor.backward(parameters, gradients)?;
-    optimizer.queue(executor.queue(), parameters, gradients)
 }

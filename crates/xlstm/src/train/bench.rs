@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::learner::{Task, learner};
 use super::load::unknown_name;
 use crate::data::Batch;
-use crate::engine::Device;
+use crate::engine::{Device, OperationTime};
 use crate::error::{Error, Result};
 use crate::model::objective::Carry;
 use crate::model::{LanguageModel, ModelConfig, SlstmAt};
@@ -83,6 +83,8 @@ pub struct Measured {
     pub peak_megabytes: Option<f64>,
     /// The loss of the last step, in nats a token.
     pub loss: f64,
+    /// Where the time of a step goes, the most expensive operation first.
+    pub operations: Vec<OperationTime>,
 }
 
 /// Steps before the clock starts: caches, work space, pages and graphs are there by then.
@@ -97,7 +99,7 @@ pub fn train_steps(preset: &Preset, device: &Device, steps: usize) -> Result<Mea
         return Err(Error::config("0 steps cannot be timed").hint("at least 1 is needed, 5 are better"));
     }
     let model = LanguageModel::new(&preset.model)?;
-    let (seconds, loss) = time(preset, &model, device, steps, true)?;
+    let (seconds, loss, operations) = time(preset, &model, device, steps, true)?;
     let plain_median = match device {
         Device::Cpu(_) => None,
         #[cfg(feature = "cuda")]
@@ -114,17 +116,18 @@ pub fn train_steps(preset: &Preset, device: &Device, steps: usize) -> Result<Mea
         gigaflops: tokens_per_second * 3.0 * model.flops_per_token() as f64 / 1e9,
         peak_megabytes: peak_megabytes(),
         loss,
+        operations,
     })
 }
 
-/// Seconds of each step, and the loss of the last.
+/// Seconds of each step, the loss of the last, and the time of each operation.
 fn time(
     preset: &Preset,
     model: &LanguageModel,
     device: &Device,
     steps: usize,
     captured: bool,
-) -> Result<(Vec<f64>, f64)> {
+) -> Result<(Vec<f64>, f64, Vec<OperationTime>)> {
     let parameters = Parameters::<f32>::initialize(model.specs(), 1);
     let options = AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(1.0) };
     let shape = [preset.batch_size, preset.length];
@@ -139,7 +142,7 @@ fn time(
             seconds.push(start.elapsed().as_secs_f64());
         }
     }
-    Ok((seconds, loss))
+    Ok((seconds, loss, learner.profile()?))
 }
 
 fn random_batch(preset: &Preset) -> Batch {

@@ -11,7 +11,7 @@ use crate::engine::cuda::context::Buffer;
 use crate::engine::cuda::graph::Graph;
 use crate::engine::cuda::{CudaParameters, CudaTensors, Gpu};
 use crate::engine::executor::Culprit;
-use crate::engine::{Device, Mode, Precision};
+use crate::engine::{Device, Mode, OperationTime, Precision};
 use crate::error::Result;
 use crate::model::{LanguageModel, Objective};
 use crate::nn::{ParameterSpec, Parameters, Weights};
@@ -51,7 +51,7 @@ impl CudaLearner {
         let layout = layout_of(model.specs());
         let placed = CudaParameters::zeros(gpu, &layout, precision)?;
         placed.upload(&parameters.values)?;
-        gpu.search_algorithms(true);
+        gpu.search(true);
         let device = Device::Cuda(gpu.clone(), precision);
         Ok(CudaLearner {
             gpu: gpu.clone(),
@@ -92,7 +92,7 @@ impl Learner for CudaLearner {
         let (first_ids, first_loss) = (queued.ids.pointer(), queued.losses.pointer());
         let gpu = self.gpu.clone();
         let captured = self.captured;
-        let work = || -> Result<()> {
+        let mut work = || -> Result<()> {
             self.gradients.clear()?;
             self.objective.forget_non_finite()?;
             for index in 0..batches.len() as u64 {
@@ -126,7 +126,7 @@ impl Learner for CudaLearner {
             first: Cow::Owned(first.download()?),
             second: Cow::Owned(second.download()?),
             carried: self.objective.state()?,
-            algorithms: Some(self.gpu.algorithms()?),
+            algorithms: Some(self.gpu.export_algorithms()?),
         })
     }
 
@@ -134,9 +134,13 @@ impl Learner for CudaLearner {
         self.parameters.upload(&snapshot.parameters.values)?;
         self.optimizer.restore(&snapshot.first, &snapshot.second, steps)?;
         if let Some(algorithms) = &snapshot.algorithms {
-            self.gpu.restore_algorithms(algorithms)?;
+            self.gpu.import_algorithms(algorithms)?;
         }
         self.objective.set_state(&snapshot.carried)
+    }
+
+    fn profile(&mut self) -> Result<Vec<OperationTime>> {
+        self.objective.profile(&*self.parameters, &mut self.gradients)
     }
 
     fn find_non_finite(&mut self) -> Result<Option<Culprit>> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::checkpoint::Snapshot;
 use crate::data::Batch;
 use crate::engine::executor::Culprit;
-use crate::engine::{Device, Mode};
+use crate::engine::{Device, Mode, OperationTime};
 use crate::error::Result;
 use crate::model::objective::Carry;
 use crate::model::{LanguageModel, Objective};
@@ -67,6 +67,13 @@ pub trait Learner {
     /// # Errors
     /// When it belongs to another model or batch size, or a GPU fails.
     fn restore(&mut self, snapshot: Snapshot<'_>, steps: u64) -> Result<()>;
+
+    /// Takes the last batch forward and backward again, operation by operation; returns the
+    /// time of each, the most expensive first.
+    ///
+    /// # Errors
+    /// When a GPU fails.
+    fn profile(&mut self) -> Result<Vec<OperationTime>>;
 
     /// After a step that was not finite: the first operation to blame, as far as it is found.
     ///
@@ -177,6 +184,12 @@ impl Learner for CpuLearner {
         self.optimizer.second = snapshot.second.into_owned();
         self.optimizer.steps = steps;
         self.objective.set_state(&snapshot.carried)
+    }
+
+    fn profile(&mut self) -> Result<Vec<OperationTime>> {
+        let (objective, values, gradients) =
+            (&mut self.objective, &self.parameters.values, &mut self.gradients);
+        self.device.install(|| objective.profile(values, gradients))
     }
 
     fn find_non_finite(&mut self) -> Result<Option<Culprit>> {

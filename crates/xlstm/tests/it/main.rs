@@ -18,6 +18,8 @@ mod golden_optimizer;
 mod equivalence;
 // The number of threads changes no bit; the seed does.
 mod threads;
+// Accumulation, steps that are not finite, snapshots, graphs.
+mod learner;
 // A step, once taken, is taken again without keeping new memory.
 mod memory;
 // Training runs, checkpoints, sessions and model folders.

@@ -10,7 +10,7 @@ use xlstm::optim::AdamWOptions;
 use xlstm::rng::Rng;
 use xlstm::train::learner::{Learner, Task, learner};
 
-const SHAPE: [usize; 2] = [5, 80];
+pub const SHAPE: [usize; 2] = [5, 80];
 
 /// A mix of blocks with every kind of dropout; wide enough to be cut into tasks everywhere.
 pub fn model() -> LanguageModel {

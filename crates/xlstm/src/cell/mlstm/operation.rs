@@ -10,7 +10,7 @@ use crate::cell::InputGate;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward};
 use crate::engine::matrix::{MatMut, MatRef};
-use crate::engine::operation::{Backward, Forward, Kernel, Reads, scratch};
+use crate::engine::operation::{Backward, Forward, Kernel, Slots, scratch};
 use crate::engine::tape::{Ids, Tape, Var};
 use crate::engine::vector::vectorize;
 use crate::engine::{Gradient, Scalar, Shape};
@@ -196,8 +196,12 @@ impl Kernel for Mlstm {
         ])
     }
 
-    fn reads(&self) -> Reads {
-        Reads::of(&[0, 1, 2, 3, 4, 5, 6, 7], &[0, 1, 2, 3, STABILIZERS, DENOMINATORS])
+    fn reads(&self) -> Slots {
+        Slots::of(&[0, 1, 2, 3, 4, 5, 6, 7], &[0, 1, 2, 3, STABILIZERS, DENOMINATORS])
+    }
+
+    fn full_precision(&self) -> Slots {
+        Slots::of(&[3, 4, 5, 6, 7], &[1, 2, 3, STABILIZERS, DENOMINATORS])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {

@@ -151,9 +151,9 @@ pub(super) fn backward(slstm: &Slstm, io: &mut CudaBackward<'_>) -> Result<()> {
     io.queue.launch_each(&SOURCE, "slstm_before", n, arguments)?;
     io.queue.product(&Product {
         size: [4 * dim, dim, batch * steps],
-        a: Operand::new(draw, heads * 4 * dim).batched(4 * dim).t(),
-        b: Operand::new(before, heads * dim).batched(dim),
-        c: Operand::new(dr, dim).batched(4 * dim * dim),
+        a: Operand::new(draw, heads * 4 * dim).batched(4 * dim).t().full(),
+        b: Operand::new(before, heads * dim).batched(dim).full(),
+        c: Operand::new(dr, dim).batched(4 * dim * dim).full(),
         batch: heads,
         accumulate: true,
     })

@@ -29,7 +29,7 @@ use super::{ForgetGate, InputGate};
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward};
 use crate::engine::operation::NodeShapes;
-use crate::engine::{Backward, Forward, Ids, Kernel, Mode, Reads, Scalar, Shape, Tape, Var};
+use crate::engine::{Backward, Forward, Ids, Kernel, Mode, Scalar, Shape, Slots, Tape, Var};
 use crate::error::{Error, Result};
 use crate::ops::{PAD, RESET};
 
@@ -189,13 +189,13 @@ impl Kernel for Slstm {
         Ok(outputs)
     }
 
-    fn reads(&self) -> Reads {
+    fn reads(&self) -> Slots {
         let record = LAST + self.state_parts();
         let mut reads = match self.config.function {
             CellFunction::Slstm => {
-                Reads::of(&[RECURRENT, STATE + 1, STATE + 2], &[LAST + 1, LAST + 2, record])
+                Slots::of(&[RECURRENT, STATE + 1, STATE + 2], &[LAST + 1, LAST + 2, record])
             }
-            CellFunction::Lstm => Reads::of(&[RECURRENT], &[record]),
+            CellFunction::Lstm => Slots::of(&[RECURRENT], &[record]),
         };
         // On a GPU the h before each token is not part of the record.
         if cfg!(feature = "cuda") {
@@ -203,6 +203,11 @@ impl Kernel for Slstm {
             reads.outputs |= 1;
         }
         reads
+    }
+
+    /// All but h: the gates feed back, and the recurrence reads R in every step.
+    fn full_precision(&self) -> Slots {
+        Slots { inputs: u32::MAX, outputs: !1 }
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {

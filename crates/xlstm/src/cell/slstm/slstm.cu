@@ -13,7 +13,7 @@
 // Sizes: B sequences, S tokens >= 1, NH heads <= 65535, DH <= 1024 features a head (fastest as a
 // multiple of 4).
 // Blocks hold ROWS sequences (4, or -DROWS=1, 2, 8). Gates ~i, ~f, ~z, ~o and their gradients
-// (B, S, NH DH): gate_t. R (NH, 4 DH, DH), b (4, NH DH): weight_t. h, dh (B, S, NH DH): element_t.
+// (B, S, NH DH), R (NH, 4 DH, DH), b (4, NH DH): f32. h, dh (B, S, NH DH): element_t.
 // States h, c, n, m and their gradients (B, NH DH): f32; initial ones null: zeros; an LSTM has no n
 // and m (null). marks (B, S) u32 or null: at RESET the state is zero before the token, a PAD
 // passes it on, and a reset on it counts for nothing. Saved in training, f32, else null:
@@ -21,11 +21,11 @@
 //   record (B, S, NH, PARTS, DH)    sLSTM (PARTS 8): c_{t-1}, n_{t-1}, i', f', tanh ~z, sigmoid ~o,
 //                                   d log f / d ~f, d log i / d ~i
 //                                   LSTM (PARTS 5): c_{t-1}, i, f, tanh ~z, o
-// Work space: transposed (NH, DH, 4 DH): weight_t; draw (B, S, NH, 4, DH): f32.
+// Work space, f32: transposed (NH, DH, 4 DH), draw (B, S, NH, 4, DH).
 // flags: 1 sigmoid input gate, 2 exponential forget gate, 4 LSTM, 8 gradient cut, 16 R in shared
 // memory. Launch (forward and backward): grid (ceil(B / ROWS), NH), block
 // min(1024, 4 DH rounded up to 32), dynamic shared memory ROWS 48 DH + (flags & 16 ? 4 DH DH
-// sizeof(weight_t) : 0) bytes, above 48 KB by the function's attribute.
+// 4 : 0) bytes, above 48 KB by the function's attribute.
 // Outputs are written whole, gradients added to what is there; null gradients are not wanted
 // (given: zero).
 
@@ -47,8 +47,8 @@ __device__ __forceinline__ bool resets(unsigned mark) { return (mark & (RESET | 
 
 /// R of each head (4 DH, DH) -> (DH, 4 DH).
 /// grid (ceil(DH / 32), ceil(4 DH / 32), NH), block (32, 8).
-extern "C" __global__ void __launch_bounds__(256) slstm_transpose(const weight_t *R, weight_t *transposed, int DH) {
-    __shared__ weight_t tile[32][33];
+extern "C" __global__ void __launch_bounds__(256) slstm_transpose(const float *R, float *transposed, int DH) {
+    __shared__ float tile[32][33];
     int k = blockIdx.x * 32 + threadIdx.x, j = blockIdx.y * 32 + threadIdx.x;
     long long from = (long long)blockIdx.z * 4 * DH * DH;
     for (int y = threadIdx.y; y < 32; y += 8) {
@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(256) slstm_transpose(const weight_t
 
 /// sum[row] += sum_k x[row][k] matrix[k][column], k < count; x in shared memory, rows `pitch` apart.
 __device__ __forceinline__ void multiply(
-    const float *x, int pitch, const weight_t *matrix, int width, int column, int count, float sum[ROWS]
+    const float *x, int pitch, const float *matrix, int width, int column, int count, float sum[ROWS]
 ) {
     if (pitch % 4 || count % 4) {
         for (int k = 0; k < count; k++) {
@@ -78,7 +78,7 @@ __device__ __forceinline__ void multiply(
     for (int k = 0; k < count; k += 4) {
         float m[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) m[i] = load(matrix + (long long)(k + i) * width + column);
+        for (int i = 0; i < 4; i++) m[i] = matrix[(long long)(k + i) * width + column];
 #pragma unroll
         for (int row = 0; row < ROWS; row++) {
             float4 a = *(const float4 *)(x + row * pitch + k);
@@ -88,10 +88,10 @@ __device__ __forceinline__ void multiply(
 }
 
 /// The matrix of a head, copied to shared memory where it shall lie there.
-__device__ __forceinline__ const weight_t *place(const weight_t *from, float *end_of_floats, int DH, int flags) {
+__device__ __forceinline__ const float *place(const float *from, float *end_of_floats, int DH, int flags) {
     from += (long long)blockIdx.y * 4 * DH * DH;
     if (!(flags & R_SHARED)) return from;
-    weight_t *to = (weight_t *)end_of_floats;
+    float *to = (float *)end_of_floats;
     for (int x = threadIdx.x; x < 4 * DH * DH; x += blockDim.x) to[x] = from[x];
     return to;
 }
@@ -99,16 +99,16 @@ __device__ __forceinline__ const weight_t *place(const weight_t *from, float *en
 /// All tokens of ROWS sequences of one head.
 /// Out: h, the last state, and where given before and record.
 extern "C" __global__ void __launch_bounds__(1024) slstm_forward(
-    const gate_t *gate_i, const gate_t *gate_f, const gate_t *gate_z, const gate_t *gate_o,
-    const weight_t *transposed, const weight_t *bias, const float *h0, const float *c0, const float *n0,
+    const float *gate_i, const float *gate_f, const float *gate_z, const float *gate_o,
+    const float *transposed, const float *bias, const float *h0, const float *c0, const float *n0,
     const float *m0, const unsigned *marks, element_t *h, float *h_last, float *c_last, float *n_last,
     float *m_last, float *before, float *record, int B, int S, int NH, int DH, int flags
 ) {
     extern __shared__ __align__(16) float shared[];
     float *hidden = shared, *state = hidden + ROWS * DH, *raw = state + ROWS * 3 * DH;
-    const weight_t *matrix = place(transposed, raw + ROWS * 4 * DH, DH, flags);
+    const float *matrix = place(transposed, raw + ROWS * 4 * DH, DH, flags);
     int first = blockIdx.x * ROWS, head = blockIdx.y, width = NH * DH, column = head * DH;
-    const gate_t *gates[4] = {gate_i, gate_f, gate_z, gate_o};
+    const float *gates[4] = {gate_i, gate_f, gate_z, gate_o};
     bool lstm = flags & LSTM;
     int parts = parts_of(flags);
 
@@ -127,12 +127,12 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_forward(
     for (int t = 0; t < S; t++) {
         for (int j = threadIdx.x; j < 4 * DH; j += blockDim.x) {
             int gate = j / DH, d = j % DH;
-            const gate_t *from = gate == 0 ? gates[0] : gate == 1 ? gates[1] : gate == 2 ? gates[2] : gates[3];
+            const float *from = gate == 0 ? gates[0] : gate == 1 ? gates[1] : gate == 2 ? gates[2] : gates[3];
             float own[ROWS], sum[ROWS] = {};
-            float b = load(bias + gate * width + column + d);
+            float b = bias[gate * width + column + d];
 #pragma unroll
             for (int row = 0; row < ROWS; row++)
-                own[row] = first + row < B ? load(from + ((long long)(first + row) * S + t) * width + column + d) : 0.0f;
+                own[row] = first + row < B ? from[((long long)(first + row) * S + t) * width + column + d] : 0.0f;
             multiply(hidden, DH, matrix, 4 * DH, j, DH, sum);
 #pragma unroll
             for (int row = 0; row < ROWS; row++) raw[row * 4 * DH + j] = own[row] + b + sum[row];
@@ -218,16 +218,16 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_forward(
 /// gradients of h and of the last state. Out: draw, 0 at pads. Added to: the gates' gradients and
 /// those of the initial state.
 extern "C" __global__ void __launch_bounds__(1024) slstm_backward(
-    const weight_t *R, const float *record, const unsigned *marks, const float *c0, const float *n0,
+    const float *R, const float *record, const unsigned *marks, const float *c0, const float *n0,
     const float *c_last, const float *n_last, const element_t *dh, const float *dh_last, const float *dc_last,
-    const float *dn_last, const float *dm_last, float *draw, gate_t *dgate_i, gate_t *dgate_f, gate_t *dgate_z,
-    gate_t *dgate_o, float *dh0, float *dc0, float *dn0, float *dm0, float clip, int B, int S, int NH, int DH,
+    const float *dn_last, const float *dm_last, float *draw, float *dgate_i, float *dgate_f, float *dgate_z,
+    float *dgate_o, float *dh0, float *dc0, float *dn0, float *dm0, float clip, int B, int S, int NH, int DH,
     int flags
 ) {
     extern __shared__ __align__(16) float shared[];
     // Carried: dh, dc, dn, g. The gates' gradients of a token. Their product with R, in four parts.
     float *carry = shared, *raw = carry + ROWS * 4 * DH, *product = raw + ROWS * 4 * DH;
-    const weight_t *matrix = place(R, product + ROWS * 4 * DH, DH, flags);
+    const float *matrix = place(R, product + ROWS * 4 * DH, DH, flags);
     int first = blockIdx.x * ROWS, head = blockIdx.y, width = NH * DH, column = head * DH;
     bool lstm = flags & LSTM;
     int parts = parts_of(flags);
@@ -286,10 +286,10 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_backward(
                     mine[3 * DH] = to_f;
                 }
                 mine[0] = 0.0f;
-                if (dgate_i) add(dgate_i + at, di);
-                if (dgate_f) add(dgate_f + at, df);
-                if (dgate_z) add(dgate_z + at, dz);
-                if (dgate_o) add(dgate_o + at, d_o);
+                if (dgate_i) dgate_i[at] += di;
+                if (dgate_f) dgate_f[at] += df;
+                if (dgate_z) dgate_z[at] += dz;
+                if (dgate_o) dgate_o[at] += d_o;
             }
             float *out = draw + (token * NH + head) * 4 * DH + d;
             out[0] = to[0] = di;

@@ -5,11 +5,11 @@
 //! nothing, so that each file of kernels is one program.
 
 use std::ffi::{CStr, CString, OsString};
-use std::hash::{Hash, Hasher};
 use std::path::PathBuf;
 
 use cudarc::nvrtc::{result, sys};
 
+use super::Precision;
 use crate::error::{Error, ErrorKind, Result};
 
 /// What every kernel file starts with.
@@ -18,25 +18,24 @@ const PRELUDE: &str = include_str!("element.cuh");
 /// A file of kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct Source {
-    /// Its name, for messages.
+    /// Its name, of its own.
     pub name: &'static str,
     /// Its text.
     pub text: &'static str,
-    /// Definitions such as `-DELEMENT_BF16`.
-    pub defines: &'static [&'static str],
 }
 
 impl Source {
-    /// A file of kernels on f32 activations.
+    /// A file of kernels.
     pub const fn new(name: &'static str, text: &'static str) -> Source {
-        Source { name, text, defines: &[] }
+        Source { name, text }
     }
+}
 
-    /// Tells sources in one process apart.
-    pub(super) fn key(&self) -> u64 {
-        let mut hasher = std::hash::DefaultHasher::new();
-        (self.name, self.defines).hash(&mut hasher);
-        hasher.finish()
+/// The definitions that a file of kernels is compiled with.
+fn defines(precision: Precision) -> Option<&'static str> {
+    match precision {
+        Precision::F32 => None,
+        Precision::Bf16 => Some("-DELEMENT_BF16"),
     }
 }
 
@@ -80,10 +79,10 @@ fn version() -> Result<(i32, i32)> {
 }
 
 /// Machine code for `architecture`, from the cache or compiled.
-pub(super) fn cubin(source: &Source, architecture: &str) -> Result<Vec<u8>> {
+pub(super) fn cubin(source: &Source, precision: Precision, architecture: &str) -> Result<Vec<u8>> {
     let file = cache_folder().map(|folder| {
-        let key =
-            fingerprint(&[PRELUDE, source.text, &source.defines.join(" "), &format!("{:?}", version())]);
+        let defines = defines(precision).unwrap_or_default();
+        let key = fingerprint(&[PRELUDE, source.text, defines, &format!("{:?}", version())]);
         folder.join(format!("{}-{architecture}-{key:016x}.cubin", source.name))
     });
     if let Some(found) = file.as_ref().and_then(|file| std::fs::read(file).ok())
@@ -91,7 +90,7 @@ pub(super) fn cubin(source: &Source, architecture: &str) -> Result<Vec<u8>> {
     {
         return Ok(found);
     }
-    let (code, _) = compile(source, architecture)?;
+    let (code, _) = compile(source, precision, architecture)?;
     if let Some(file) = file {
         // A cache that cannot be written costs time, nothing else.
         let _ = write_whole(&file, &code);
@@ -125,7 +124,7 @@ fn fingerprint(parts: &[&str]) -> u64 {
 ///
 /// # Errors
 /// When there is no NVRTC, or the source does not compile.
-pub fn compile(source: &Source, architecture: &str) -> Result<(Vec<u8>, String)> {
+pub fn compile(source: &Source, precision: Precision, architecture: &str) -> Result<(Vec<u8>, String)> {
     if !is_available() {
         return Err(Error::new(ErrorKind::Device, "the kernel compiler NVRTC (libnvrtc) is not found")
             .hint("install CUDA 13, or point XLSTM_NVRTC to the folder that holds it"));
@@ -141,7 +140,7 @@ pub fn compile(source: &Source, architecture: &str) -> Result<(Vec<u8>, String)>
         String::from("--std=c++17"),
         String::from("--ptxas-options=-v"),
     ];
-    options.extend(source.defines.iter().map(|d| (*d).to_owned()));
+    options.extend(defines(precision).map(str::to_owned));
     // SAFETY: the program is alive until dropped; the buffers have the sizes that NVRTC names.
     unsafe {
         let compiled = result::compile_program(program.0, &options);
@@ -168,6 +167,8 @@ impl Drop for Program {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+
+    use rayon::prelude::*;
 
     use super::*;
 
@@ -198,27 +199,71 @@ mod tests {
         let mut files = Vec::new();
         kernel_files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut files);
         assert!(files.len() > 10, "{files:?}");
-        let bf16: &[&str] = &["-DELEMENT_BF16", "-DGATE_BF16", "-DWEIGHT_BF16"];
-        for file in files {
-            let text = std::fs::read_to_string(&file).expect("a kernel file").leak();
-            // In bf16 for one architecture only: a compilation takes half a second.
-            let f32: &[&str] = &[];
-            for (architecture, precisions) in
-                [("sm_80", &[f32][..]), ("sm_90a", &[f32, bf16]), ("sm_100", &[f32])]
-            {
-                for &defines in precisions {
-                    let source = Source { name: "kernels.cu", text, defines };
-                    let (code, log) = compile(&source, architecture)
-                        .unwrap_or_else(|e| panic!("{}, {architecture}: {e}", file.display()));
-                    assert!(code.starts_with(b"\x7fELF"));
-                    let spilled = log
-                        .lines()
-                        .filter(|l| l.contains("spill stores") && !l.contains(" 0 bytes spill stores"))
-                        .collect::<Vec<_>>();
-                    assert!(spilled.is_empty(), "{}, {architecture}: {spilled:?}\n{log}", file.display());
+        let mut tasks = Vec::new();
+        for file in &files {
+            let name = file.file_stem().and_then(|stem| stem.to_str()).expect("a name").to_owned().leak();
+            let text = std::fs::read_to_string(file).expect("a kernel file").leak();
+            for architecture in ["sm_80", "sm_90a", "sm_100"] {
+                for precision in [Precision::F32, Precision::Bf16] {
+                    tasks.push((Source::new(name, text), precision, architecture));
                 }
             }
         }
+        let reports: Vec<Vec<Usage>> = tasks
+            .par_iter()
+            .map(|(source, precision, architecture)| {
+                let (code, log) = compile(source, *precision, architecture).unwrap_or_else(|e| panic!("{e}"));
+                assert!(code.starts_with(b"\x7fELF"));
+                usages(&log)
+            })
+            .collect();
+        println!("{:<44} {:<7} {:<5} registers  shared  spilled", "kernel", "", "");
+        let mut spilled = 0;
+        for ((source, precision, architecture), usages) in tasks.iter().zip(&reports) {
+            assert!(!usages.is_empty(), "no kernel of {} was reported", source.name);
+            for usage in usages {
+                let kernel = format!("{} {}", source.name, usage.kernel);
+                let Usage { registers, shared, spilled: bytes, .. } = usage;
+                println!(
+                    "{kernel:<44} {architecture:<7} {precision:<5?} {registers:>9} {shared:>7} {bytes:>8}"
+                );
+                spilled += bytes;
+            }
+        }
+        assert_eq!(spilled, 0, "bytes spilled, see the table");
+    }
+
+    /// What a kernel takes: registers a thread, bytes of static shared memory a block, bytes
+    /// spilled a thread.
+    #[derive(Debug)]
+    struct Usage {
+        kernel: String,
+        registers: usize,
+        shared: usize,
+        spilled: usize,
+    }
+
+    /// The assembler's report: of each kernel a line with its name, one with its spills and one
+    /// with the rest.
+    fn usages(log: &str) -> Vec<Usage> {
+        let before = |line: &str, what: &str| -> usize {
+            let end = line.find(what).map_or(0, |end| line[..end].trim_end().len());
+            let digits = line[..end].bytes().rev().take_while(u8::is_ascii_digit).count();
+            line[end - digits..end].parse().unwrap_or(0)
+        };
+        let mut found: Vec<Usage> = Vec::new();
+        for line in log.lines() {
+            if let Some(name) = line.split("Compiling entry function '").nth(1) {
+                let kernel = name.split('\'').next().unwrap_or_default().to_owned();
+                found.push(Usage { kernel, registers: 0, shared: 0, spilled: 0 });
+            }
+            // Functions that are not inlined are reported, too, and spill for their kernel.
+            let Some(usage) = found.last_mut() else { continue };
+            usage.spilled += before(line, "bytes spill stores") + before(line, "bytes spill loads");
+            usage.registers = usage.registers.max(before(line, "registers"));
+            usage.shared = usage.shared.max(before(line, "bytes smem"));
+        }
+        found
     }
 
     #[test]
@@ -227,7 +272,7 @@ mod tests {
             return;
         }
         let source = Source::new("broken", "extern \"C\" __global__ void f() { nonsense; }");
-        let error = compile(&source, "sm_80").expect_err("nonsense").to_string();
+        let error = compile(&source, Precision::F32, "sm_80").expect_err("nonsense").to_string();
         assert!(error.contains("broken") && error.contains("nonsense"), "{error}");
     }
 }

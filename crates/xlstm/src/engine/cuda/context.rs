@@ -13,18 +13,23 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
 use cudarc::nvrtc::Ptx;
 
+use super::Precision;
 use super::blas::Blas;
 use super::compiler::{self, Source};
 use crate::error::{Error, ErrorKind, Result};
+
+/// A source's name and the precision that it was compiled for.
+type ModuleKey = (&'static str, Precision);
 
 /// What of a GPU the kernels may ask for.
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    ordinal: usize,
     name: String,
     architecture: String,
-    modules: Mutex<HashMap<u64, Arc<CudaModule>>>,
-    functions: Mutex<HashMap<(u64, &'static str), CudaFunction>>,
+    modules: Mutex<HashMap<ModuleKey, Arc<CudaModule>>>,
+    functions: Mutex<HashMap<(ModuleKey, &'static str), CudaFunction>>,
     pub(super) blas: Blas,
 }
 
@@ -104,11 +109,17 @@ impl Gpu {
             architecture: format!("sm_{major}{minor}{suffix}"),
             context,
             stream,
+            ordinal,
             name,
             modules: Mutex::default(),
             functions: Mutex::default(),
             blas,
         }))
+    }
+
+    /// Its number.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
     }
 
     /// The card's name.
@@ -147,6 +158,12 @@ impl Gpu {
 
     pub(crate) fn raw_stream(&self) -> sys::CUstream {
         self.stream.cu_stream()
+    }
+
+    /// Whether work is being captured into a graph, so that nothing can be waited for.
+    pub(super) fn is_capturing(&self) -> Result<bool> {
+        let status = self.stream.capture_status().map_err(|e| driver("ask about a capture", e))?;
+        Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
     }
 
     /// Waits until all work is done.
@@ -199,8 +216,8 @@ impl Gpu {
         self.synchronize()
     }
 
-    fn function(&self, source: &Source, name: &'static str) -> Result<sys::CUfunction> {
-        let key = source.key();
+    fn function(&self, source: &Source, precision: Precision, name: &'static str) -> Result<sys::CUfunction> {
+        let key = (source.name, precision);
         if let Some(function) = lock(&self.functions).get(&(key, name)) {
             return Ok(function.cu_function());
         }
@@ -208,7 +225,7 @@ impl Gpu {
         let module = match known {
             Some(module) => module,
             None => {
-                let cubin = compiler::cubin(source, &self.architecture)?;
+                let cubin = compiler::cubin(source, precision, &self.architecture)?;
                 let module = self.context.load_module(Ptx::from_binary(cubin));
                 let module = module.map_err(|e| driver(&format!("load {}", source.name), e))?;
                 lock(&self.modules).insert(key, module.clone());
@@ -221,10 +238,12 @@ impl Gpu {
         Ok(raw)
     }
 
-    /// Launches kernel `name` of `source`.
-    pub(crate) fn launch(
+    /// Launches kernel `name` of `source`, compiled for `precision`.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn launch(
         &self,
         source: &Source,
+        precision: Precision,
         name: &'static str,
         grid: [usize; 3],
         block: [usize; 2],
@@ -238,7 +257,7 @@ impl Gpu {
             return Err(Error::shape(format!("{name} would need a grid of {grid:?} blocks on the GPU"))
                 .hint("use a smaller batch"));
         }
-        let function = self.function(source, name)?;
+        let function = self.function(source, precision, name)?;
         if shared > SHARED_BY_DEFAULT {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function's module lives as long as self.
@@ -264,6 +283,9 @@ impl Gpu {
         .map_err(|e| driver(&format!("launch {name}"), e))
     }
 }
+
+/// A pattern that is NaN as one f32 and as two bf16.
+pub(super) const NAN: u32 = 0x7fc0_7fc0;
 
 /// Bytes of shared memory that a kernel gets without asking.
 const SHARED_BY_DEFAULT: usize = 48 << 10;

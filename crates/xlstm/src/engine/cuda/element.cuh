@@ -1,9 +1,8 @@
 // What every kernel file starts with: it is put textually before each .cu file.
 //
-// Activations and their gradients are `element_t`: f32, or bf16 with -DELEMENT_BF16. Gate
-// pre-activations and their gradients are `gate_t`: f32, or bf16 with -DGATE_BF16. Parameters
-// are `weight_t`: f32, or bf16 with -DWEIGHT_BF16; their gradients are f32, as are all
-// arithmetic, states, saved values and work space.
+// Activations, their gradients, and weights that enter products are `element_t`: f32, or bf16 with
+// -DELEMENT_BF16. All else is f32: gate pre-activations and their gradients, the other parameters,
+// the gradients of all of them, arithmetic, states, saved values and work space.
 
 #define RESET 1u
 #define PAD 2u
@@ -24,16 +23,70 @@ typedef bf16_t element_t;
 #else
 typedef float element_t;
 #endif
-#ifdef GATE_BF16
-typedef bf16_t gate_t;
-#else
 typedef float gate_t;
-#endif
-#ifdef WEIGHT_BF16
-typedef bf16_t weight_t;
-#else
-typedef float weight_t;
-#endif
+
+// ---- Eight at a time: 16 bytes of bf16, the widest load that a thread has ----
+
+#define WIDE 8
+/// Loops over them in registers.
+#define EACH_WIDE(j) _Pragma("unroll") for (int j = 0; j < WIDE; j++)
+
+struct Wide {
+    float x[WIDE];
+};
+
+__device__ __forceinline__ bool is_aligned(const void *p) { return ((unsigned long long)p & 15) == 0; }
+
+__device__ __forceinline__ Wide load_whole(const float *p) {
+    float4 a = *(const float4 *)p, b = *(const float4 *)(p + 4);
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+__device__ __forceinline__ Wide load_whole(const bf16_t *p) {
+    uint4 a = *(const uint4 *)p;
+    unsigned pairs[4] = {a.x, a.y, a.z, a.w};
+    Wide wide;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        wide.x[2 * i] = __uint_as_float(pairs[i] << 16);
+        wide.x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+    return wide;
+}
+__device__ __forceinline__ void store_whole(float *p, const Wide &wide) {
+    *(float4 *)p = make_float4(wide.x[0], wide.x[1], wide.x[2], wide.x[3]);
+    *(float4 *)(p + 4) = make_float4(wide.x[4], wide.x[5], wide.x[6], wide.x[7]);
+}
+__device__ __forceinline__ void store_whole(bf16_t *p, const Wide &wide) {
+    unsigned pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"(wide.x[2 * i + 1]), "f"(wide.x[2 * i]));
+    *(uint4 *)p = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
+/// The first `count` of eight from p on, the others zero. A row may start anywhere.
+template <class T> __device__ __forceinline__ Wide load_wide(const T *p, int count) {
+    if (count >= WIDE && is_aligned(p)) return load_whole(p);
+    Wide wide;
+    EACH_WIDE(j) wide.x[j] = j < count ? load(p + j) : 0.0f;
+    return wide;
+}
+template <class T> __device__ __forceinline__ void store_wide(T *p, const Wide &wide, int count) {
+    if (count >= WIDE && is_aligned(p)) return store_whole(p, wide);
+    EACH_WIDE(j) if (j < count) store(p + j, wide.x[j]);
+}
+template <class T> __device__ __forceinline__ void add_wide(T *p, const Wide &wide, int count) {
+    Wide sum = load_wide(p, count);
+    EACH_WIDE(j) sum.x[j] += wide.x[j];
+    store_wide(p, sum, count);
+}
+
+/// Of n elements, the first that this thread takes; `count` of them, 0 or less for none.
+__device__ __forceinline__ long long my_elements(long long n, int *count) {
+    long long first = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDE;
+    *count = (int)min((long long)WIDE, max(0ll, n - first));
+    return first;
+}
 
 #define NEG_INFINITY __int_as_float(0xff800000)
 

@@ -3,14 +3,18 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::Precision;
-use super::context::{Buffer, Gpu};
+use super::compiler::Source as KernelSource;
+use super::context::{Buffer, Gpu, NAN, arguments};
+use super::graph::Graph;
 use super::launch::{CudaBackward, CudaForward, Queue};
-use super::parameters::CudaTensors;
+use super::parameters::{CudaParameters, CudaTensors};
+use super::{Precision, from_bf16, to_bf16};
+use crate::engine::executor::Culprit;
 use crate::engine::operation::MAX_SLOTS;
 use crate::engine::plan::Plan;
-use crate::engine::tape::{Ids, Source, Tape, Var};
-use crate::error::Result;
+use crate::engine::profile::{OperationTime, Profile};
+use crate::engine::tape::{Ids, Mode, Source, Tape, Var};
+use crate::error::{Error, ErrorKind, Result};
 
 /// Slots start at multiples of this: what bulk copies and wide loads ask for.
 const ALIGNMENT: usize = 1024;
@@ -19,32 +23,69 @@ const ALIGNMENT: usize = 1024;
 #[derive(Debug)]
 pub struct CudaExecutor {
     tape: Tape,
+    /// What each value and its gradient are stored in.
+    types: Vec<Precision>,
     plan: Plan,
     arena: Buffer,
     /// Where each slot of the plan starts in the arena.
     offsets: Vec<u64>,
     ids: Buffer,
     ids_offsets: Vec<u64>,
+    /// The integers as the caller has set them, in the layout of `ids`.
+    staged: Vec<u32>,
+    /// Whether `ids` holds them.
+    are_uploaded: bool,
+    /// The forward pass, with the parameters that it was captured over.
+    graph: Graph,
+    captured_over: (u64, Option<u64>),
+    notes: Notes,
     queue: Queue,
 }
+
+/// Where a replay in training notes that a number is not finite: at the end of every part of
+/// the model, on its way forward and backward.
+#[derive(Debug)]
+struct Notes {
+    /// Two a part: forward, backward.
+    flags: Buffer,
+    /// The last node of each part, and its first.
+    ends: Vec<(usize, usize)>,
+}
+
+const NOTES: KernelSource = KernelSource::new("notes", include_str!("notes.cu"));
 
 impl CudaExecutor {
     /// Plans and allocates the buffers of `tape`.
     ///
     /// # Errors
-    /// When memory runs out.
+    /// When memory runs out, or when the tape mixes types: an operation reads another's f32 where
+    /// it wants elements, or the other way round.
     pub fn new(tape: Tape, precision: Precision, gpu: &Arc<Gpu>) -> Result<CudaExecutor> {
-        let plan = Plan::new(&tape, |value| value.shape.len() * precision.bytes());
+        let types = types(&tape, precision)?;
+        let plan = Plan::new(&tape, |value| bytes_of(&tape, &types, value));
         let (offsets, bytes) = offsets(plan.slots.iter().copied());
         let (ids_offsets, ids_bytes) = self::offsets(tape.ids.iter().map(|len| len * 4));
+        let mut ends: Vec<(usize, usize)> = Vec::new();
+        for (i, node) in tape.nodes.iter().enumerate() {
+            match ends.last_mut() {
+                Some((last, first)) if tape.nodes[*first].scope == node.scope => *last = i,
+                _ => ends.push((i, i)),
+            }
+        }
         Ok(CudaExecutor {
             arena: Buffer::zeros(gpu, bytes)?,
             ids: Buffer::zeros(gpu, ids_bytes)?,
-            queue: Queue::new(gpu)?,
+            queue: Queue::new(gpu, precision)?,
             tape,
+            types,
             plan,
             offsets,
             ids_offsets,
+            staged: vec![0; ids_bytes / 4],
+            are_uploaded: true,
+            graph: Graph::default(),
+            captured_over: (0, None),
+            notes: Notes { flags: Buffer::zeros(gpu, ends.len() * 8)?, ends },
         })
     }
 
@@ -90,7 +131,7 @@ impl CudaExecutor {
             .collect();
         for (slot, &bytes) in self.plan.slots.iter().enumerate() {
             if !owned.contains(&slot) {
-                gpu.fill(self.slot(slot), 0x7fc0_0000, bytes)?;
+                gpu.fill(self.slot(slot), NAN, bytes)?;
             }
         }
         self.queue.poison()
@@ -101,8 +142,7 @@ impl CudaExecutor {
     /// # Errors
     /// When the copy fails.
     pub fn set_input(&mut self, var: Var, values: &[f32]) -> Result<()> {
-        debug_assert_eq!(values.len(), self.tape.shape(var).len());
-        self.upload(self.value_pointer(var), values)
+        self.upload(self.value_pointer(var), var, values)
     }
 
     /// Sets integers before a replay.
@@ -111,7 +151,44 @@ impl CudaExecutor {
     /// When the copy fails.
     pub fn set_ids(&mut self, ids: Ids, values: &[u32]) -> Result<()> {
         debug_assert_eq!(values.len(), self.tape.ids[ids.index()]);
-        self.upload(Some(self.ids.pointer() + self.ids_offsets[ids.index()]), values)
+        let first = self.ids_offsets[ids.index()] as usize / 4;
+        self.staged[first..first + values.len()].copy_from_slice(values);
+        self.are_uploaded = false;
+        Ok(())
+    }
+
+    /// All integers as they have been set.
+    pub(crate) fn staged_ids(&self) -> &[u32] {
+        &self.staged
+    }
+
+    /// Queues a copy of all integers from the GPU's memory, where they lie as
+    /// [`staged_ids`](Self::staged_ids) has them.
+    pub(crate) fn copy_ids(&mut self, from: u64) -> Result<()> {
+        self.are_uploaded = true;
+        self.queue.gpu().copy(self.ids.pointer(), from, self.staged.len() * 4)
+    }
+
+    /// Queues a copy of a value that is f32 to elsewhere in the GPU's memory.
+    pub(crate) fn copy_value(&self, var: Var, to: u64) -> Result<()> {
+        debug_assert_eq!(self.types[var.index()], Precision::F32);
+        let Some(from) = self.value_pointer(var) else { return Ok(()) };
+        self.queue.gpu().copy(to, from, self.tape.shape(var).len() * 4)
+    }
+
+    /// Copies an input of another executor on the same GPU into one of this one.
+    ///
+    /// # Errors
+    /// When the copy fails.
+    pub fn copy_input(&mut self, to: Var, other: &CudaExecutor, from: Var) -> Result<()> {
+        debug_assert_eq!(self.tape.shape(to), other.tape.shape(from));
+        debug_assert_eq!(self.types[to.index()], other.types[from.index()]);
+        let gpu = self.queue.gpu();
+        gpu.enter()?;
+        match (other.value_pointer(from), self.value_pointer(to)) {
+            (Some(from), Some(at)) => gpu.copy(at, from, bytes_of(&self.tape, &self.types, to.index())),
+            _ => Ok(()),
+        }
     }
 
     /// Sets the gradient that backward starts from, of a value marked by `seed_gradient`.
@@ -119,14 +196,18 @@ impl CudaExecutor {
     /// # Errors
     /// When the copy fails.
     pub fn set_seed(&mut self, var: Var, values: &[f32]) -> Result<()> {
-        debug_assert_eq!(values.len(), self.tape.shape(var).len());
-        self.upload(self.gradient_pointer(var), values)
+        self.upload(self.gradient_pointer(var), var, values)
     }
 
-    fn upload<T: Copy>(&self, to: Option<u64>, values: &[T]) -> Result<()> {
+    fn upload(&self, to: Option<u64>, var: Var, values: &[f32]) -> Result<()> {
+        debug_assert_eq!(values.len(), self.tape.shape(var).len());
+        let Some(to) = to else { return Ok(()) };
         let gpu = self.queue.gpu();
         gpu.enter()?;
-        to.map_or(Ok(()), |to| gpu.upload(to, values))
+        match self.types[var.index()] {
+            Precision::F32 => gpu.upload(to, values),
+            Precision::Bf16 => gpu.upload(to, &values.iter().map(|x| to_bf16(*x)).collect::<Vec<_>>()),
+        }
     }
 
     /// A kept value or an input, after a replay.
@@ -149,9 +230,19 @@ impl CudaExecutor {
         let Some(from) = from else { return Ok(Vec::new()) };
         let gpu = self.queue.gpu();
         gpu.enter()?;
-        let mut values = vec![0.0; self.tape.shape(var).len()];
-        gpu.download(&mut values, from)?;
-        Ok(values)
+        let len = self.tape.shape(var).len();
+        match self.types[var.index()] {
+            Precision::F32 => {
+                let mut values = vec![0.0; len];
+                gpu.download(&mut values, from)?;
+                Ok(values)
+            }
+            Precision::Bf16 => {
+                let mut values = vec![0; len];
+                gpu.download(&mut values, from)?;
+                Ok(values.into_iter().map(from_bf16).collect())
+            }
+        }
     }
 
     /// Copies a kept value into an input of the same shape. (Not a swap, as on the CPU: a
@@ -161,44 +252,124 @@ impl CudaExecutor {
     /// When the copy fails.
     pub fn feed_back(&mut self, value: Var, input: Var) -> Result<()> {
         debug_assert_eq!(self.tape.shape(value), self.tape.shape(input));
+        debug_assert_eq!(self.types[value.index()], self.types[input.index()]);
         let gpu = self.queue.gpu();
         gpu.enter()?;
         match (self.value_pointer(value), self.value_pointer(input)) {
-            (Some(from), Some(to)) => gpu.copy(to, from, self.tape.shape(value).len() * 4),
+            (Some(from), Some(to)) => {
+                gpu.copy(to, from, self.tape.shape(value).len() * self.types[value.index()].bytes())
+            }
             _ => Ok(()),
         }
     }
 
-    /// Queues every node in order. `parameters` are those that the tape was recorded over.
+    /// Runs every node in order, from the second time on as one graph. `parameters` are those
+    /// that the tape was recorded over.
     ///
     /// # Errors
     /// When a kernel cannot be compiled or launched.
-    pub fn forward(&mut self, parameters: &CudaTensors) -> Result<()> {
+    pub fn forward(&mut self, parameters: &CudaParameters) -> Result<()> {
+        let gpu = self.queue.gpu().clone();
+        gpu.enter()?;
+        if !self.are_uploaded {
+            gpu.upload(self.ids.pointer(), &self.staged)?;
+            self.are_uploaded = true;
+        }
+        let mut graph = std::mem::take(&mut self.graph);
+        let over = (parameters.masters(), parameters.copies());
+        if self.captured_over != over {
+            (graph, self.captured_over) = (Graph::default(), over);
+        }
+        let done = graph.run(&gpu, || self.queue_forward(parameters));
+        self.graph = graph;
+        done
+    }
+
+    /// Queues every node in order, over the integers in the GPU's memory.
+    pub(crate) fn queue_forward(&mut self, parameters: &CudaParameters) -> Result<()> {
+        self.check(parameters)?;
         self.queue.gpu().enter()?;
-        (0..self.tape.nodes.len()).try_for_each(|i| self.forward_node(i, parameters))
+        let training = self.tape.mode() == Mode::Train;
+        let mut part = 0;
+        for i in 0..self.tape.nodes.len() {
+            self.forward_node(i, parameters)?;
+            if self.notes.ends.get(part).is_some_and(|&(last, _)| last == i) {
+                if training && let Some(&var) = self.tape.nodes[i].outputs.first() {
+                    self.note(self.value_pointer(var), var, 2 * part)?;
+                }
+                part += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes in flag `flag` whether x, a value or gradient of `var`, is not finite.
+    fn note(&self, x: Option<u64>, var: Var, flag: usize) -> Result<()> {
+        let Some(x) = x else { return Ok(()) };
+        let n = self.tape.shape(var).len();
+        let blocks = n.div_ceil(256 * 16).clamp(1, 256);
+        let arguments = arguments![x, n as u64, self.notes.flags.pointer() + 4 * flag as u64];
+        let precision = self.types[var.index()];
+        let gpu = self.queue.gpu();
+        gpu.launch(&NOTES, precision, "note_non_finite", [blocks, 1, 1], [256, 1], 0, arguments)
+    }
+
+    /// Forgets the notes of earlier replays.
+    pub(crate) fn forget_non_finite(&self) -> Result<()> {
+        self.queue.gpu().fill(self.notes.flags.pointer(), 0, self.notes.ends.len() * 8)
+    }
+
+    /// The first part of the model that replays in training have noted a number in that is not
+    /// finite.
+    ///
+    /// # Errors
+    /// When the copy, or work before it, fails.
+    pub fn find_non_finite(&self) -> Result<Option<Culprit>> {
+        let gpu = self.queue.gpu();
+        gpu.enter()?;
+        let mut flags = vec![0u32; 2 * self.notes.ends.len()];
+        gpu.download(&mut flags, self.notes.flags.pointer())?;
+        let forward = (0..self.notes.ends.len()).find(|part| flags[2 * part] != 0);
+        let backward = (0..self.notes.ends.len()).rev().find(|part| flags[2 * part + 1] != 0);
+        Ok(forward.or(backward).map(|part| Culprit {
+            scope: self.tape.scopes[self.tape.nodes[self.notes.ends[part].0].scope].clone(),
+            operation: None,
+            backward: forward.is_none(),
+        }))
     }
 
     /// Queues every node backward, adding to `gradients`.
     ///
     /// # Errors
     /// When a kernel cannot be compiled or launched.
-    pub fn backward(&mut self, parameters: &CudaTensors, gradients: &mut CudaTensors) -> Result<()> {
+    pub fn backward(&mut self, parameters: &CudaParameters, gradients: &mut CudaTensors) -> Result<()> {
+        self.check(parameters)?;
         self.queue.gpu().enter()?;
-        (0..self.tape.nodes.len()).rev().try_for_each(|i| self.backward_node(i, parameters, gradients))
+        let mut part = self.notes.ends.len();
+        for i in (0..self.tape.nodes.len()).rev() {
+            self.backward_node(i, parameters, gradients)?;
+            if part > 0 && self.notes.ends[part - 1].1 == i {
+                part -= 1;
+                if let Some(Some(var)) = self.tape.nodes[i].inputs.first().copied() {
+                    self.note(self.gradient_pointer(var), var, 2 * part + 1)?;
+                }
+            }
+        }
+        Ok(())
     }
 
-    /// Runs forward and backward node by node, each waited for; returns the operations with
-    /// their milliseconds forward and backward, the most expensive first. A wait costs some
-    /// ten microseconds, which small operations show.
+    /// Runs forward and backward node by node, each waited for; returns the time of each
+    /// operation, the most expensive first. A wait costs some ten microseconds, which small
+    /// operations show.
     ///
     /// # Errors
     /// When a kernel cannot be compiled or launched.
     pub fn profile(
         &mut self,
-        parameters: &CudaTensors,
+        parameters: &CudaParameters,
         gradients: &mut CudaTensors,
-    ) -> Result<Vec<(&'static str, f64, f64)>> {
-        let mut times: Vec<(&'static str, f64, f64)> = Vec::new();
+    ) -> Result<Vec<OperationTime>> {
+        let mut profile = Profile::default();
         let nodes = self.tape.nodes.len();
         self.queue.gpu().synchronize()?;
         for (i, is_forward) in (0..nodes).map(|i| (i, true)).chain((0..nodes).rev().map(|i| (i, false))) {
@@ -210,27 +381,26 @@ impl CudaExecutor {
             }
             self.queue.gpu().synchronize()?;
             let spent = start.elapsed().as_secs_f64() * 1e3;
-            let name = self.tape.nodes[i].operation.name();
-            let place = times.iter().position(|row| row.0 == name).unwrap_or_else(|| {
-                times.push((name, 0.0, 0.0));
-                times.len() - 1
-            });
-            if is_forward {
-                times[place].1 += spent;
-            } else {
-                times[place].2 += spent;
-            }
+            profile.add(self.tape.nodes[i].operation.name(), is_forward, spent);
         }
-        times.sort_by(|a, b| (b.1 + b.2).total_cmp(&(a.1 + a.2)));
-        Ok(times)
+        Ok(profile.finish())
     }
 
-    fn forward_node(&mut self, i: usize, parameters: &CudaTensors) -> Result<()> {
+    fn check(&self, parameters: &CudaParameters) -> Result<()> {
+        let (wanted, given) = (self.queue.precision(), parameters.precision());
+        if wanted != given {
+            let message = format!("a tape in {wanted:?} is given parameters in {given:?}");
+            return Err(Error::new(ErrorKind::Device, message));
+        }
+        Ok(())
+    }
+
+    fn forward_node(&mut self, i: usize, parameters: &CudaParameters) -> Result<()> {
         let node = &self.tape.nodes[i];
         let mut inputs = [None; MAX_SLOTS];
         let mut outputs = [0; MAX_SLOTS];
-        for (input, var) in inputs.iter_mut().zip(&node.inputs) {
-            *input = var.and_then(|var| self.read(var, parameters));
+        for (slot, var) in node.inputs.iter().enumerate() {
+            inputs[slot] = var.and_then(|var| self.read(i, slot, var, parameters));
         }
         for (output, &var) in outputs.iter_mut().zip(&node.outputs) {
             *output = self.value_pointer(var).unwrap_or(0);
@@ -244,12 +414,12 @@ impl CudaExecutor {
     fn backward_node(
         &mut self,
         i: usize,
-        parameters: &CudaTensors,
+        parameters: &CudaParameters,
         gradients: &mut CudaTensors,
     ) -> Result<()> {
         for &var in &self.plan.first[i] {
             if let Some(slot) = self.plan.gradient[var] {
-                self.queue.zero(self.slot(slot), self.tape.values[var].shape.len())?;
+                self.queue.gpu().fill(self.slot(slot), 0, bytes_of(&self.tape, &self.types, var))?;
             }
         }
         let node = &self.tape.nodes[i];
@@ -261,8 +431,8 @@ impl CudaExecutor {
         let (mut outputs, mut output_gradients) = ([0; MAX_SLOTS], [None; MAX_SLOTS]);
         for (slot, var) in node.inputs.iter().enumerate() {
             let Some(var) = *var else { continue };
-            if reads.inputs >> slot & 1 == 1 {
-                inputs[slot] = self.read(var, parameters);
+            if reads.input(slot) {
+                inputs[slot] = self.read(i, slot, var, parameters);
             }
             input_gradients[slot] = match self.tape.values[var.index()].source {
                 Source::Parameter { index, offset } => Some(gradients.at(index, offset)),
@@ -270,7 +440,7 @@ impl CudaExecutor {
             };
         }
         for (slot, &var) in node.outputs.iter().enumerate() {
-            if reads.outputs >> slot & 1 == 1 {
+            if reads.output(slot) {
                 outputs[slot] = self.value_pointer(var).unwrap_or(0);
             }
             output_gradients[slot] = self.gradient_pointer(var);
@@ -289,9 +459,13 @@ impl CudaExecutor {
         node.operation.backward_on_gpu(&mut io)
     }
 
-    fn read(&self, var: Var, parameters: &CudaTensors) -> Option<u64> {
+    /// Where node `node` finds input `slot`, which is `var`.
+    fn read(&self, node: usize, slot: usize, var: Var, parameters: &CudaParameters) -> Option<u64> {
         match self.tape.values[var.index()].source {
-            Source::Parameter { index, offset } => Some(parameters.at(index, offset)),
+            Source::Parameter { index, offset } => {
+                let full = self.tape.nodes[node].operation.full_precision().input(slot);
+                Some(parameters.at(index, offset, full))
+            }
             _ => self.value_pointer(var),
         }
     }
@@ -303,6 +477,47 @@ impl CudaExecutor {
         }
         ids
     }
+}
+
+/// Bytes of a value or its gradient; whole words, since memory is filled by words.
+fn bytes_of(tape: &Tape, types: &[Precision], value: usize) -> usize {
+    (tape.values[value].shape.len() * types[value].bytes()).next_multiple_of(4)
+}
+
+/// What each value is stored in: as the node that writes it says, inputs as their first reader
+/// says. (Of a parameter there are both: each node reads the one that it says.)
+fn types(tape: &Tape, precision: Precision) -> Result<Vec<Precision>> {
+    let of = |full: bool| if full { Precision::F32 } else { precision };
+    let mut types: Vec<Option<Precision>> = vec![None; tape.values.len()];
+    for node in &tape.nodes {
+        let full = node.operation.full_precision();
+        let fault = |slot: usize, what: &str| {
+            let (name, scope) = (node.operation.name(), &tape.scopes[node.scope]);
+            Err(Error::new(
+                ErrorKind::Device,
+                format!("input {slot} of {name} in {scope} {what}: a mistake in the model's code"),
+            ))
+        };
+        for (slot, var) in node.inputs.iter().enumerate() {
+            let Some(var) = var else { continue };
+            let wanted = of(full.input(slot));
+            if matches!(tape.values[var.index()].source, Source::Parameter { .. }) {
+                continue;
+            }
+            if wanted != Precision::F32 && node.operation.weights() >> slot & 1 == 1 {
+                return fault(slot, "is a weight, but no parameter");
+            }
+            let found = *types[var.index()].get_or_insert(wanted);
+            if found != wanted {
+                return fault(slot, &format!("is stored in {found:?}, not in {wanted:?}"));
+            }
+        }
+        for (slot, var) in node.outputs.iter().enumerate() {
+            types[var.index()] = Some(of(full.output(slot)));
+        }
+    }
+    // Nobody reads the rest.
+    Ok(types.into_iter().map(|found| found.unwrap_or(Precision::F32)).collect())
 }
 
 /// Where parts of these sizes start, each aligned, and their size in all.

@@ -2,15 +2,17 @@
 
 use std::sync::Arc;
 
+use super::Precision;
 use super::blas::{Product, WORKSPACE};
 use super::compiler::Source;
-use super::context::{Argument, Buffer, Gpu};
+use super::context::{Argument, Buffer, Gpu, NAN, arguments};
 use crate::engine::operation::{MAX_SLOTS, NodeShapes};
 use crate::error::Result;
 
 /// Where kernels are queued, with the work space that they share.
 pub struct Queue {
     gpu: Arc<Gpu>,
+    precision: Precision,
     workspace: Buffer,
     scratch: Buffer,
     used: usize,
@@ -25,9 +27,10 @@ impl std::fmt::Debug for Queue {
 }
 
 impl Queue {
-    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Queue> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, precision: Precision) -> Result<Queue> {
         Ok(Queue {
             gpu: gpu.clone(),
+            precision,
             workspace: Buffer::zeros(gpu, WORKSPACE)?,
             scratch: Buffer::zeros(gpu, 1 << 20)?,
             used: 0,
@@ -39,6 +42,11 @@ impl Queue {
         &self.gpu
     }
 
+    /// What elements are stored in, and kernels compiled for.
+    pub(crate) fn precision(&self) -> Precision {
+        self.precision
+    }
+
     /// Bytes of the work space.
     pub(crate) fn bytes(&self) -> usize {
         self.workspace.bytes() + self.scratch.bytes() + self.outgrown.iter().map(Buffer::bytes).sum::<usize>()
@@ -46,7 +54,7 @@ impl Queue {
 
     /// Fills the work space with NaN.
     pub(crate) fn poison(&self) -> Result<()> {
-        self.gpu.fill(self.scratch.pointer(), 0x7fc0_0000, self.scratch.bytes())
+        self.gpu.fill(self.scratch.pointer(), NAN, self.scratch.bytes())
     }
 
     /// Gives the work space back, at the start of an operation.
@@ -76,7 +84,7 @@ impl Queue {
         block: usize,
         arguments: &[Argument],
     ) -> Result<()> {
-        self.gpu.launch(source, name, grid, [block, 1], 0, arguments)
+        self.gpu.launch(source, self.precision, name, grid, [block, 1], 0, arguments)
     }
 
     /// Launches a kernel on a grid of two-dimensional blocks.
@@ -88,7 +96,7 @@ impl Queue {
         block: [usize; 2],
         arguments: &[Argument],
     ) -> Result<()> {
-        self.gpu.launch(source, name, grid, block, 0, arguments)
+        self.gpu.launch(source, self.precision, name, grid, block, 0, arguments)
     }
 
     /// Launches a kernel with bytes of dynamic shared memory.
@@ -101,7 +109,18 @@ impl Queue {
         shared: usize,
         arguments: &[Argument],
     ) -> Result<()> {
-        self.gpu.launch(source, name, grid, [block, 1], shared, arguments)
+        self.gpu.launch(source, self.precision, name, grid, [block, 1], shared, arguments)
+    }
+
+    /// Launches a kernel whose threads take [`WIDE`] elements each, 256 threads a block.
+    pub(crate) fn launch_wide(
+        &self,
+        source: &Source,
+        name: &'static str,
+        n: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        self.launch_each(source, name, n.div_ceil(WIDE), arguments)
     }
 
     /// Launches a kernel with a thread an element, 256 a block.
@@ -112,12 +131,12 @@ impl Queue {
         n: usize,
         arguments: &[Argument],
     ) -> Result<()> {
-        self.gpu.launch(source, name, [n.div_ceil(256), 1, 1], [256, 1], 0, arguments)
+        self.gpu.launch(source, self.precision, name, [n.div_ceil(256), 1, 1], [256, 1], 0, arguments)
     }
 
     /// Queues a matrix product.
     pub(crate) fn product(&self, product: &Product) -> Result<()> {
-        self.gpu.blas.product(&self.gpu, &self.workspace, product)
+        self.gpu.blas.product(&self.gpu, &self.workspace, self.precision, product)
     }
 
     /// Sets `n` f32 numbers to zero.
@@ -125,31 +144,49 @@ impl Queue {
         self.gpu.fill(pointer, 0, n * 4)
     }
 
-    /// y (rows, width) = bias in every row.
-    pub(crate) fn fill_rows(&self, bias: u64, y: u64, rows: usize, width: usize) -> Result<()> {
+    /// y (rows, width) = bias in every row; y holds elements, or f32 where `full`.
+    pub(crate) fn fill_rows(&self, bias: u64, y: u64, full: bool, rows: usize, width: usize) -> Result<()> {
         let n = rows * width;
-        self.launch_each(&REDUCE, "fill_rows", n, super::context::arguments![bias, y, n as u64, width])
+        let name = if full { "fill_rows_full" } else { "fill_rows" };
+        self.launch_each(&REDUCE, name, n, arguments![bias, y, n as u64, width])
+    }
+
+    /// `n` f32 numbers as elements, until the operation ends: what products take.
+    pub(crate) fn to_elements(&mut self, x: u64, n: usize) -> Result<u64> {
+        if self.precision == Precision::F32 {
+            return Ok(x);
+        }
+        let y = self.scratch(n)?;
+        self.launch_wide(&REDUCE, "to_elements", n, arguments![x, y, n as u64])?;
+        Ok(y)
     }
 
     /// sums (width) += the sum of `parts` rows (parts, width), in order.
     pub(crate) fn add_parts(&self, parts: u64, count: usize, width: usize, sums: u64) -> Result<()> {
-        self.launch_each(&REDUCE, "add_parts", width, super::context::arguments![parts, sums, count, width])
+        let grid = [width.div_ceil(32), 1, 1];
+        self.launch_square(&REDUCE, "add_parts", grid, [32, 32], arguments![parts, sums, count, width])
     }
 
-    /// sums (width) += the sum over the rows of x (rows, width), in fixed tiles.
-    pub(crate) fn add_rows(&mut self, x: u64, rows: usize, width: usize, sums: u64) -> Result<()> {
+    /// sums (width) += the sum over the rows of x (rows, width), in fixed tiles; x holds elements,
+    /// or f32 where `full`.
+    pub(crate) fn add_rows(
+        &mut self,
+        x: u64,
+        full: bool,
+        rows: usize,
+        width: usize,
+        sums: u64,
+    ) -> Result<()> {
+        let name = if full { "row_parts_full" } else { "row_parts" };
         let tiles = rows.div_ceil(ROWS);
         let parts = self.scratch(tiles * width)?;
-        self.launch(
-            &REDUCE,
-            "row_parts",
-            [width.div_ceil(128), tiles, 1],
-            128,
-            super::context::arguments![x, parts, rows, width],
-        )?;
+        self.launch(&REDUCE, name, [width.div_ceil(128), tiles, 1], 128, arguments![x, parts, rows, width])?;
         self.add_parts(parts, tiles, width, sums)
     }
 }
+
+/// Elements that a thread of a kernel on whole tensors takes: 16 bytes in bf16.
+pub(crate) const WIDE: usize = 8;
 
 /// Rows that one partial sum covers, in every kernel that sums over rows.
 pub(crate) const ROWS: usize = 64;

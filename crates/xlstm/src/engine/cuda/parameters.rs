@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::context::{Buffer, Gpu};
+use super::{Precision, to_bf16};
 use crate::error::Result;
 
 /// Elements that parameters are aligned to: 256 bytes, which the fastest products ask for.
@@ -30,6 +31,11 @@ impl Layout {
     /// First element and number of elements of each parameter.
     pub(crate) fn places(&self) -> &[(usize, usize)] {
         &self.places
+    }
+
+    /// Element `offset` of parameter `index` in the flat buffer.
+    fn element(&self, index: usize, offset: usize) -> usize {
+        self.places.get(index).map_or(0, |place| place.0) + offset
     }
 
     /// Elements in all.
@@ -60,7 +66,7 @@ impl CudaTensors {
     ///
     /// # Errors
     /// When the copy fails.
-    pub fn upload(&mut self, values: &[Vec<f32>]) -> Result<()> {
+    pub fn upload(&self, values: &[Vec<f32>]) -> Result<()> {
         self.gpu.enter()?;
         for (values, &(first, count)) in values.iter().zip(&self.layout.places) {
             self.gpu.upload(self.buffer.pointer() + 4 * first as u64, &values[..count])?;
@@ -103,7 +109,91 @@ impl CudaTensors {
 
     /// Element `offset` of parameter `index`.
     pub(super) fn at(&self, index: usize, offset: usize) -> u64 {
-        let first = self.layout.places.get(index).map_or(0, |place| place.0);
-        self.buffer.pointer() + 4 * (first + offset) as u64
+        self.buffer.pointer() + 4 * self.layout.element(index, offset) as u64
+    }
+}
+
+/// A model's parameters: f32 masters, which the optimizer updates, and in bf16 a copy of the same
+/// layout, which matrix products read.
+#[derive(Debug)]
+pub struct CudaParameters {
+    masters: CudaTensors,
+    copies: Option<Buffer>,
+}
+
+impl CudaParameters {
+    /// All zero.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn zeros(gpu: &Arc<Gpu>, layout: &Layout, precision: Precision) -> Result<CudaParameters> {
+        let copies = match precision {
+            Precision::F32 => None,
+            Precision::Bf16 => Some(Buffer::zeros(gpu, layout.total * precision.bytes())?),
+        };
+        Ok(CudaParameters { masters: CudaTensors::zeros(gpu, layout)?, copies })
+    }
+
+    /// Copies `values`, one slice a parameter, to the GPU.
+    ///
+    /// # Errors
+    /// When the copy fails.
+    pub fn upload(&self, values: &[Vec<f32>]) -> Result<()> {
+        if let Some(copies) = &self.copies {
+            self.gpu().enter()?;
+            for (values, &(first, count)) in values.iter().zip(&self.layout().places) {
+                let rounded: Vec<u16> = values[..count].iter().map(|x| to_bf16(*x)).collect();
+                self.gpu().upload(copies.pointer() + 2 * first as u64, &rounded)?;
+            }
+        }
+        self.masters.upload(values)
+    }
+
+    /// Copies the masters from the GPU, one buffer a parameter.
+    ///
+    /// # Errors
+    /// When the copy, or work before it, fails.
+    pub fn download(&self) -> Result<Vec<Vec<f32>>> {
+        self.masters.download()
+    }
+
+    /// Zeros in the same places: gradients and moments.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn zeros_like(&self) -> Result<CudaTensors> {
+        CudaTensors::zeros(self.gpu(), self.layout())
+    }
+
+    /// What matrix products read.
+    pub fn precision(&self) -> Precision {
+        if self.copies.is_some() { Precision::Bf16 } else { Precision::F32 }
+    }
+
+    /// The layout.
+    pub fn layout(&self) -> &Layout {
+        self.masters.layout()
+    }
+
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        self.masters.gpu()
+    }
+
+    /// The masters, flat.
+    pub(crate) fn masters(&self) -> u64 {
+        self.masters.pointer()
+    }
+
+    /// The copy, flat; None where products read the masters.
+    pub(crate) fn copies(&self) -> Option<u64> {
+        self.copies.as_ref().map(Buffer::pointer)
+    }
+
+    /// Element `offset` of parameter `index`: of the masters where it is read in full precision.
+    pub(super) fn at(&self, index: usize, offset: usize, full: bool) -> u64 {
+        match &self.copies {
+            Some(copies) if !full => copies.pointer() + 2 * self.layout().element(index, offset) as u64,
+            _ => self.masters.at(index, offset),
+        }
     }
 }
