@@ -3,7 +3,7 @@
 use super::MlstmConfig;
 use super::operation::Sizes;
 use crate::cell::{ForgetGate, InputGate};
-use crate::engine::cuda::{CudaBackward, CudaForward, Queue, Source, context::arguments};
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::Queue};
 use crate::error::Result;
 
 /// The parts of a file of kernels, one after another.
@@ -62,7 +62,25 @@ pub(super) fn forward(
     let queue = &mut *io.queue;
     if length == 1 {
         let arguments = arguments![
-            q, k, v, i, f, marks, c0, n0, m0, h, c, n, m, stabilizers, denominators, heads, dqk, dhv, flags,
+            q,
+            k,
+            v,
+            i,
+            f,
+            marks,
+            c0,
+            n0,
+            m0,
+            h,
+            c,
+            n,
+            m,
+            stabilizers,
+            denominators,
+            heads,
+            dqk,
+            dhv,
+            flags,
             eps
         ];
         return queue.launch(&FORWARD, "mlstm_step", [dhv.div_ceil(16), tasks, 1], 256, arguments);
@@ -77,7 +95,23 @@ pub(super) fn forward(
     let arguments = arguments![i, f, marks, n0, m0, stabilizers, m, length, heads, dqk, flags];
     queue.launch(&FORWARD, "mlstm_gates", [tasks, 1, 1], 1024, arguments)?;
     let arguments = arguments![
-        q, k, i, f, marks, n0, m0, stabilizers, scores, keys, sums, e, normals, length, heads, dqk, flags
+        q,
+        k,
+        i,
+        f,
+        marks,
+        n0,
+        m0,
+        stabilizers,
+        scores,
+        keys,
+        sums,
+        e,
+        normals,
+        length,
+        heads,
+        dqk,
+        flags
     ];
     let grid = [chunks, tasks, 1];
     queue.launch_shared(&FORWARD, "mlstm_scores", grid, GROUP, SCORES_SHARED, arguments)?;
@@ -85,8 +119,23 @@ pub(super) fn forward(
     let grid = [value_tiles, key_tiles, tasks];
     queue.launch_shared(&FORWARD, "mlstm_states", grid, GROUP, STATES_SHARED, arguments)?;
     let arguments = arguments![
-        q, v, marks, stabilizers, scores, sums, e, states, normals, h, denominators, length, heads, dqk, dhv,
-        flags, eps
+        q,
+        v,
+        marks,
+        stabilizers,
+        scores,
+        sums,
+        e,
+        states,
+        normals,
+        h,
+        denominators,
+        length,
+        heads,
+        dqk,
+        dhv,
+        flags,
+        eps
     ];
     let grid = [value_tiles, chunks, tasks];
     queue.launch_shared(&FORWARD, "mlstm_outputs", grid, GROUP, OUTPUTS_SHARED, arguments)
@@ -138,16 +187,35 @@ pub(super) fn backward(
     };
     let arguments =
         arguments![h, dh, marks, stabilizers, denominators, inverse, dd, dm, length, heads, dhv, flags, eps];
-    queue.launch(
-        &BACKWARD,
-        "mlstm_backward_tokens",
-        [(chunks * L).div_ceil(8), tasks, 1],
-        256,
-        arguments,
-    )?;
+    queue.launch(&BACKWARD, "mlstm_backward_tokens", [(chunks * L).div_ceil(8), tasks, 1], 256, arguments)?;
     let arguments = arguments![
-        q, k, v, dh, i, f, marks, n0, m0, stabilizers, inverse, dd, scores, pairs, queries, keys, w, e,
-        normals, dnormals, di, df, length, heads, dqk, dhv, flags
+        q,
+        k,
+        v,
+        dh,
+        i,
+        f,
+        marks,
+        n0,
+        m0,
+        stabilizers,
+        inverse,
+        dd,
+        scores,
+        pairs,
+        queries,
+        keys,
+        w,
+        e,
+        normals,
+        dnormals,
+        di,
+        df,
+        length,
+        heads,
+        dqk,
+        dhv,
+        flags
     ];
     let grid = [chunks, tasks, 1];
     queue.launch_shared(
@@ -163,8 +231,25 @@ pub(super) fn backward(
     let grid = [value_tiles, key_tiles, tasks];
     queue.launch_shared(&FORWARD, "mlstm_states", grid, GROUP, STATES_SHARED, arguments)?;
     let arguments = arguments![
-        queries, dh, e, c0, n0, c, n, dc, dn, dstates, dnormals, inner_last, inner_first, dc0, dn0, length,
-        heads, dqk, dhv
+        queries,
+        dh,
+        e,
+        c0,
+        n0,
+        c,
+        n,
+        dc,
+        dn,
+        dstates,
+        dnormals,
+        inner_last,
+        inner_first,
+        dc0,
+        dn0,
+        length,
+        heads,
+        dqk,
+        dhv
     ];
     queue.launch_shared(&BACKWARD, "mlstm_backward_states", grid, GROUP, STATES_SHARED, arguments)?;
     if let Some(dv) = dv {

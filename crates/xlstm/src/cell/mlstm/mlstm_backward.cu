@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(256) mlstm_backward_tokens(
 /// di_j = sum_t G_tj, df_u = sum_{t>=u} sum_{j<u} G_tj.
 /// grid (N, B NH), block 256: Q K^T and dh V^T.
 struct BackwardScores {
-    Tile left[2][STAGES], right[2][STAGES];
+    Tile left[2][SCORE_STAGES], right[2][SCORE_STAGES];
     /// s e / N, 1 / N and dd.
     float query[L], inverse[L], dd[L];
     Column columns[2];
@@ -78,27 +78,28 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP, 2) mlstm_backward_scores
     int chunk = blockIdx.x, bh = blockIdx.y, tid = threadIdx.x, side = SIDE;
     long long at = (long long)bh * gridDim.x + chunk;
     float scale = 1.0f / sqrtf((float)dqk);
-    chunk_weights({i, f, marks, n0, m0, stabilizers}, s.weights, bh, chunk, S, NH, dqk, flags);
-    if (tid < L) {
-        float state = scale * s.weights.e[tid], factor = inverse[at * L + tid], gradient = dd[at * L + tid];
-        w[at * L + tid] = s.weights.w[tid];
-        e[at * L + tid] = s.weights.e[tid];
-        s.inverse[tid] = factor;
-        s.dd[tid] = gradient;
-        s.query[tid] = state * factor;
-        s.columns[0].set(tid, state * gradient);
-        s.columns[1].set(tid, s.weights.w[tid]);
-    }
     Rows left = side ? tokens(dh, bh, chunk, S, NH, dhv) : tokens(q, bh, chunk, S, NH, dqk);
     Rows right = side ? tokens(v, bh, chunk, S, NH, dhv) : tokens(k, bh, chunk, S, NH, dqk);
     int width = side ? dhv : dqk;
     float sum[32] = {};
-    pipeline<STAGES>(
+    pipeline<SCORE_STAGES>(
         (max(dqk, dhv) + L - 1) / L,
         [&](int step, int stage) {
             if (step * L >= width) return;
             fetch(s.left[side][stage], left, 0, step * L);
             fetch(s.right[side][stage], right, 0, step * L);
+        },
+        [&] {
+            chunk_weights({i, f, marks, n0, m0, stabilizers}, s.weights, bh, chunk, S, NH, dqk, flags);
+            if (tid >= L) return;
+            float state = scale * s.weights.e[tid], factor = inverse[at * L + tid], gradient = dd[at * L + tid];
+            w[at * L + tid] = s.weights.w[tid];
+            e[at * L + tid] = s.weights.e[tid];
+            s.inverse[tid] = factor;
+            s.dd[tid] = gradient;
+            s.query[tid] = state * factor;
+            s.columns[0].set(tid, state * gradient);
+            s.columns[1].set(tid, s.weights.w[tid]);
         },
         [&](int step, int stage) {
             if (step * L < width) multiply<false, true>(s.left[side][stage], s.right[side][stage], sum);
@@ -251,8 +252,8 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_backward_values(
 /// grid (TQ, N, B NH), block 256: a side for Z, a side for Y. dq and dk may be null.
 struct BackwardKeys {
     Tile left[2][STAGES], right[2][STAGES];
-    /// n and dn; what they are multiplied by; the factors of dnum and V; those of Z and Y.
-    float normal[2][L], gradient[2][L], inverse[2][L], factor[2][L];
+    /// n and dn; their factors in Z and Y; those of dh and V.
+    float normal[2][L], gradient[2][L], factor[2][L];
     float sums[2][2][L];
 };
 static_assert(sizeof(BackwardKeys) <= BACKWARD_KEYS_SHARED);
@@ -269,9 +270,9 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP, 2) mlstm_backward_keys(
     if (member < L) {
         float normal = r0 + member < dqk ? (side ? dnormals : normals)[at * dqk + r0 + member] : 0.0f;
         s.normal[side][member] = normal;
-        s.gradient[side][member] = side ? 1.0f : dd[at * L + member];
-        s.inverse[side][member] = side ? 1.0f : inverse[at * L + member];
-        s.factor[side][member] = side ? w[at * L + member] : e[at * L + member] / sqrtf((float)dqk);
+        float factor = side ? w[at * L + member] : e[at * L + member] / sqrtf((float)dqk);
+        s.gradient[side][member] = side ? factor : factor * dd[at * L + member];
+        s.factor[side][member] = side ? factor : factor * inverse[at * L + member];
     }
     Tile &other = s.right[1 - side][0];
     float sum[32] = {}, inner = 0.0f;
@@ -304,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP, 2) mlstm_backward_keys(
         [&](int, int) {
             EACH(i) {
                 int t = ROW(i), x = COLUMN(i);
-                sum[i] = s.factor[side][t] * fmaf(s.gradient[side][t], s.normal[side][x], s.inverse[side][t] * sum[i]);
+                sum[i] = fmaf(s.gradient[side][t], s.normal[side][x], s.factor[side][t] * sum[i]);
             }
             add_rows([&](int i) { return load(other.at(ROW(i), COLUMN(i))) * sum[i]; }, s.sums[side]);
             if (side) multiply<true, false>(s.left[side][0], s.right[side][0], sum);

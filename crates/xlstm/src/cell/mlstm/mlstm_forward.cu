@@ -58,11 +58,6 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_scores(
     Scores &s = *(Scores *)shared;
     int chunk = blockIdx.x, bh = blockIdx.y, tid = threadIdx.x;
     long long at = (long long)bh * gridDim.x + chunk;
-    chunk_weights({i, f, marks, n0, m0, stabilizers}, s.weights, bh, chunk, S, NH, dqk, flags);
-    if (tid < L) {
-        s.w.set(tid, s.weights.w[tid]);
-        e[at * L + tid] = s.weights.e[tid];
-    }
     Rows queries = tokens(q, bh, chunk, S, NH, dqk), rows = tokens(k, bh, chunk, S, NH, dqk);
     float sum[32] = {};
     pipeline<STAGES>(
@@ -70,6 +65,12 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_scores(
         [&](int step, int stage) {
             fetch(s.q[stage], queries, 0, step * L);
             fetch(s.k[stage], rows, 0, step * L);
+        },
+        [&] {
+            chunk_weights({i, f, marks, n0, m0, stabilizers}, s.weights, bh, chunk, S, NH, dqk, flags);
+            if (tid >= L) return;
+            s.w.set(tid, s.weights.w[tid]);
+            e[at * L + tid] = s.weights.e[tid];
         },
         [&](int step, int stage) {
             multiply<false, true>(s.q[stage], s.k[stage], sum);

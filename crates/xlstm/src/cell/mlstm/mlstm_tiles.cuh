@@ -81,15 +81,17 @@ __device__ __forceinline__ void fetch(Tile &tile, const Rows &of, int row, int c
     }
 }
 
-/// use(step, stage) for every step, once fetch(step, stage) and what it copied is there; fetches
-/// run STAGES - 1 steps ahead. A barrier lies before every use.
-template <int STAGES, class Fetch, class Use>
-__device__ __forceinline__ void pipeline(int steps, Fetch fetch, Use use) {
+/// use(step, stage) for every step, once what fetch(step, stage) copies is there; fetches run
+/// STAGES - 1 steps ahead, and `meanwhile` once the first have begun. A barrier lies before
+/// every use.
+template <int STAGES, class Fetch, class Meanwhile, class Use>
+__device__ __forceinline__ void pipeline(int steps, Fetch fetch, Meanwhile meanwhile, Use use) {
     auto begin = [&](int step) {
         if (step < steps) fetch(step, step % STAGES);
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
     for (int step = 0; step < STAGES - 1; step++) begin(step);
+    meanwhile();
     for (int step = 0; step < steps; step++) {
         if (STAGES == 1) {
             __syncthreads();
@@ -100,6 +102,10 @@ __device__ __forceinline__ void pipeline(int steps, Fetch fetch, Use use) {
         if (STAGES > 1) begin(step + STAGES - 1);
         use(step, step % STAGES);
     }
+}
+template <int STAGES, class Fetch, class Use>
+__device__ __forceinline__ void pipeline(int steps, Fetch fetch, Use use) {
+    pipeline<STAGES>(steps, fetch, [] {}, use);
 }
 
 /// to (rows of `width`, padded) = the tile's 64 rows times factors, from a column on.
@@ -126,6 +132,29 @@ __device__ __forceinline__ void copy_weighted(Tile &tile, const float *factors, 
 // A warp has 32 x 32, as 2 x 4 results of m16n8k16.
 #define ROW(i) (WARP / 2 * 32 + (i) / 16 * 16 + (i) % 4 / 2 * 8 + LANE / 4)
 #define COLUMN(i) (WARP % 2 * 32 + (i) / 4 % 4 * 8 + LANE % 4 * 2 + (i) % 2)
+
+/// Eight neighbours of a row: a quad of threads has 32, thread n those of result n.
+struct __align__(16) Piece {
+    Pair pair[4];
+};
+#define PIECES 8
+#define PIECE_SUM(piece, n) ((piece) / 16 * 16 + (piece) / 8 % 2 * 2 + (n) * 4)
+#define PIECE_ROW(piece) ROW(PIECE_SUM(piece, 0))
+#define PIECE_COLUMN(piece) (WARP % 2 * 32 + LANE % 4 * 8)
+/// Pair n of thread t of a quad, that its sums are of, goes to pair t of thread n, and back.
+__device__ __forceinline__ void exchange(Piece &piece) {
+    unsigned *x = (unsigned *)&piece;
+#pragma unroll
+    for (int step = 1; step < 4; step <<= 1)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & step) continue;
+            bool upper = LANE & step;
+            unsigned other = __shfl_xor_sync(ALL, upper ? x[i] : x[i + step], step);
+            if (upper) x[i] = other;
+            else x[i + step] = other;
+        }
+}
 
 /// Four 8 x 8 matrices; lane i names row i % 8 of matrix i / 8.
 template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(unsigned (&to)[4], const element_t *row) {
@@ -227,6 +256,16 @@ template <class X> __device__ __forceinline__ void add_rows(X x, float (*sums)[L
 #define ROW(i) (MEMBER / 16 * 8 + (i) / 4)
 #define COLUMN(i) (MEMBER % 16 * 2 + (i) % 4 / 2 * 32 + (i) % 2)
 
+/// Two neighbours of a row.
+struct Piece {
+    Pair pair[1];
+};
+#define PIECES 2
+#define PIECE_SUM(piece, n) (piece)
+#define PIECE_ROW(piece) ROW(piece)
+#define PIECE_COLUMN(piece) COLUMN(piece)
+__device__ __forceinline__ void exchange(Piece &) {}
+
 /// sum += left right, either transposed or not.
 template <bool LEFT, bool RIGHT> __device__ __forceinline__ void multiply(Tile &left, Tile &right, float (&sum)[32]) {
 #pragma unroll 2
@@ -293,12 +332,22 @@ template <bool ADD> __device__ __forceinline__ void put(const float (&sum)[32], 
     element_t *to = (element_t *)of.from + row * of.stride + column;
     if (of.aligned) {
 #pragma unroll
-        for (int i = 0; i < 32; i += 2) {
-            if (row + ROW(i) >= of.rows || column + COLUMN(i) >= of.width) continue;
-            Pair *pair = (Pair *)(to + ROW(i) * of.stride + COLUMN(i)), x = ADD ? *pair : Pair();
-            store(x.x, ADD ? load(x.x) + sum[i] : sum[i]);
-            store(x.x + 1, ADD ? load(x.x + 1) + sum[i + 1] : sum[i + 1]);
-            *pair = x;
+        for (int i = 0; i < 32; i += PIECES) {
+            int r = PIECE_ROW(i), c = PIECE_COLUMN(i);
+            bool inside = row + r < of.rows && column + c < of.width;
+            Piece piece = {}, *at = (Piece *)(to + r * of.stride + c);
+            if (ADD) {
+                if (inside) piece = *at;
+                exchange(piece);
+            }
+#pragma unroll
+            for (int n = 0; n < PIECES / 2; n++) {
+                element_t *x = piece.pair[n].x;
+                store(x, ADD ? load(x) + sum[PIECE_SUM(i, n)] : sum[PIECE_SUM(i, n)]);
+                store(x + 1, ADD ? load(x + 1) + sum[PIECE_SUM(i, n) + 1] : sum[PIECE_SUM(i, n) + 1]);
+            }
+            exchange(piece);
+            if (inside) *at = piece;
         }
     } else {
         EACH(i) if (row + ROW(i) < of.rows && column + COLUMN(i) < of.width) {
@@ -311,18 +360,20 @@ template <bool ADD> __device__ __forceinline__ void put(const float (&sum)[32], 
 // ---- Shared memory ----
 
 // Bytes of dynamic shared memory that a launch gives, enough in both precisions.
-#define SCORES_SHARED (52 << 10)
+#define SCORES_SHARED (66 << 10)
 #define STATES_SHARED (64 << 10)
-#define OUTPUTS_SHARED (35 << 10)
+#define OUTPUTS_SHARED (50 << 10)
 #define BACKWARD_SCORES_SHARED (88 << 10)
-#define BACKWARD_KEYS_SHARED (72 << 10)
+#define BACKWARD_KEYS_SHARED ((98 << 10) + 512)
 
 // Tiles under way of a matrix. A block that walks along the sequence is one of few.
 #ifdef ELEMENT_BF16
-#define STAGES 2
+#define STAGES 3
+#define SCORE_STAGES 2
 #define STATE_STAGES 4
 #else
 #define STAGES 1
+#define SCORE_STAGES 1
 #define STATE_STAGES 1
 #endif
 
