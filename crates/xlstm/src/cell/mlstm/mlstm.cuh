@@ -121,7 +121,6 @@ struct Weights {
     /// The last row of W, and e.
     float w[L], e[L];
     float decay[L], entry[L];
-    unsigned char cleared[L];
 };
 /// The exponents are sums from each token on, never differences. A barrier at the end.
 __device__ void chunk_weights(const Gates &gates, Weights &to, int bh, int chunk, int S, int NH, int dqk, int flags) {
@@ -133,23 +132,22 @@ __device__ void chunk_weights(const Gates &gates, Weights &to, int bh, int chunk
         const float *m = gates.stabilizers + (long long)bh * S;
         float g = 0.0f, a = NEG_INFINITY;
         if (t < S) exponents(gate, t > 0 ? m[t - 1] : first, m[t], flags, &g, &a);
-        to.decay[tid] = g;
+        to.decay[tid] = is_reset(gate.mark) ? NEG_INFINITY : g;
         to.entry[tid] = a;
-        to.cleared[tid] = is_reset(gate.mark);
     }
     __syncthreads();
     if (tid <= L) {
         // Column j of W, and for j = L what is left of the state.
         bool state = tid == L;
-        float exponent = 0.0f;
+        float exponent = 0.0f, entry = state ? 0.0f : to.entry[tid], weight = 0.0f;
+        float *at = state ? to.e : &to.W[0][tid];
+#pragma unroll 8
         for (int t = 0; t < L; t++) {
-            exponent = to.cleared[t] && (state || t > tid) ? NEG_INFINITY : exponent + to.decay[t];
-            if (!state && t == tid) exponent = to.entry[t];
-            float weight = state || t >= tid ? expf(exponent) : 0.0f;
-            if (state) to.e[t] = weight;
-            else to.W[t][tid] = weight;
-            if (!state && t == L - 1) to.w[tid] = weight;
+            exponent = t == tid ? entry : exponent + to.decay[t];
+            weight = state || t >= tid ? expf(exponent) : 0.0f;
+            at[state ? t : t * (L + 1)] = weight;
         }
+        if (!state) to.w[tid] = weight;
     }
     __syncthreads();
 }

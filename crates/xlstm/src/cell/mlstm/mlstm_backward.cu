@@ -27,11 +27,8 @@ extern "C" __global__ void __launch_bounds__(256) mlstm_backward_tokens(
         const element_t *a = h + token_at(bh, t, S, NH, dhv), *b = dh + token_at(bh, t, S, NH, dhv);
         float dh_h = 0.0f;
         if (dhv % WIDE == 0)
-            for (int y = LANE * WIDE; y < dhv; y += 32 * WIDE) {
-                Wide x = *(const Wide *)(a + y), z = *(const Wide *)(b + y);
-#pragma unroll
-                for (int i = 0; i < WIDE; i++) dh_h = fmaf(load(z.x + i), load(x.x + i), dh_h);
-            }
+            for (int y = LANE * WIDE; y < dhv; y += 32 * WIDE)
+                dh_h = dot(read((const Wide *)(a + y)), read((const Wide *)(b + y)), dh_h);
         else
             for (int y = LANE; y < dhv; y += 32) dh_h = fmaf(load(b + y), load(a + y), dh_h);
         dh_h = warp_sum(dh_h);
@@ -66,7 +63,7 @@ struct BackwardScores {
     Weights weights;
 };
 static_assert(sizeof(BackwardScores) <= BACKWARD_SCORES_SHARED);
-extern "C" __global__ void __launch_bounds__(2 * GROUP, 2) mlstm_backward_scores(
+extern "C" __global__ void __launch_bounds__(2 * GROUP, BLOCKS) mlstm_backward_scores(
     const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *i,
     const float *f, const unsigned *marks, const float *n0, const float *m0, const float *stabilizers,
     const float *inverse, const float *dd, element_t *scores, element_t *pairs, element_t *queries, element_t *keys,
@@ -222,7 +219,8 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_backward_values(
 ) {
     extern __shared__ Wide shared[];
     BackwardValues &s = *(BackwardValues *)shared;
-    int bh = blockIdx.z, chunk = blockIdx.y, c0 = blockIdx.x * L, tiles = (dqk + L - 1) / L;
+    // From the last sequence on, whose states were written last.
+    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, c0 = blockIdx.x * L, tiles = (dqk + L - 1) / L;
     long long at = (long long)bh * gridDim.y + chunk;
     Rows A = stored(scores, at, L, L), gradients = tokens(dh, bh, chunk, S, NH, dhv);
     Rows K = stored(keys, at, L, dqk), dC = stored(dstates, at, dqk, dhv);
@@ -257,7 +255,7 @@ struct BackwardKeys {
     float sums[2][2][L];
 };
 static_assert(sizeof(BackwardKeys) <= BACKWARD_KEYS_SHARED);
-extern "C" __global__ void __launch_bounds__(2 * GROUP, 2) mlstm_backward_keys(
+extern "C" __global__ void __launch_bounds__(2 * GROUP, BLOCKS) mlstm_backward_keys(
     const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *inverse,
     const float *dd, const element_t *pairs, const float *w, const float *e, const element_t *states,
     const float *normals, const element_t *dstates, const float *dnormals, element_t *dq, element_t *dk,
@@ -289,9 +287,8 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP, 2) mlstm_backward_keys(
                 multiply<false, true>(s.left[side][stage], s.right[side][stage], sum);
                 for (int piece = tid; piece < L * L / WIDE; piece += 2 * GROUP) {
                     int r = piece / (L / WIDE), c = piece % (L / WIDE) * WIDE;
-                    Wide a = *(const Wide *)s.right[0][stage].at(r, c), b = *(const Wide *)s.right[1][stage].at(r, c);
-#pragma unroll
-                    for (int i = 0; i < WIDE; i++) inner = fmaf(load(a.x + i), load(b.x + i), inner);
+                    const element_t *a = s.right[0][stage].at(r, c), *b = s.right[1][stage].at(r, c);
+                    inner = dot(read((const Wide *)a), read((const Wide *)b), inner);
                 }
             }
         );

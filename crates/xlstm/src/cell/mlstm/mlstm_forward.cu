@@ -49,7 +49,7 @@ struct Scores {
     Weights weights;
 };
 static_assert(sizeof(Scores) <= SCORES_SHARED);
-extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_scores(
+extern "C" __global__ void __launch_bounds__(GROUP, 3) mlstm_scores(
     const element_t *q, const element_t *k, const float *i, const float *f, const unsigned *marks,
     const float *n0, const float *m0, const float *stabilizers, element_t *scores, element_t *keys, float *sums,
     float *e, float *normals, int S, int NH, int dqk, int flags
@@ -157,7 +157,9 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_outputs(
 ) {
     extern __shared__ Wide shared[];
     Outputs &s = *(Outputs *)shared;
-    int bh = blockIdx.z, chunk = blockIdx.y, tid = threadIdx.x, c0 = blockIdx.x * L, tiles = (dqk + L - 1) / L;
+    // From the last sequence on, whose states were written last.
+    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, tid = threadIdx.x, c0 = blockIdx.x * L;
+    int tiles = (dqk + L - 1) / L;
     long long at = (long long)bh * gridDim.y + chunk;
     Rows queries = tokens(q, bh, chunk, S, NH, dqk), values = tokens(v, bh, chunk, S, NH, dhv);
     Rows A = stored(scores, at, L, L), C = stored(states, at, dqk, dhv);

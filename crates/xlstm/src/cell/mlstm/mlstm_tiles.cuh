@@ -10,12 +10,37 @@
 #define WIDE (16 / (int)sizeof(element_t))
 #define MEMBER ((int)threadIdx.x % GROUP)
 
+/// Two neighbours of a row.
+#ifdef ELEMENT_BF16
+typedef unsigned Pair;
+__device__ __forceinline__ float first(Pair pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float second(Pair pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ Pair pair_of(float x, float y) {
+    Pair pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    return pair;
+}
+#else
+typedef float2 Pair;
+__device__ __forceinline__ float first(Pair pair) { return pair.x; }
+__device__ __forceinline__ float second(Pair pair) { return pair.y; }
+__device__ __forceinline__ Pair pair_of(float x, float y) { return {x, y}; }
+#endif
+/// As many as one access moves. Through uint4, since a struct is moved member by member.
 struct __align__(16) Wide {
-    element_t x[WIDE];
+    Pair pair[WIDE / 2];
 };
-struct __align__(2 * sizeof(element_t)) Pair {
-    element_t x[2];
-};
+__device__ __forceinline__ Wide read(const Wide *from) {
+    uint4 x = *(const uint4 *)from;
+    return *(const Wide *)&x;
+}
+__device__ __forceinline__ void write(Wide *to, const Wide &x) { *(uint4 *)to = *(const uint4 *)&x; }
+__device__ __forceinline__ float dot(const Wide &a, const Wide &b, float sum) {
+#pragma unroll
+    for (int i = 0; i < WIDE / 2; i++)
+        sum = fmaf(second(a.pair[i]), second(b.pair[i]), fmaf(first(a.pair[i]), first(b.pair[i]), sum));
+    return sum;
+}
 
 /// Columns that a row of work space takes, so that every row starts at a multiple of 16 bytes.
 __device__ __forceinline__ int padded(int width) { return (width + 7) / 8 * 8; }
@@ -110,13 +135,16 @@ __device__ __forceinline__ void pipeline(int steps, Fetch fetch, Use use) {
 
 /// to (rows of `width`, padded) = the tile's 64 rows times factors, from a column on.
 __device__ __forceinline__ void copy_weighted(Tile &tile, const float *factors, element_t *to, int column, int width) {
-    for (int piece = MEMBER; piece < L * L / WIDE; piece += GROUP) {
-        int r = piece / (L / WIDE), c = piece % (L / WIDE) * WIDE;
-        if (column + c >= padded(width)) continue;
-        Wide wide = *(const Wide *)tile.at(r, c);
 #pragma unroll
-        for (int i = 0; i < WIDE; i++) store(wide.x + i, factors[r] * load(wide.x + i));
-        *(Wide *)(to + (long long)r * padded(width) + column + c) = wide;
+    for (int i = 0; i < L * L / WIDE / GROUP; i++) {
+        int piece = i * GROUP + MEMBER, r = piece / (L / WIDE), c = piece % (L / WIDE) * WIDE;
+        if (column + c >= padded(width)) continue;
+        Wide wide = read((const Wide *)tile.at(r, c));
+        float factor = factors[r];
+#pragma unroll
+        for (int i = 0; i < WIDE / 2; i++)
+            wide.pair[i] = pair_of(factor * first(wide.pair[i]), factor * second(wide.pair[i]));
+        write((Wide *)(to + r * padded(width) + column + c), wide);
     }
 }
 
@@ -133,17 +161,16 @@ __device__ __forceinline__ void copy_weighted(Tile &tile, const float *factors, 
 #define ROW(i) (WARP / 2 * 32 + (i) / 16 * 16 + (i) % 4 / 2 * 8 + LANE / 4)
 #define COLUMN(i) (WARP % 2 * 32 + (i) / 4 % 4 * 8 + LANE % 4 * 2 + (i) % 2)
 
-/// Eight neighbours of a row: a quad of threads has 32, thread n those of result n.
-struct __align__(16) Piece {
-    Pair pair[4];
-};
+/// What a thread moves at once: a quad of threads has 32 neighbours of a row, thread n those of
+/// result n.
+typedef Wide Piece;
 #define PIECES 8
 #define PIECE_SUM(piece, n) ((piece) / 16 * 16 + (piece) / 8 % 2 * 2 + (n) * 4)
 #define PIECE_ROW(piece) ROW(PIECE_SUM(piece, 0))
 #define PIECE_COLUMN(piece) (WARP % 2 * 32 + LANE % 4 * 8)
 /// Pair n of thread t of a quad, that its sums are of, goes to pair t of thread n, and back.
 __device__ __forceinline__ void exchange(Piece &piece) {
-    unsigned *x = (unsigned *)&piece;
+    Pair *x = piece.pair;
 #pragma unroll
     for (int step = 1; step < 4; step <<= 1)
 #pragma unroll
@@ -256,10 +283,12 @@ template <class X> __device__ __forceinline__ void add_rows(X x, float (*sums)[L
 #define ROW(i) (MEMBER / 16 * 8 + (i) / 4)
 #define COLUMN(i) (MEMBER % 16 * 2 + (i) % 4 / 2 * 32 + (i) % 2)
 
-/// Two neighbours of a row.
+/// What a thread moves at once.
 struct Piece {
     Pair pair[1];
 };
+__device__ __forceinline__ Piece read(const Piece *from) { return *from; }
+__device__ __forceinline__ void write(Piece *to, const Piece &x) { *to = x; }
 #define PIECES 2
 #define PIECE_SUM(piece, n) (piece)
 #define PIECE_ROW(piece) ROW(piece)
@@ -337,17 +366,17 @@ template <bool ADD> __device__ __forceinline__ void put(const float (&sum)[32], 
             bool inside = row + r < of.rows && column + c < of.width;
             Piece piece = {}, *at = (Piece *)(to + r * of.stride + c);
             if (ADD) {
-                if (inside) piece = *at;
+                if (inside) piece = read(at);
                 exchange(piece);
             }
 #pragma unroll
             for (int n = 0; n < PIECES / 2; n++) {
-                element_t *x = piece.pair[n].x;
-                store(x, ADD ? load(x) + sum[PIECE_SUM(i, n)] : sum[PIECE_SUM(i, n)]);
-                store(x + 1, ADD ? load(x + 1) + sum[PIECE_SUM(i, n) + 1] : sum[PIECE_SUM(i, n) + 1]);
+                Pair &pair = piece.pair[n];
+                float x = sum[PIECE_SUM(i, n)], y = sum[PIECE_SUM(i, n) + 1];
+                pair = ADD ? pair_of(first(pair) + x, second(pair) + y) : pair_of(x, y);
             }
             exchange(piece);
-            if (inside) *at = piece;
+            if (inside) write(at, piece);
         }
     } else {
         EACH(i) if (row + ROW(i) < of.rows && column + COLUMN(i) < of.width) {
@@ -366,12 +395,15 @@ template <bool ADD> __device__ __forceinline__ void put(const float (&sum)[32], 
 #define BACKWARD_SCORES_SHARED (88 << 10)
 #define BACKWARD_KEYS_SHARED ((98 << 10) + 512)
 
-// Tiles under way of a matrix. A block that walks along the sequence is one of few.
+// Tiles under way of a matrix (a block that walks along the sequence is one of few), and blocks
+// of two products that a multiprocessor is to hold.
 #ifdef ELEMENT_BF16
+#define BLOCKS 2
 #define STAGES 3
 #define SCORE_STAGES 2
 #define STATE_STAGES 4
 #else
+#define BLOCKS 1
 #define STAGES 1
 #define SCORE_STAGES 1
 #define STATE_STAGES 1
