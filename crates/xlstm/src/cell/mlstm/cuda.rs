@@ -1,15 +1,43 @@
-//! The mLSTM on a GPU: the launches of mlstm.cu, in its order and with its work space.
+//! The mLSTM on a GPU: the launches of mlstm.cuh, in its order and with its work space.
 
 use super::MlstmConfig;
 use super::operation::Sizes;
 use crate::cell::{ForgetGate, InputGate};
-use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::Queue};
 use crate::error::Result;
 
-const SOURCE: Source = Source::new("mlstm", include_str!("mlstm.cu"));
+/// The parts of a file of kernels, one after another.
+macro_rules! source {
+    ($name:literal) => {
+        Source::new(
+            $name,
+            concat!(
+                include_str!("mlstm.cuh"),
+                include_str!("mlstm_tiles.cuh"),
+                include_str!(concat!($name, ".cu"))
+            ),
+        )
+    };
+}
+const FORWARD: Source = source!("mlstm_forward");
+const BACKWARD: Source = source!("mlstm_backward");
 
-/// Tokens of a chunk, and rows and columns of a tile: L of mlstm.cu.
+/// Tokens of a chunk, and rows and columns of a tile: L of mlstm.cuh.
 const L: usize = 64;
+/// Threads for a tile, or for each of the two of a block: GROUP of mlstm_tiles.cuh.
+const GROUP: usize = 128;
+
+// Bytes of shared memory, as at the end of mlstm_tiles.cuh.
+const SCORES_SHARED: usize = 52 << 10;
+const STATES_SHARED: usize = 64 << 10;
+const OUTPUTS_SHARED: usize = 35 << 10;
+const BACKWARD_SCORES_SHARED: usize = 88 << 10;
+const BACKWARD_KEYS_SHARED: usize = 72 << 10;
+
+/// Work space for rows of operands of products, padded as in mlstm.cuh.
+fn operands(queue: &mut Queue, rows: usize, width: usize) -> Result<u64> {
+    queue.scratch(rows * width.next_multiple_of(8))
+}
 
 fn flags(config: &MlstmConfig) -> u32 {
     u32::from(config.input_gate == InputGate::Sigmoid)
@@ -55,26 +83,48 @@ pub(super) fn forward(
             flags,
             eps
         ];
-        return queue.launch(&SOURCE, "mlstm_step", [value_tiles, tasks, 1], 256, arguments);
+        return queue.launch(&FORWARD, "mlstm_step", [dhv.div_ceil(16), tasks, 1], 256, arguments);
     }
-    let scores = queue.scratch(tasks * chunks * L * L)?;
-    let w = queue.scratch(tasks * chunks * L)?;
-    let e = queue.scratch(tasks * chunks * L)?;
-    let states = queue.scratch(tasks * chunks * dqk * dhv)?;
+    let tokens = tasks * chunks * L;
+    let scores = operands(queue, tokens, L)?;
+    let keys = operands(queue, tokens, dqk)?;
+    let states = operands(queue, tasks * chunks * dqk, dhv)?;
+    let sums = queue.scratch(tokens)?;
+    let e = queue.scratch(tokens)?;
     let normals = queue.scratch(tasks * chunks * dqk)?;
     let arguments = arguments![i, f, marks, n0, m0, stabilizers, m, length, heads, dqk, flags];
-    queue.launch(&SOURCE, "mlstm_gates", [tasks, 1, 1], 32, arguments)?;
-    let arguments =
-        arguments![q, k, i, f, marks, n0, m0, stabilizers, scores, w, e, length, heads, dqk, flags];
-    queue.launch(&SOURCE, "mlstm_scores", [chunks, tasks, 1], 256, arguments)?;
-    let arguments = arguments![k, v, w, e, c0, n0, states, normals, c, n, length, heads, dqk, dhv];
-    queue.launch(&SOURCE, "mlstm_states", [value_tiles, key_tiles, tasks], 256, arguments)?;
+    queue.launch(&FORWARD, "mlstm_gates", [tasks, 1, 1], 1024, arguments)?;
+    let arguments = arguments![
+        q,
+        k,
+        i,
+        f,
+        marks,
+        n0,
+        m0,
+        stabilizers,
+        scores,
+        keys,
+        sums,
+        e,
+        normals,
+        length,
+        heads,
+        dqk,
+        flags
+    ];
+    let grid = [chunks, tasks, 1];
+    queue.launch_shared(&FORWARD, "mlstm_scores", grid, GROUP, SCORES_SHARED, arguments)?;
+    let arguments = arguments![keys, v, e, c0, n0, states, normals, c, n, length, heads, dqk, dhv];
+    let grid = [value_tiles, key_tiles, tasks];
+    queue.launch_shared(&FORWARD, "mlstm_states", grid, GROUP, STATES_SHARED, arguments)?;
     let arguments = arguments![
         q,
         v,
         marks,
         stabilizers,
         scores,
+        sums,
         e,
         states,
         normals,
@@ -87,7 +137,8 @@ pub(super) fn forward(
         flags,
         eps
     ];
-    queue.launch(&SOURCE, "mlstm_outputs", [value_tiles, chunks, tasks], 256, arguments)
+    let grid = [value_tiles, chunks, tasks];
+    queue.launch_shared(&FORWARD, "mlstm_outputs", grid, GROUP, OUTPUTS_SHARED, arguments)
 }
 
 /// See [`Kernel::backward_cuda`](crate::engine::Kernel::backward_cuda).
@@ -108,16 +159,18 @@ pub(super) fn backward(
     let (key_tiles, value_tiles) = (dqk.div_ceil(L), dhv.div_ceil(L));
     let queue = &mut *io.queue;
     let tokens = tasks * chunks * L;
-    let scores = queue.scratch(tokens * L)?;
-    let pairs = queue.scratch(tokens * L)?;
+    let scores = operands(queue, tokens, L)?;
+    let pairs = operands(queue, tokens, L)?;
+    let queries = operands(queue, tokens, dqk)?;
+    let keys = operands(queue, tokens, dqk)?;
+    let states = operands(queue, tasks * chunks * dqk, dhv)?;
+    let dstates = operands(queue, tasks * chunks * dqk, dhv)?;
+    let normals = queue.scratch(tasks * chunks * dqk)?;
+    let dnormals = queue.scratch(tasks * chunks * dqk)?;
     let [mut w, mut e, mut inverse, mut dd, mut dm, mut di, mut df] = [0; 7];
     for part in [&mut w, &mut e, &mut inverse, &mut dd, &mut dm, &mut di, &mut df] {
         *part = queue.scratch(tokens)?;
     }
-    let states = queue.scratch(tasks * chunks * dqk * dhv)?;
-    let normals = queue.scratch(tasks * chunks * dqk)?;
-    let dstates = queue.scratch(tasks * chunks * dqk * dhv)?;
-    let dnormals = queue.scratch(tasks * chunks * dqk)?;
     let arriving = queue.scratch(key_tiles * tokens)?;
     let leaving = queue.scratch(key_tiles * tokens)?;
     let crossing = queue.scratch(key_tiles * tasks * chunks)?;
@@ -134,7 +187,7 @@ pub(super) fn backward(
     };
     let arguments =
         arguments![h, dh, marks, stabilizers, denominators, inverse, dd, dm, length, heads, dhv, flags, eps];
-    queue.launch(&SOURCE, "mlstm_backward_tokens", [(chunks * L).div_ceil(8), tasks, 1], 256, arguments)?;
+    queue.launch(&BACKWARD, "mlstm_backward_tokens", [(chunks * L).div_ceil(8), tasks, 1], 256, arguments)?;
     let arguments = arguments![
         q,
         k,
@@ -150,8 +203,12 @@ pub(super) fn backward(
         dd,
         scores,
         pairs,
+        queries,
+        keys,
         w,
         e,
+        normals,
+        dnormals,
         di,
         df,
         length,
@@ -160,16 +217,22 @@ pub(super) fn backward(
         dhv,
         flags
     ];
-    queue.launch(&SOURCE, "mlstm_backward_scores", [chunks, tasks, 1], 256, arguments)?;
+    let grid = [chunks, tasks, 1];
+    queue.launch_shared(
+        &BACKWARD,
+        "mlstm_backward_scores",
+        grid,
+        2 * GROUP,
+        BACKWARD_SCORES_SHARED,
+        arguments,
+    )?;
     let none = None::<u64>;
-    let arguments = arguments![k, v, w, e, c0, n0, states, normals, none, none, length, heads, dqk, dhv];
-    let tiles = [value_tiles, key_tiles, tasks];
-    queue.launch(&SOURCE, "mlstm_states", tiles, 256, arguments)?;
+    let arguments = arguments![keys, v, e, c0, n0, states, normals, none, none, length, heads, dqk, dhv];
+    let grid = [value_tiles, key_tiles, tasks];
+    queue.launch_shared(&FORWARD, "mlstm_states", grid, GROUP, STATES_SHARED, arguments)?;
     let arguments = arguments![
-        q,
+        queries,
         dh,
-        inverse,
-        dd,
         e,
         c0,
         n0,
@@ -188,18 +251,27 @@ pub(super) fn backward(
         dqk,
         dhv
     ];
-    queue.launch(&SOURCE, "mlstm_backward_states", tiles, 256, arguments)?;
+    queue.launch_shared(&BACKWARD, "mlstm_backward_states", grid, GROUP, STATES_SHARED, arguments)?;
     if let Some(dv) = dv {
-        let arguments = arguments![k, dh, inverse, scores, w, dstates, dv, length, heads, dqk, dhv];
-        queue.launch(&SOURCE, "mlstm_backward_values", [value_tiles, chunks, tasks], 256, arguments)?;
+        let arguments = arguments![keys, dh, scores, dstates, dv, length, heads, dqk, dhv];
+        let grid = [value_tiles, chunks, tasks];
+        queue.launch_shared(&BACKWARD, "mlstm_backward_values", grid, GROUP, OUTPUTS_SHARED, arguments)?;
     }
     let arguments = arguments![
         q, k, v, dh, inverse, dd, pairs, w, e, states, normals, dstates, dnormals, dq, dk, arriving, leaving,
         crossing, length, heads, dqk, dhv
     ];
-    queue.launch(&SOURCE, "mlstm_backward_keys", [key_tiles, chunks, tasks], 256, arguments)?;
+    let grid = [key_tiles, chunks, tasks];
+    queue.launch_shared(
+        &BACKWARD,
+        "mlstm_backward_keys",
+        grid,
+        2 * GROUP,
+        BACKWARD_KEYS_SHARED,
+        arguments,
+    )?;
     let arguments = arguments![arriving, leaving, crossing, di, df, key_tiles];
-    queue.launch(&SOURCE, "mlstm_backward_gates", [chunks, tasks, 1], L, arguments)?;
+    queue.launch(&BACKWARD, "mlstm_backward_gates", [chunks, tasks, 1], L, arguments)?;
     let arguments = arguments![
         i,
         f,
@@ -222,5 +294,5 @@ pub(super) fn backward(
         flags,
         key_tiles * value_tiles
     ];
-    queue.launch(&SOURCE, "mlstm_backward_unwind", [tasks, 1, 1], 32, arguments)
+    queue.launch(&BACKWARD, "mlstm_backward_unwind", [tasks, 1, 1], 1024, arguments)
 }
