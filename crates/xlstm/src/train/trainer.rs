@@ -376,9 +376,9 @@ impl<'a> Run<'a> {
         };
         let place = match culprit {
             Some(c) => {
-                let what = if c.backward { "a gradient in " } else { "" };
+                let what = if c.backward { "the gradients of " } else { "" };
                 let operation = c.operation.map_or_else(String::new, |name| format!(", {name}"));
-                format!("the first number that is not finite is {what}{}{operation}", c.scope)
+                format!("the first number that is not finite is in {what}{}{operation}", c.scope)
             }
             None => "the gradients are finite one by one but not their norm".to_owned(),
         };
