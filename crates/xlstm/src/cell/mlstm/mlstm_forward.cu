@@ -203,23 +203,22 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_outputs(
     put<false>(sum, tokens(h, bh, chunk, S, NH, dhv), 0, c0);
 }
 
-/// Columns of C that a block of mlstm_step has, four a thread.
-#define STEP_COLUMNS 16
 #define STEP_THREADS 256
 
-/// One token (S = 1), one pass over C: the recurrent form.
-/// grid (ceil(dhv / 16), B NH), block 256. C_last, n_last, m_last must not be C0, n0, m0.
+/// One token (S = 1), one pass over C: the recurrent form. A block has `columns` columns of C, 16,
+/// 32 or 64, four a thread: few for many blocks, many for long rows.
+/// grid (ceil(dhv / columns), B NH), block 256. C_last, n_last, m_last must not be C0, n0, m0.
 /// Out: h (B, 1, NH, dhv), C_last, n_last, m_last, stabilizers and denominators (B, NH, 1).
 extern "C" __global__ void __launch_bounds__(STEP_THREADS) mlstm_step(
     const element_t *q, const element_t *k, const element_t *v, const float *i, const float *f,
     const unsigned *marks, const float *C0, const float *n0, const float *m0, element_t *h, float *C_last,
     float *n_last, float *m_last, float *stabilizers, float *denominators, int NH, int dqk, int dhv, int flags,
-    float eps
+    float eps, int columns
 ) {
-    const int WARPS = STEP_THREADS / 32, GROUPS = STEP_THREADS / (STEP_COLUMNS / 4), AHEAD = 4;
-    __shared__ float parts[WARPS][STEP_COLUMNS + 1];
-    int bh = blockIdx.y, tid = threadIdx.x, warp = tid / 32;
-    int column = tid % (STEP_COLUMNS / 4) * 4, group = tid / (STEP_COLUMNS / 4), y = blockIdx.x * STEP_COLUMNS + column;
+    const int WARPS = STEP_THREADS / 32, AHEAD = 4;
+    __shared__ float parts[WARPS][L], d_parts[WARPS];
+    int bh = blockIdx.y, tid = threadIdx.x, warp = tid / 32, across = columns / 4, groups = STEP_THREADS / across;
+    int column = tid % across * 4, group = tid / across, y = blockIdx.x * columns + column;
     Gate gate = gate_of(i, f, marks, bh / NH, bh % NH, 0, 1, NH, flags);
     bool reset = is_reset(gate.mark), pad = is_pad(gate.mark), given = C0 && !reset;
     float before = initial_stabilizer(n0, m0, bh, dqk, flags);
@@ -234,11 +233,11 @@ extern "C" __global__ void __launch_bounds__(STEP_THREADS) mlstm_step(
 #pragma unroll
     for (int c = 0; c < 4; c++) value[c] = y + c < dhv ? input * load(v + (long long)bh * dhv + y + c) : 0.0f;
     // Some rows are under way before the first is used.
-    for (int x0 = group; x0 < dqk && y < dhv; x0 += GROUPS * AHEAD) {
+    for (int x0 = group; x0 < dqk && y < dhv; x0 += groups * AHEAD) {
         float C[AHEAD][4] = {};
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
-            long long x = x0 + a * GROUPS;
+            long long x = x0 + a * groups;
             if (x >= dqk || !given) continue;
             if (whole) *(float4 *)C[a] = *(const float4 *)(from + x * dhv);
             else
@@ -246,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(STEP_THREADS) mlstm_step(
         }
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
-            long long x = x0 + a * GROUPS;
+            long long x = x0 + a * groups;
             if (x >= dqk) continue;
             float key_x = load(key + x), query_x = load(query + x);
 #pragma unroll
@@ -267,22 +266,22 @@ extern "C" __global__ void __launch_bounds__(STEP_THREADS) mlstm_step(
         d = fmaf(load(query + x), n, d);
     }
     d = warp_sum(d);
+    if (LANE == 0) d_parts[warp] = d;
 #pragma unroll
     for (int c = 0; c < 4; c++) {
-        for (int step = STEP_COLUMNS / 4; step < 32; step <<= 1) sum[c] += __shfl_xor_sync(ALL, sum[c], step);
-        if (tid % 32 < STEP_COLUMNS / 4) parts[warp][column + c] = sum[c];
+        for (int step = across; step < 32; step <<= 1) sum[c] += __shfl_xor_sync(ALL, sum[c], step);
+        if (LANE < across) parts[warp][column + c] = sum[c];
     }
-    if (tid % 32 == 0) parts[warp][STEP_COLUMNS] = d;
     __syncthreads();
-    if (tid >= STEP_COLUMNS) return;
+    if (tid >= columns) return;
     float scale = 1.0f / sqrtf((float)dqk), total = 0.0f;
     d = 0.0f;
     for (int part = 0; part < WARPS; part++) {
         total += parts[part][tid];
-        d += parts[part][STEP_COLUMNS];
+        d += d_parts[part];
     }
     d = pad ? 0.0f : scale * d;
-    y = blockIdx.x * STEP_COLUMNS + tid;
+    y = blockIdx.x * columns + tid;
     if (y < dhv) store(h + (long long)bh * dhv + y, pad ? 0.0f : scale * total * (1.0f / normalizer(d, m, eps, flags)));
     if (blockIdx.x == 0 && tid == 0) {
         m_last[bh] = m;
