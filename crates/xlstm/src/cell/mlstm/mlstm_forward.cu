@@ -60,28 +60,26 @@ extern "C" __global__ void __launch_bounds__(GROUP, 3) mlstm_scores(
     long long at = (long long)bh * gridDim.x + chunk;
     Rows queries = tokens(q, bh, chunk, S, NH, dqk), rows = tokens(k, bh, chunk, S, NH, dqk);
     float sum[32] = {};
-    pipeline<STAGES>(
-        (dqk + L - 1) / L,
-        [&](int step, int stage) {
-            fetch(s.q[stage], queries, 0, step * L);
-            fetch(s.k[stage], rows, 0, step * L);
-        },
-        [&] {
-            chunk_weights({i, f, marks, n0, m0, stabilizers}, s.weights, bh, chunk, S, NH, dqk, flags);
-            if (tid >= L) return;
-            s.w.set(tid, s.weights.w[tid]);
-            e[at * L + tid] = s.weights.e[tid];
-        },
-        [&](int step, int stage) {
-            multiply<false, true>(s.q[stage], s.k[stage], sum);
-            copy_weighted(s.k[stage], s.weights.w, keys + at * L * padded(dqk), step * L, dqk);
-            ColumnSum total;
-            multiply<true>(s.k[stage], s.w, total);
-            put(total, [&](int row, float x) {
-                if (step * L + row < dqk) normals[at * dqk + step * L + row] = x;
-            });
-        }
-    );
+    int tiles = (dqk + L - 1) / L;
+    auto pipeline = start<STAGES>(tiles, [&](int step, int stage) {
+        fetch(s.q[stage], queries, 0, step * L);
+        fetch(s.k[stage], rows, 0, step * L);
+    });
+    chunk_weights({i, f, marks, n0, m0, stabilizers}, s.weights, bh, chunk, S, NH, dqk, flags);
+    if (tid < L) {
+        s.w.set(tid, s.weights.w[tid]);
+        e[at * L + tid] = s.weights.e[tid];
+    }
+    for (int step = 0; step < tiles; step++) {
+        int stage = pipeline.arrive(step), x = step * L;
+        multiply<false, true>(s.q[stage], s.k[stage], sum);
+        copy_weighted(s.k[stage], s.weights.w, keys + at * L * padded(dqk), x, dqk);
+        ColumnSum total;
+        multiply<true>(s.k[stage], s.w, total);
+        put(total, [&](int row, float sum) {
+            if (x + row < dqk) normals[at * dqk + x + row] = sum;
+        });
+    }
     float scale = 1.0f / sqrtf((float)dqk);
     EACH(i) s.weights.W[ROW(i)][COLUMN(i)] = sum[i] *= scale * s.weights.W[ROW(i)][COLUMN(i)];
     put<false>(sum, stored(scores, at, L, L), 0, 0);
@@ -115,25 +113,23 @@ extern "C" __global__ void __launch_bounds__(GROUP, 3) mlstm_states(
     }
     // What the next chunk needs is read a chunk ahead.
     float kept = keep[0], added = with_n ? normal[0] : 0.0f;
-    pipeline<STATE_STAGES>(
-        chunks,
-        [&](int chunk, int stage) {
-            fetch(s.left[stage], stored(keys, first + chunk, L, dqk), 0, r0);
-            fetch(s.right[stage], tokens(v, bh, chunk, S, NH, dhv), 0, c0);
-        },
-        [&](int chunk, int stage) {
-            float factor = kept, sum = added;
-            if (chunk + 1 < chunks) {
-                kept = keep[(chunk + 1) * L];
-                if (with_n) added = normal[(long long)(chunk + 1) * dqk];
-            }
-            put<false>(C, stored(states, first + chunk, dqk, dhv), r0, c0);
-            if (with_n) normal[(long long)chunk * dqk] = n;
-            EACH(i) C[i] *= factor;
-            n = fmaf(factor, n, sum);
-            multiply<true, false>(s.left[stage], s.right[stage], C);
+    auto pipeline = start<STATE_STAGES>(chunks, [&](int chunk, int stage) {
+        fetch(s.left[stage], stored(keys, first + chunk, L, dqk), 0, r0);
+        fetch(s.right[stage], tokens(v, bh, chunk, S, NH, dhv), 0, c0);
+    });
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        int stage = pipeline.arrive(chunk);
+        float factor = kept, sum = added;
+        if (chunk + 1 < chunks) {
+            kept = keep[(chunk + 1) * L];
+            if (with_n) added = normal[(long long)(chunk + 1) * dqk];
         }
-    );
+        put<false>(C, stored(states, first + chunk, dqk, dhv), r0, c0);
+        if (with_n) normal[(long long)chunk * dqk] = n;
+        EACH(i) C[i] *= factor;
+        n = fmaf(factor, n, sum);
+        multiply<true, false>(s.left[stage], s.right[stage], C);
+    }
     if (!C_last) return;
     EACH(i) {
         int x = r0 + ROW(i), y = c0 + COLUMN(i);
@@ -167,25 +163,25 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_outputs(
     if (tid < L) s.factor[tid] = e[at * L + tid] / sqrtf((float)dqk);
     float sum[32] = {}, n = normal(0);
     ColumnSum d;
-    pipeline<STAGES>(
-        tiles + 1,
-        [&](int step, int stage) {
-            if (step < tiles) {
-                fetch(s.left[stage], queries, 0, step * L);
-                fetch(s.right[stage], C, step * L, c0);
-                if (tid < L) s.n[stage].set(tid, n);
-                n = normal((step + 1) * L);
-            } else {
-                fetch(s.left[stage], A, 0, 0);
-                fetch(s.right[stage], values, 0, c0);
-            }
-        },
-        [&](int step, int stage) {
-            if (step < tiles) multiply<false>(s.left[stage], s.n[stage], d);
-            else EACH(i) sum[i] *= s.factor[ROW(i)];
-            multiply<false, false>(s.left[stage], s.right[stage], sum);
+    auto pipeline = start<STAGES>(tiles + 1, [&](int step, int stage) {
+        if (step < tiles) {
+            fetch(s.left[stage], queries, 0, step * L);
+            fetch(s.right[stage], C, step * L, c0);
+            if (tid < L) s.n[stage].set(tid, n);
+            n = normal((step + 1) * L);
+        } else {
+            fetch(s.left[stage], A, 0, 0);
+            fetch(s.right[stage], values, 0, c0);
         }
-    );
+    });
+    for (int step = 0; step < tiles; step++) {
+        int stage = pipeline.arrive(step);
+        multiply<false>(s.left[stage], s.n[stage], d);
+        multiply<false, false>(s.left[stage], s.right[stage], sum);
+    }
+    int stage = pipeline.arrive(tiles);
+    EACH(i) sum[i] *= s.factor[ROW(i)];
+    multiply<false, false>(s.left[stage], s.right[stage], sum);
     put(d, [&](int row, float x) { s.d[row] = x; });
     __syncthreads();
     int t = chunk * L + tid;

@@ -106,18 +106,17 @@ __device__ __forceinline__ void fetch(Tile &tile, const Rows &of, int row, int c
     }
 }
 
-/// use(step, stage) for every step, once what fetch(step, stage) copies is there; fetches run
-/// STAGES - 1 steps ahead, and `meanwhile` once the first have begun. A barrier lies before
-/// every use.
-template <int STAGES, class Fetch, class Meanwhile, class Use>
-__device__ __forceinline__ void pipeline(int steps, Fetch fetch, Meanwhile meanwhile, Use use) {
-    auto begin = [&](int step) {
+/// Fetches that run STAGES - 1 steps ahead of their use.
+template <int STAGES, class Fetch> struct Pipeline {
+    int steps;
+    Fetch fetch;
+    __device__ __forceinline__ void begin(int step) {
         if (step < steps) fetch(step, step % STAGES);
         asm volatile("cp.async.commit_group;" ::: "memory");
-    };
-    for (int step = 0; step < STAGES - 1; step++) begin(step);
-    meanwhile();
-    for (int step = 0; step < steps; step++) {
+    }
+    /// The stage in which is all that fetch(step, stage) copied. For each step in turn, by the
+    /// whole block; a barrier.
+    __device__ __forceinline__ int arrive(int step) {
         if (STAGES == 1) {
             __syncthreads();
             begin(step);
@@ -125,12 +124,13 @@ __device__ __forceinline__ void pipeline(int steps, Fetch fetch, Meanwhile meanw
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES > 1 ? STAGES - 2 : 0) : "memory");
         __syncthreads();
         if (STAGES > 1) begin(step + STAGES - 1);
-        use(step, step % STAGES);
+        return step % STAGES;
     }
-}
-template <int STAGES, class Fetch, class Use>
-__device__ __forceinline__ void pipeline(int steps, Fetch fetch, Use use) {
-    pipeline<STAGES>(steps, fetch, [] {}, use);
+};
+template <int STAGES, class Fetch> __device__ __forceinline__ Pipeline<STAGES, Fetch> start(int steps, Fetch fetch) {
+    Pipeline<STAGES, Fetch> pipeline = {steps, fetch};
+    for (int step = 0; step < STAGES - 1; step++) pipeline.begin(step);
+    return pipeline;
 }
 
 /// to (rows of `width`, padded) = the tile's 64 rows times factors, from a column on.
