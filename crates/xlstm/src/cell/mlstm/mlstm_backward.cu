@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(256) mlstm_backward_tokens(
     if (!pad) {
         const element_t *a = h + token_at(bh, t, S, NH, dhv), *b = dh + token_at(bh, t, S, NH, dhv);
         float dh_h = 0.0f;
-        if (dhv % WIDE == 0)
+        if (is_aligned(h, dhv) && is_aligned(dh, dhv))
             for (int y = LANE * WIDE; y < dhv; y += 32 * WIDE)
                 dh_h = dot(read((const Wide *)(a + y)), read((const Wide *)(b + y)), dh_h);
         else

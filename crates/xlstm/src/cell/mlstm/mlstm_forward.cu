@@ -224,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(STEP_THREADS) mlstm_step(
     const element_t *query = q + (long long)bh * dqk, *key = k + (long long)bh * dqk;
     const float *from = C0 + (long long)bh * dqk * dhv + y;
     float *to = C_last + (long long)bh * dqk * dhv + y;
-    bool whole = dhv % 4 == 0;
+    bool whole = dhv % 4 == 0 && ((unsigned long long)C0 | (unsigned long long)C_last) % 16 == 0;
     float value[4], sum[4] = {}, d = 0.0f;
 #pragma unroll
     for (int c = 0; c < 4; c++) value[c] = y + c < dhv ? input * load(v + (long long)bh * dhv + y + c) : 0.0f;
