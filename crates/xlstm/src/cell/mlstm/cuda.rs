@@ -28,11 +28,11 @@ const L: usize = 64;
 const GROUP: usize = 128;
 
 // Bytes of shared memory, as at the end of mlstm_tiles.cuh.
-const SCORES_SHARED: usize = 52 << 10;
+const SCORES_SHARED: usize = 66 << 10;
 const STATES_SHARED: usize = 64 << 10;
-const OUTPUTS_SHARED: usize = 35 << 10;
+const OUTPUTS_SHARED: usize = 50 << 10;
 const BACKWARD_SCORES_SHARED: usize = 88 << 10;
-const BACKWARD_KEYS_SHARED: usize = 72 << 10;
+const BACKWARD_KEYS_SHARED: usize = (98 << 10) + 512;
 
 /// Work space for rows of operands of products, padded as in mlstm.cuh.
 fn operands(queue: &mut Queue, rows: usize, width: usize) -> Result<u64> {
@@ -61,6 +61,8 @@ pub(super) fn forward(
     let (key_tiles, value_tiles) = (dqk.div_ceil(L), dhv.div_ceil(L));
     let queue = &mut *io.queue;
     if length == 1 {
+        // Blocks for every multiprocessor, else rows of 256 bytes.
+        let columns = if tasks * value_tiles < 1024 { 16 } else { 64 };
         let arguments = arguments![
             q,
             k,
@@ -81,9 +83,10 @@ pub(super) fn forward(
             dqk,
             dhv,
             flags,
-            eps
+            eps,
+            columns
         ];
-        return queue.launch(&FORWARD, "mlstm_step", [dhv.div_ceil(16), tasks, 1], 256, arguments);
+        return queue.launch(&FORWARD, "mlstm_step", [dhv.div_ceil(columns), tasks, 1], 256, arguments);
     }
     let tokens = tasks * chunks * L;
     let scores = operands(queue, tokens, L)?;

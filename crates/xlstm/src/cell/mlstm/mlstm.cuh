@@ -47,6 +47,13 @@
 //
 // In bf16 what is rounded is q, k, v, h, their gradients and the operands above. The normaliser
 // is a sum with much cancellation that h is divided by, so all of n and d is f32.
+//
+// The floors, of a chunk of one head (dqk = d, dhv = v): forward has 128 (d + v) 64 + 256 d v
+// operations (two products a state, two a pair of tokens) and moves 2 d v numbers of states and
+// 64 (5 d + 3 v) of tokens; backward 128 (3 d + 2 v) 64 + 640 d v, and 5 d v of states. At 2 bytes a
+// number that is some 64 operations a byte of states, a fifth of what a tensor core does while a
+// byte arrives: memory is the limit, the states most of it. Hence states in bf16, written
+// and read in whole sectors, and every pass over them shared by as many products as there are.
 
 #define L 64
 #define SIGMOID_INPUT 1

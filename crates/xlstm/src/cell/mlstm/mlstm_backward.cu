@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(256) mlstm_backward_tokens(
     if (!pad) {
         const element_t *a = h + token_at(bh, t, S, NH, dhv), *b = dh + token_at(bh, t, S, NH, dhv);
         float dh_h = 0.0f;
-        if (dhv % WIDE == 0)
+        if (is_aligned(h, dhv) && is_aligned(dh, dhv))
             for (int y = LANE * WIDE; y < dhv; y += 32 * WIDE)
                 dh_h = dot(read((const Wide *)(a + y)), read((const Wide *)(b + y)), dh_h);
         else
@@ -79,39 +79,36 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP, BLOCKS) mlstm_backward_s
     Rows right = side ? tokens(v, bh, chunk, S, NH, dhv) : tokens(k, bh, chunk, S, NH, dqk);
     int width = side ? dhv : dqk;
     float sum[32] = {};
-    pipeline<SCORE_STAGES>(
-        (max(dqk, dhv) + L - 1) / L,
-        [&](int step, int stage) {
-            if (step * L >= width) return;
-            fetch(s.left[side][stage], left, 0, step * L);
-            fetch(s.right[side][stage], right, 0, step * L);
-        },
-        [&] {
-            chunk_weights({i, f, marks, n0, m0, stabilizers}, s.weights, bh, chunk, S, NH, dqk, flags);
-            if (tid >= L) return;
-            float state = scale * s.weights.e[tid], factor = inverse[at * L + tid], gradient = dd[at * L + tid];
-            w[at * L + tid] = s.weights.w[tid];
-            e[at * L + tid] = s.weights.e[tid];
-            s.inverse[tid] = factor;
-            s.dd[tid] = gradient;
-            s.query[tid] = state * factor;
-            s.columns[0].set(tid, state * gradient);
-            s.columns[1].set(tid, s.weights.w[tid]);
-        },
-        [&](int step, int stage) {
-            if (step * L < width) multiply<false, true>(s.left[side][stage], s.right[side][stage], sum);
-            if (step * L >= dqk) return;
-            // One side weighs the queries, the other the keys.
-            Tile &tile = side ? s.right[0][stage] : s.left[0][stage];
-            copy_weighted(tile, side ? s.weights.w : s.query, (side ? keys : queries) + at * L * padded(dqk), step * L, dqk);
-            float *to = (side ? normals : dnormals) + at * dqk;
-            ColumnSum total;
-            multiply<true>(tile, s.columns[side], total);
-            put(total, [&](int row, float x) {
-                if (step * L + row < dqk) to[step * L + row] = x;
-            });
-        }
-    );
+    auto pipeline = start<SCORE_STAGES>((max(dqk, dhv) + L - 1) / L, [&](int step, int stage) {
+        if (step * L >= width) return;
+        fetch(s.left[side][stage], left, 0, step * L);
+        fetch(s.right[side][stage], right, 0, step * L);
+    });
+    chunk_weights({i, f, marks, n0, m0, stabilizers}, s.weights, bh, chunk, S, NH, dqk, flags);
+    if (tid < L) {
+        float state = scale * s.weights.e[tid], factor = inverse[at * L + tid], gradient = dd[at * L + tid];
+        w[at * L + tid] = s.weights.w[tid];
+        e[at * L + tid] = s.weights.e[tid];
+        s.inverse[tid] = factor;
+        s.dd[tid] = gradient;
+        s.query[tid] = state * factor;
+        s.columns[0].set(tid, state * gradient);
+        s.columns[1].set(tid, s.weights.w[tid]);
+    }
+    for (int step = 0; step < pipeline.steps; step++) {
+        int stage = pipeline.arrive(step), x = step * L;
+        if (x < width) multiply<false, true>(s.left[side][stage], s.right[side][stage], sum);
+        if (x >= dqk) continue;
+        // One side weighs the queries, the other the keys.
+        Tile &tile = side ? s.right[0][stage] : s.left[0][stage];
+        copy_weighted(tile, side ? s.weights.w : s.query, (side ? keys : queries) + at * L * padded(dqk), x, dqk);
+        float *to = (side ? normals : dnormals) + at * dqk + x;
+        ColumnSum total;
+        multiply<true>(tile, s.columns[side], total);
+        put(total, [&](int row, float sum) {
+            if (x + row < dqk) to[row] = sum;
+        });
+    }
     float (*W)[L + 1] = s.weights.W;
     float other[32];
     EACH(i) {
@@ -169,27 +166,24 @@ extern "C" __global__ void __launch_bounds__(GROUP, 3) mlstm_backward_states(
     inner = block_sum(inner);
     if (tid == 0) inner_last[tile] = inner;
     float kept = keep[(chunks - 1) * L], added = with_n ? normal[(long long)(chunks - 1) * dqk] : 0.0f;
-    pipeline<STATE_STAGES>(
-        chunks,
-        [&](int step, int stage) {
-            int chunk = chunks - 1 - step;
-            fetch(s.left[stage], stored(queries, first + chunk, L, dqk), 0, r0);
-            fetch(s.right[stage], tokens(dh, bh, chunk, S, NH, dhv), 0, c0);
-        },
-        [&](int step, int stage) {
-            int chunk = chunks - 1 - step;
-            float factor = kept, sum = added;
-            if (chunk > 0) {
-                kept = keep[(chunk - 1) * L];
-                if (with_n) added = normal[(long long)(chunk - 1) * dqk];
-            }
-            put<false>(dC, stored(dstates, first + chunk, dqk, dhv), r0, c0);
-            if (with_n) normal[(long long)chunk * dqk] = dn;
-            EACH(i) dC[i] *= factor;
-            dn = fmaf(factor, dn, sum);
-            multiply<true, false>(s.left[stage], s.right[stage], dC);
+    auto pipeline = start<STATE_STAGES>(chunks, [&](int step, int stage) {
+        int chunk = chunks - 1 - step;
+        fetch(s.left[stage], stored(queries, first + chunk, L, dqk), 0, r0);
+        fetch(s.right[stage], tokens(dh, bh, chunk, S, NH, dhv), 0, c0);
+    });
+    for (int chunk = chunks - 1; chunk >= 0; chunk--) {
+        int stage = pipeline.arrive(chunks - 1 - chunk);
+        float factor = kept, sum = added;
+        if (chunk > 0) {
+            kept = keep[(chunk - 1) * L];
+            if (with_n) added = normal[(long long)(chunk - 1) * dqk];
         }
-    );
+        put<false>(dC, stored(dstates, first + chunk, dqk, dhv), r0, c0);
+        if (with_n) normal[(long long)chunk * dqk] = dn;
+        EACH(i) dC[i] *= factor;
+        dn = fmaf(factor, dn, sum);
+        multiply<true, false>(s.left[stage], s.right[stage], dC);
+    }
     inner = 0.0f;
     if (C0 || dC0) EACH(i) {
         int x = r0 + ROW(i), y = c0 + COLUMN(i);
@@ -225,22 +219,21 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_backward_values(
     Rows A = stored(scores, at, L, L), gradients = tokens(dh, bh, chunk, S, NH, dhv);
     Rows K = stored(keys, at, L, dqk), dC = stored(dstates, at, dqk, dhv);
     float sum[32] = {};
-    pipeline<STAGES>(
-        tiles + 1,
-        [&](int step, int stage) {
-            if (step < tiles) {
-                fetch(s.left[stage], K, 0, step * L);
-                fetch(s.right[stage], dC, step * L, c0);
-            } else {
-                fetch(s.left[stage], A, 0, 0);
-                fetch(s.right[stage], gradients, 0, c0);
-            }
-        },
-        [&](int step, int stage) {
-            if (step < tiles) multiply<false, false>(s.left[stage], s.right[stage], sum);
-            else multiply<true, false>(s.left[stage], s.right[stage], sum);
+    auto pipeline = start<STAGES>(tiles + 1, [&](int step, int stage) {
+        if (step < tiles) {
+            fetch(s.left[stage], K, 0, step * L);
+            fetch(s.right[stage], dC, step * L, c0);
+        } else {
+            fetch(s.left[stage], A, 0, 0);
+            fetch(s.right[stage], gradients, 0, c0);
         }
-    );
+    });
+    for (int step = 0; step < tiles; step++) {
+        int stage = pipeline.arrive(step);
+        multiply<false, false>(s.left[stage], s.right[stage], sum);
+    }
+    int stage = pipeline.arrive(tiles);
+    multiply<true, false>(s.left[stage], s.right[stage], sum);
     put<true>(sum, tokens(dv, bh, chunk, S, NH, dhv), 0, c0);
 }
 
@@ -272,43 +265,36 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP, BLOCKS) mlstm_backward_k
         s.gradient[side][member] = side ? factor : factor * dd[at * L + member];
         s.factor[side][member] = side ? factor : factor * inverse[at * L + member];
     }
-    Tile &other = s.right[1 - side][0];
+    Rows left = tokens(side ? v : dh, bh, chunk, S, NH, dhv), state = stored(side ? dstates : states, at, dqk, dhv);
+    int tiles = (dhv + L - 1) / L;
     float sum[32] = {}, inner = 0.0f;
-    {
-        Rows left = tokens(side ? v : dh, bh, chunk, S, NH, dhv);
-        Rows state = stored(side ? dstates : states, at, dqk, dhv);
-        pipeline<STAGES>(
-            (dhv + L - 1) / L,
-            [&](int step, int stage) {
-                fetch(s.left[side][stage], left, 0, step * L);
-                fetch(s.right[side][stage], state, r0, step * L);
-            },
-            [&](int step, int stage) {
-                multiply<false, true>(s.left[side][stage], s.right[side][stage], sum);
-                for (int piece = tid; piece < L * L / WIDE; piece += 2 * GROUP) {
-                    int r = piece / (L / WIDE), c = piece % (L / WIDE) * WIDE;
-                    const element_t *a = s.right[0][stage].at(r, c), *b = s.right[1][stage].at(r, c);
-                    inner = dot(read((const Wide *)a), read((const Wide *)b), inner);
-                }
-            }
-        );
-    }
-    pipeline<1>(
-        1,
-        [&](int, int) {
-            fetch(s.left[side][0], stored(pairs, at, L, L), 0, 0);
-            fetch(s.right[side][0], tokens(side ? q : k, bh, chunk, S, NH, dqk), 0, r0);
-        },
-        [&](int, int) {
-            EACH(i) {
-                int t = ROW(i), x = COLUMN(i);
-                sum[i] = fmaf(s.gradient[side][t], s.normal[side][x], s.factor[side][t] * sum[i]);
-            }
-            add_rows([&](int i) { return load(other.at(ROW(i), COLUMN(i))) * sum[i]; }, s.sums[side]);
-            if (side) multiply<true, false>(s.left[side][0], s.right[side][0], sum);
-            else multiply<false, false>(s.left[side][0], s.right[side][0], sum);
+    auto pipeline = start<STAGES>(tiles + 1, [&](int step, int stage) {
+        if (step < tiles) {
+            fetch(s.left[side][stage], left, 0, step * L);
+            fetch(s.right[side][stage], state, r0, step * L);
+        } else {
+            fetch(s.left[side][stage], stored(pairs, at, L, L), 0, 0);
+            fetch(s.right[side][stage], tokens(side ? q : k, bh, chunk, S, NH, dqk), 0, r0);
         }
-    );
+    });
+    for (int step = 0; step < tiles; step++) {
+        int stage = pipeline.arrive(step);
+        multiply<false, true>(s.left[side][stage], s.right[side][stage], sum);
+        for (int piece = tid; piece < L * L / WIDE; piece += 2 * GROUP) {
+            int r = piece / (L / WIDE), c = piece % (L / WIDE) * WIDE;
+            const element_t *C = s.right[0][stage].at(r, c), *dC = s.right[1][stage].at(r, c);
+            inner = dot(read((const Wide *)C), read((const Wide *)dC), inner);
+        }
+    }
+    int stage = pipeline.arrive(tiles);
+    EACH(i) {
+        int t = ROW(i), x = COLUMN(i);
+        sum[i] = fmaf(s.gradient[side][t], s.normal[side][x], s.factor[side][t] * sum[i]);
+    }
+    Tile &opposite = s.right[1 - side][stage];
+    add_rows([&](int i) { return load(opposite.at(ROW(i), COLUMN(i))) * sum[i]; }, s.sums[side]);
+    if (side) multiply<true, false>(s.left[side][stage], s.right[side][stage], sum);
+    else multiply<false, false>(s.left[side][stage], s.right[side][stage], sum);
     element_t *to = side ? dk : dq;
     if (to) put<true>(sum, tokens(to, bh, chunk, S, NH, dqk), 0, r0);
     if (tid < L) inner = fmaf(s.normal[0][tid], s.normal[1][tid], inner);

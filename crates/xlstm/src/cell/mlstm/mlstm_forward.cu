@@ -60,28 +60,26 @@ extern "C" __global__ void __launch_bounds__(GROUP, 3) mlstm_scores(
     long long at = (long long)bh * gridDim.x + chunk;
     Rows queries = tokens(q, bh, chunk, S, NH, dqk), rows = tokens(k, bh, chunk, S, NH, dqk);
     float sum[32] = {};
-    pipeline<STAGES>(
-        (dqk + L - 1) / L,
-        [&](int step, int stage) {
-            fetch(s.q[stage], queries, 0, step * L);
-            fetch(s.k[stage], rows, 0, step * L);
-        },
-        [&] {
-            chunk_weights({i, f, marks, n0, m0, stabilizers}, s.weights, bh, chunk, S, NH, dqk, flags);
-            if (tid >= L) return;
-            s.w.set(tid, s.weights.w[tid]);
-            e[at * L + tid] = s.weights.e[tid];
-        },
-        [&](int step, int stage) {
-            multiply<false, true>(s.q[stage], s.k[stage], sum);
-            copy_weighted(s.k[stage], s.weights.w, keys + at * L * padded(dqk), step * L, dqk);
-            ColumnSum total;
-            multiply<true>(s.k[stage], s.w, total);
-            put(total, [&](int row, float x) {
-                if (step * L + row < dqk) normals[at * dqk + step * L + row] = x;
-            });
-        }
-    );
+    int tiles = (dqk + L - 1) / L;
+    auto pipeline = start<STAGES>(tiles, [&](int step, int stage) {
+        fetch(s.q[stage], queries, 0, step * L);
+        fetch(s.k[stage], rows, 0, step * L);
+    });
+    chunk_weights({i, f, marks, n0, m0, stabilizers}, s.weights, bh, chunk, S, NH, dqk, flags);
+    if (tid < L) {
+        s.w.set(tid, s.weights.w[tid]);
+        e[at * L + tid] = s.weights.e[tid];
+    }
+    for (int step = 0; step < tiles; step++) {
+        int stage = pipeline.arrive(step), x = step * L;
+        multiply<false, true>(s.q[stage], s.k[stage], sum);
+        copy_weighted(s.k[stage], s.weights.w, keys + at * L * padded(dqk), x, dqk);
+        ColumnSum total;
+        multiply<true>(s.k[stage], s.w, total);
+        put(total, [&](int row, float sum) {
+            if (x + row < dqk) normals[at * dqk + x + row] = sum;
+        });
+    }
     float scale = 1.0f / sqrtf((float)dqk);
     EACH(i) s.weights.W[ROW(i)][COLUMN(i)] = sum[i] *= scale * s.weights.W[ROW(i)][COLUMN(i)];
     put<false>(sum, stored(scores, at, L, L), 0, 0);
@@ -115,25 +113,23 @@ extern "C" __global__ void __launch_bounds__(GROUP, 3) mlstm_states(
     }
     // What the next chunk needs is read a chunk ahead.
     float kept = keep[0], added = with_n ? normal[0] : 0.0f;
-    pipeline<STATE_STAGES>(
-        chunks,
-        [&](int chunk, int stage) {
-            fetch(s.left[stage], stored(keys, first + chunk, L, dqk), 0, r0);
-            fetch(s.right[stage], tokens(v, bh, chunk, S, NH, dhv), 0, c0);
-        },
-        [&](int chunk, int stage) {
-            float factor = kept, sum = added;
-            if (chunk + 1 < chunks) {
-                kept = keep[(chunk + 1) * L];
-                if (with_n) added = normal[(long long)(chunk + 1) * dqk];
-            }
-            put<false>(C, stored(states, first + chunk, dqk, dhv), r0, c0);
-            if (with_n) normal[(long long)chunk * dqk] = n;
-            EACH(i) C[i] *= factor;
-            n = fmaf(factor, n, sum);
-            multiply<true, false>(s.left[stage], s.right[stage], C);
+    auto pipeline = start<STATE_STAGES>(chunks, [&](int chunk, int stage) {
+        fetch(s.left[stage], stored(keys, first + chunk, L, dqk), 0, r0);
+        fetch(s.right[stage], tokens(v, bh, chunk, S, NH, dhv), 0, c0);
+    });
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        int stage = pipeline.arrive(chunk);
+        float factor = kept, sum = added;
+        if (chunk + 1 < chunks) {
+            kept = keep[(chunk + 1) * L];
+            if (with_n) added = normal[(long long)(chunk + 1) * dqk];
         }
-    );
+        put<false>(C, stored(states, first + chunk, dqk, dhv), r0, c0);
+        if (with_n) normal[(long long)chunk * dqk] = n;
+        EACH(i) C[i] *= factor;
+        n = fmaf(factor, n, sum);
+        multiply<true, false>(s.left[stage], s.right[stage], C);
+    }
     if (!C_last) return;
     EACH(i) {
         int x = r0 + ROW(i), y = c0 + COLUMN(i);
@@ -167,25 +163,25 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_outputs(
     if (tid < L) s.factor[tid] = e[at * L + tid] / sqrtf((float)dqk);
     float sum[32] = {}, n = normal(0);
     ColumnSum d;
-    pipeline<STAGES>(
-        tiles + 1,
-        [&](int step, int stage) {
-            if (step < tiles) {
-                fetch(s.left[stage], queries, 0, step * L);
-                fetch(s.right[stage], C, step * L, c0);
-                if (tid < L) s.n[stage].set(tid, n);
-                n = normal((step + 1) * L);
-            } else {
-                fetch(s.left[stage], A, 0, 0);
-                fetch(s.right[stage], values, 0, c0);
-            }
-        },
-        [&](int step, int stage) {
-            if (step < tiles) multiply<false>(s.left[stage], s.n[stage], d);
-            else EACH(i) sum[i] *= s.factor[ROW(i)];
-            multiply<false, false>(s.left[stage], s.right[stage], sum);
+    auto pipeline = start<STAGES>(tiles + 1, [&](int step, int stage) {
+        if (step < tiles) {
+            fetch(s.left[stage], queries, 0, step * L);
+            fetch(s.right[stage], C, step * L, c0);
+            if (tid < L) s.n[stage].set(tid, n);
+            n = normal((step + 1) * L);
+        } else {
+            fetch(s.left[stage], A, 0, 0);
+            fetch(s.right[stage], values, 0, c0);
         }
-    );
+    });
+    for (int step = 0; step < tiles; step++) {
+        int stage = pipeline.arrive(step);
+        multiply<false>(s.left[stage], s.n[stage], d);
+        multiply<false, false>(s.left[stage], s.right[stage], sum);
+    }
+    int stage = pipeline.arrive(tiles);
+    EACH(i) sum[i] *= s.factor[ROW(i)];
+    multiply<false, false>(s.left[stage], s.right[stage], sum);
     put(d, [&](int row, float x) { s.d[row] = x; });
     __syncthreads();
     int t = chunk * L + tid;
@@ -203,23 +199,22 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_outputs(
     put<false>(sum, tokens(h, bh, chunk, S, NH, dhv), 0, c0);
 }
 
-/// Columns of C that a block of mlstm_step has, four a thread.
-#define STEP_COLUMNS 16
 #define STEP_THREADS 256
 
-/// One token (S = 1), one pass over C: the recurrent form.
-/// grid (ceil(dhv / 16), B NH), block 256. C_last, n_last, m_last must not be C0, n0, m0.
+/// One token (S = 1), one pass over C: the recurrent form. A block has `columns` columns of C, 16,
+/// 32 or 64, four a thread: few for many blocks, many for long rows.
+/// grid (ceil(dhv / columns), B NH), block 256. C_last, n_last, m_last must not be C0, n0, m0.
 /// Out: h (B, 1, NH, dhv), C_last, n_last, m_last, stabilizers and denominators (B, NH, 1).
 extern "C" __global__ void __launch_bounds__(STEP_THREADS) mlstm_step(
     const element_t *q, const element_t *k, const element_t *v, const float *i, const float *f,
     const unsigned *marks, const float *C0, const float *n0, const float *m0, element_t *h, float *C_last,
     float *n_last, float *m_last, float *stabilizers, float *denominators, int NH, int dqk, int dhv, int flags,
-    float eps
+    float eps, int columns
 ) {
-    const int WARPS = STEP_THREADS / 32, GROUPS = STEP_THREADS / (STEP_COLUMNS / 4), AHEAD = 4;
-    __shared__ float parts[WARPS][STEP_COLUMNS + 1];
-    int bh = blockIdx.y, tid = threadIdx.x, warp = tid / 32;
-    int column = tid % (STEP_COLUMNS / 4) * 4, group = tid / (STEP_COLUMNS / 4), y = blockIdx.x * STEP_COLUMNS + column;
+    const int WARPS = STEP_THREADS / 32, AHEAD = 4;
+    __shared__ float parts[WARPS][L], d_parts[WARPS];
+    int bh = blockIdx.y, tid = threadIdx.x, warp = tid / 32, across = columns / 4, groups = STEP_THREADS / across;
+    int column = tid % across * 4, group = tid / across, y = blockIdx.x * columns + column;
     Gate gate = gate_of(i, f, marks, bh / NH, bh % NH, 0, 1, NH, flags);
     bool reset = is_reset(gate.mark), pad = is_pad(gate.mark), given = C0 && !reset;
     float before = initial_stabilizer(n0, m0, bh, dqk, flags);
@@ -229,16 +224,16 @@ extern "C" __global__ void __launch_bounds__(STEP_THREADS) mlstm_step(
     const element_t *query = q + (long long)bh * dqk, *key = k + (long long)bh * dqk;
     const float *from = C0 + (long long)bh * dqk * dhv + y;
     float *to = C_last + (long long)bh * dqk * dhv + y;
-    bool whole = dhv % 4 == 0;
+    bool whole = dhv % 4 == 0 && ((unsigned long long)C0 | (unsigned long long)C_last) % 16 == 0;
     float value[4], sum[4] = {}, d = 0.0f;
 #pragma unroll
     for (int c = 0; c < 4; c++) value[c] = y + c < dhv ? input * load(v + (long long)bh * dhv + y + c) : 0.0f;
     // Some rows are under way before the first is used.
-    for (int x0 = group; x0 < dqk && y < dhv; x0 += GROUPS * AHEAD) {
+    for (int x0 = group; x0 < dqk && y < dhv; x0 += groups * AHEAD) {
         float C[AHEAD][4] = {};
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
-            long long x = x0 + a * GROUPS;
+            long long x = x0 + a * groups;
             if (x >= dqk || !given) continue;
             if (whole) *(float4 *)C[a] = *(const float4 *)(from + x * dhv);
             else
@@ -246,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(STEP_THREADS) mlstm_step(
         }
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
-            long long x = x0 + a * GROUPS;
+            long long x = x0 + a * groups;
             if (x >= dqk) continue;
             float key_x = load(key + x), query_x = load(query + x);
 #pragma unroll
@@ -267,22 +262,22 @@ extern "C" __global__ void __launch_bounds__(STEP_THREADS) mlstm_step(
         d = fmaf(load(query + x), n, d);
     }
     d = warp_sum(d);
+    if (LANE == 0) d_parts[warp] = d;
 #pragma unroll
     for (int c = 0; c < 4; c++) {
-        for (int step = STEP_COLUMNS / 4; step < 32; step <<= 1) sum[c] += __shfl_xor_sync(ALL, sum[c], step);
-        if (tid % 32 < STEP_COLUMNS / 4) parts[warp][column + c] = sum[c];
+        for (int step = across; step < 32; step <<= 1) sum[c] += __shfl_xor_sync(ALL, sum[c], step);
+        if (LANE < across) parts[warp][column + c] = sum[c];
     }
-    if (tid % 32 == 0) parts[warp][STEP_COLUMNS] = d;
     __syncthreads();
-    if (tid >= STEP_COLUMNS) return;
+    if (tid >= columns) return;
     float scale = 1.0f / sqrtf((float)dqk), total = 0.0f;
     d = 0.0f;
     for (int part = 0; part < WARPS; part++) {
         total += parts[part][tid];
-        d += parts[part][STEP_COLUMNS];
+        d += d_parts[part];
     }
     d = pad ? 0.0f : scale * d;
-    y = blockIdx.x * STEP_COLUMNS + tid;
+    y = blockIdx.x * columns + tid;
     if (y < dhv) store(h + (long long)bh * dhv + y, pad ? 0.0f : scale * total * (1.0f / normalizer(d, m, eps, flags)));
     if (blockIdx.x == 0 && tid == 0) {
         m_last[bh] = m;

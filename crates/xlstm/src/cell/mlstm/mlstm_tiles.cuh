@@ -68,6 +68,9 @@ struct Rows {
     /// Whether every row is made of 16-byte pieces at multiples of 16 bytes.
     bool aligned;
 };
+__device__ __forceinline__ bool is_aligned(const element_t *x, int width) {
+    return width % WIDE == 0 && (unsigned long long)x % 16 == 0;
+}
 /// Where a token's numbers of one head start, in (B, S, NH, width).
 __device__ __forceinline__ long long token_at(int bh, int t, int S, int NH, int width) {
     return (((long long)(bh / NH) * S + t) * NH + bh % NH) * width;
@@ -75,8 +78,7 @@ __device__ __forceinline__ long long token_at(int bh, int t, int S, int NH, int 
 /// The tokens of a chunk, of one head.
 __device__ __forceinline__ Rows tokens(const element_t *x, int bh, int chunk, int S, int NH, int width) {
     int start = chunk * L;
-    bool aligned = width % WIDE == 0 && (unsigned long long)x % 16 == 0;
-    return {x + token_at(bh, start, S, NH, width), NH * width, min(L, S - start), width, aligned};
+    return {x + token_at(bh, start, S, NH, width), NH * width, min(L, S - start), width, is_aligned(x, width)};
 }
 /// A matrix of the work space, its rows padded; `index` counts matrices.
 __device__ __forceinline__ Rows stored(const element_t *x, long long index, int rows, int width) {
@@ -93,10 +95,12 @@ __device__ __forceinline__ void fetch(Tile &tile, const Rows &of, int row, int c
         const element_t *from = of.from + (row + r) * of.stride + column + c;
         unsigned to = shared_address(tile.at(r, c));
 #pragma unroll
-        for (int i = 0; i < L; i += AT_ONCE)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + i * Tile::PITCH * (int)sizeof(element_t)),
+        for (int i = 0; i < L; i += AT_ONCE) {
+            unsigned row_to = to + i * Tile::PITCH * (int)sizeof(element_t);
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(row_to),
                          "l"(i < rows ? from + i * of.stride : of.from), "r"(i < rows ? 16 : 0)
                          : "memory");
+        }
     } else {
         for (int i = MEMBER; i < L * L; i += GROUP) {
             int r = i / L, c = i % L;
@@ -106,18 +110,17 @@ __device__ __forceinline__ void fetch(Tile &tile, const Rows &of, int row, int c
     }
 }
 
-/// use(step, stage) for every step, once what fetch(step, stage) copies is there; fetches run
-/// STAGES - 1 steps ahead, and `meanwhile` once the first have begun. A barrier lies before
-/// every use.
-template <int STAGES, class Fetch, class Meanwhile, class Use>
-__device__ __forceinline__ void pipeline(int steps, Fetch fetch, Meanwhile meanwhile, Use use) {
-    auto begin = [&](int step) {
+/// Fetches that run STAGES - 1 steps ahead of their use.
+template <int STAGES, class Fetch> struct Pipeline {
+    int steps;
+    Fetch fetch;
+    __device__ __forceinline__ void begin(int step) {
         if (step < steps) fetch(step, step % STAGES);
         asm volatile("cp.async.commit_group;" ::: "memory");
-    };
-    for (int step = 0; step < STAGES - 1; step++) begin(step);
-    meanwhile();
-    for (int step = 0; step < steps; step++) {
+    }
+    /// The stage in which is all that fetch(step, stage) copied. For each step in turn, by the
+    /// whole block; a barrier.
+    __device__ __forceinline__ int arrive(int step) {
         if (STAGES == 1) {
             __syncthreads();
             begin(step);
@@ -125,12 +128,13 @@ __device__ __forceinline__ void pipeline(int steps, Fetch fetch, Meanwhile meanw
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES > 1 ? STAGES - 2 : 0) : "memory");
         __syncthreads();
         if (STAGES > 1) begin(step + STAGES - 1);
-        use(step, step % STAGES);
+        return step % STAGES;
     }
-}
-template <int STAGES, class Fetch, class Use>
-__device__ __forceinline__ void pipeline(int steps, Fetch fetch, Use use) {
-    pipeline<STAGES>(steps, fetch, [] {}, use);
+};
+template <int STAGES, class Fetch> __device__ __forceinline__ Pipeline<STAGES, Fetch> start(int steps, Fetch fetch) {
+    Pipeline<STAGES, Fetch> pipeline = {steps, fetch};
+    for (int step = 0; step < STAGES - 1; step++) pipeline.begin(step);
+    return pipeline;
 }
 
 /// to (rows of `width`, padded) = the tile's 64 rows times factors, from a column on.
@@ -302,7 +306,8 @@ template <bool LEFT, bool RIGHT> __device__ __forceinline__ void multiply(Tile &
         float a[4][8], b[4][4];
         if (LEFT) {
 #pragma unroll
-            for (int i = 0; i < 8; i++) *(float4 *)&a[i / 2][i % 2 * 4] = *(float4 *)left.at(k + i / 2, ROW(0) + i % 2 * 4);
+            for (int i = 0; i < 8; i++)
+                *(float4 *)&a[i / 2][i % 2 * 4] = *(float4 *)left.at(k + i / 2, ROW(0) + i % 2 * 4);
         } else {
 #pragma unroll
             for (int r = 0; r < 8; r++) {
@@ -318,7 +323,8 @@ template <bool LEFT, bool RIGHT> __device__ __forceinline__ void multiply(Tile &
             }
         } else {
 #pragma unroll
-            for (int i = 0; i < 8; i++) *(float2 *)&b[i / 2][i % 2 * 2] = *(float2 *)right.at(k + i / 2, COLUMN(i % 2 * 2));
+            for (int i = 0; i < 8; i++)
+                *(float2 *)&b[i / 2][i % 2 * 2] = *(float2 *)right.at(k + i / 2, COLUMN(i % 2 * 2));
         }
 #pragma unroll
         for (int step = 0; step < 4; step++) EACH(i) sum[i] = fmaf(a[step][i / 4], b[step][i % 4], sum[i]);
