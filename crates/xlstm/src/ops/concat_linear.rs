@@ -10,9 +10,9 @@ use rayon::prelude::*;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::ROWS};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
+use crate::engine::operation::{Backward, Forward, Kernel, Slots, scratch};
 #[cfg(feature = "cuda")]
 use crate::engine::operation::{MAX_SLOTS, NodeShapes};
-use crate::engine::operation::{Backward, Forward, Kernel, Slots, scratch};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{add_to, axpy, vectorize};
 use crate::engine::{Scalar, Shape};

@@ -262,7 +262,7 @@ impl Kernel for Headwise {
         let (rows, width) = (io.shapes.input(0).rows(), heads * outer);
         let (x, w, [dx, dw, db, ..]) = (io.input(0), io.input(1), io.input_gradients);
         let dy = match io.gradient() {
-            dy if self.full => io.queue.to_elements(dy, rows * width)?,
+            dy if self.full => io.queue.rounded(dy, rows * width)?,
             dy => dy,
         };
         let (count, tiles) = (heads * outer * inner, rows.div_ceil(ROWS));

@@ -29,7 +29,7 @@ use super::{ForgetGate, InputGate};
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward};
 use crate::engine::operation::NodeShapes;
-use crate::engine::{Backward, Forward, Ids, Kernel, Mode, Slots, Scalar, Shape, Tape, Var};
+use crate::engine::{Backward, Forward, Ids, Kernel, Mode, Scalar, Shape, Slots, Tape, Var};
 use crate::error::{Error, Result};
 use crate::ops::{PAD, RESET};
 

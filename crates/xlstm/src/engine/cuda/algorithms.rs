@@ -74,8 +74,9 @@ impl Gpu {
     /// # Errors
     /// When the text is no such export.
     pub fn import_algorithms(&self, text: &str) -> Result<Option<String>> {
-        let failed =
-            |e: &dyn std::fmt::Display| Error::checkpoint(format!("cannot read the algorithms of products: {e}"));
+        let failed = |e: &dyn std::fmt::Display| {
+            Error::checkpoint(format!("cannot read the algorithms of products: {e}"))
+        };
         let saved: Saved = serde_json::from_str(text).map_err(|e| failed(&e))?;
         if let Some(reason) = saved.differs(version(), self.name()) {
             return Ok(Some(reason));
@@ -163,9 +164,8 @@ struct Clock {
 
 impl Clock {
     fn new() -> Result<Clock> {
-        let event = || {
-            event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(|e| driver("make an event", e))
-        };
+        let event =
+            || event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(|e| driver("make an event", e));
         Ok(Clock { start: event()?, end: event()? })
     }
 

@@ -195,12 +195,7 @@ pub(super) fn failed(what: &str, error: result::CublasError) -> Error {
 impl Blas {
     pub(super) fn new() -> Result<Blas> {
         let handle = result::create_handle().map_err(|e| failed("start", e))?;
-        Ok(Blas {
-            handle,
-            plans: Mutex::default(),
-            search: AtomicBool::new(false),
-            known: Mutex::default(),
-        })
+        Ok(Blas { handle, plans: Mutex::default(), search: AtomicBool::new(false), known: Mutex::default() })
     }
 
     /// Queues a product.
@@ -269,7 +264,8 @@ impl Blas {
             Some(algorithm) => self.checked(&plan, &name, algorithm)?,
             None => {
                 let search = self.search.load(Ordering::Relaxed) && !gpu.is_capturing()?;
-                let candidates = self.candidates(&plan, key, if search { algorithms::CANDIDATES } else { 1 })?;
+                let candidates =
+                    self.candidates(&plan, key, if search { algorithms::CANDIDATES } else { 1 })?;
                 algorithms::fastest(self, gpu, workspace, key, &plan, &candidates)?
             }
         };
@@ -406,5 +402,26 @@ impl Drop for Blas {
         lock(&self.plans).clear();
         // SAFETY: made in `new`, destroyed once.
         let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_have_names_and_sizes_of_their_own() {
+        let product = Product {
+            size: [5, 3, 7],
+            a: Operand::new(1024, 14).batched(7),
+            b: Operand::new(32, 7).batched(21).t(),
+            c: Operand::new(256, 6).batched(3).full(),
+            batch: 2,
+            accumulate: true,
+        };
+        let key = Key::new(&product, Precision::Bf16);
+        assert_eq!(key.to_string(), "2 x 5 3 7: F32 6 3 4 += Bf16 14 7 2 * Bf16t 7 21 2");
+        assert_eq!(key.bytes(), [2 * (7 + 4 * 14 + 7), 2 * (21 + 2 * 7 + 7), 4 * (3 + 4 * 6 + 3)]);
+        assert_ne!(key, Key::new(&product, Precision::F32));
     }
 }

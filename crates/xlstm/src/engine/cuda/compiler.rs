@@ -224,7 +224,9 @@ mod tests {
             for usage in usages {
                 let kernel = format!("{} {}", source.name, usage.kernel);
                 let Usage { registers, shared, spilled: bytes, .. } = usage;
-                println!("{kernel:<44} {architecture:<7} {precision:<5?} {registers:>9} {shared:>7} {bytes:>8}");
+                println!(
+                    "{kernel:<44} {architecture:<7} {precision:<5?} {registers:>9} {shared:>7} {bytes:>8}"
+                );
                 spilled += bytes;
             }
         }

@@ -209,12 +209,7 @@ impl Gpu {
         self.synchronize()
     }
 
-    fn function(
-        &self,
-        source: &Source,
-        precision: Precision,
-        name: &'static str,
-    ) -> Result<sys::CUfunction> {
+    fn function(&self, source: &Source, precision: Precision, name: &'static str) -> Result<sys::CUfunction> {
         let key = (source.name, precision);
         if let Some(function) = lock(&self.functions).get(&(key, name)) {
             return Ok(function.cu_function());

@@ -152,7 +152,7 @@ impl Queue {
     }
 
     /// `n` f32 numbers as elements, until the operation ends: what products take.
-    pub(crate) fn to_elements(&mut self, x: u64, n: usize) -> Result<u64> {
+    pub(crate) fn rounded(&mut self, x: u64, n: usize) -> Result<u64> {
         if self.precision == Precision::F32 {
             return Ok(x);
         }
@@ -180,13 +180,7 @@ impl Queue {
         let name = if full { "row_parts_full" } else { "row_parts" };
         let tiles = rows.div_ceil(ROWS);
         let parts = self.scratch(tiles * width)?;
-        self.launch(
-            &REDUCE,
-            name,
-            [width.div_ceil(128), tiles, 1],
-            128,
-            arguments![x, parts, rows, width],
-        )?;
+        self.launch(&REDUCE, name, [width.div_ceil(128), tiles, 1], 128, arguments![x, parts, rows, width])?;
         self.add_parts(parts, tiles, width, sums)
     }
 }
