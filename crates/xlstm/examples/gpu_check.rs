@@ -356,7 +356,7 @@ fn operations(table: &mut Table<'_>) {
             Ok(vec![loss, nll])
         });
     }
-    for (length, taps, silu) in [(70, 4, true), (3, 4, false), (33, 1, true)] {
+    for (length, taps, silu) in [(70, 4, true), (3, 4, false), (33, 1, true), (70, 3, true)] {
         let case = new().input(&[2, length, 40]).input(&[40, 1, taps]).input(&[40]);
         let case = case.input(&[2, taps - 1, 40]).ids(marks(2 * length));
         table.compare(&format!("causal_conv {length} {taps} marks"), &case, T, &|t, v, i| {
