@@ -17,19 +17,20 @@ import datetime, pathlib, re, sys
 
 lines = pathlib.Path(sys.argv[1]).read_text().splitlines()
 print("# The GPU against the processor\n")
-print(f"{lines[0]}, f32, {datetime.date.today().isoformat()}: {lines[-1]}.\n")
-print("Errors are relative norms against the processor in f64 on random inputs and poisoned buffers,")
-print("or against the golden files, relative to the largest value of a tensor. Every case ran twice;")
-print("\"same bits\" says that the second run gave the first one's bits.\n")
-print("| what | error | bound | | |\n|---|---|---|---|---|")
+print(f"{lines[0]}, {datetime.date.today().isoformat()}: {lines[-1]}.\n")
+print("Errors are against the processor in f64, on random inputs and poisoned buffers, or against the")
+print("golden files: in f32 the largest difference relative to the largest value of a tensor, in bf16")
+print("the relative Euclidean norm, the processor fed with the same numbers rounded to bf16. Every case")
+print("ran twice; \"same bits\" says that the second run gave the first one's bits.\n")
+print("| what | | error | bound | | |\n|---|---|---|---|---|---|")
 for line in lines[2:]:
-    row = re.match(r"(.+?)\s{2,}(\S+)\s+(\S+)\s+(ok|FAIL)\s*(.*)", line)
+    row = re.match(r"(.+?)\s+(f32|bf16)\s+(\S+)\s+(\S+)\s+(ok|FAIL)\s*(.*)", line)
     if row:
         print("| " + " | ".join(row.groups()) + " |")
 print("\nTraining steps (forward, backward, norm, AdamW), launched plainly and replayed as one CUDA graph:\n")
-print("| model, batch | plain ms | captured ms | tokens/s | MiB |\n|---|---|---|---|---|")
+print("| precision, model, batch | plain ms | captured ms | tokens/s | MiB |\n|---|---|---|---|---|")
 for line in lines:
-    row = re.match(r"(\S+ \S+ \S+):\s+(\S+)\s+(\S+)\s+(\d+)\s+(\d+)\s+loss", line)
+    row = re.match(r"(\S+ \S+ \S+ \S+):\s+(\S+)\s+(\S+)\s+(\d+)\s+(\d+)\s+loss", line)
     if row:
         print("| " + " | ".join(row.groups()) + " |")
 print("\nMade by `scripts/gpu_correctness.sh`.")

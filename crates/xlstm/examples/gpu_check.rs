@@ -1,12 +1,13 @@
-//! Checks every operation and cell on a GPU against the processor in f64, on random inputs and
-//! poisoned buffers, and against itself: the same bits twice. `gpu_check [ordinal]`
+//! Checks every operation and cell on a GPU in f32 and bf16 against the processor in f64, on
+//! random inputs and poisoned buffers, and against itself: the same bits twice; and that what
+//! the search of product algorithms finds can be saved. `gpu_check [ordinal]`
 
 use std::sync::Arc;
 
 use xlstm::cell::mlstm::{Form, MlstmConfig, MlstmState, mlstm};
 use xlstm::cell::slstm::{CellFunction, SlstmConfig, SlstmState, slstm};
 use xlstm::cell::{ForgetGate, InputGate};
-use xlstm::engine::cuda::{CudaExecutor, CudaTensors, Gpu, Layout};
+use xlstm::engine::cuda::{CudaExecutor, CudaParameters, CudaTensors, Gpu, Layout};
 use xlstm::engine::{Executor, Ids, Mode, Precision, Shape, Tape, Var};
 use xlstm::marks::{IGNORE, PAD, RESET};
 use xlstm::ops::activation::{Activation, gated};
@@ -16,7 +17,7 @@ use xlstm::ops::concat_linear::concat_linear;
 use xlstm::ops::cross_entropy::cross_entropy;
 use xlstm::ops::dropout::dropout;
 use xlstm::ops::embedding::embedding;
-use xlstm::ops::headwise::headwise;
+use xlstm::ops::headwise::{headwise, headwise_full};
 use xlstm::ops::last_token::last_token;
 use xlstm::ops::linear::linear;
 use xlstm::ops::norm::{Norm, NormKind, norm};
@@ -31,9 +32,11 @@ fn noise(seed: u64, n: usize) -> Vec<f64> {
 }
 
 /// A recording with its inputs, and what backward starts from (noise where not given).
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Case {
     inputs: Vec<(Vec<usize>, Vec<f64>)>,
+    /// Shapes of the first parameters, which the recording gets after the inputs.
+    weights: Vec<Vec<usize>>,
     ids: Vec<Vec<u32>>,
     parameters: Vec<Vec<f64>>,
     seeds: Option<Vec<Vec<f64>>>,
@@ -61,6 +64,24 @@ impl Case {
         self
     }
 
+    /// A weight matrix: in bf16 it has to be a parameter.
+    fn weight(mut self, shape: &[usize]) -> Case {
+        let seed = 500 + self.weights.len() as u64;
+        self.weights.push(shape.to_vec());
+        self.parameters.push(noise(seed, shape.iter().product()));
+        self
+    }
+
+    /// All numbers as `precision` can store them, so that both sides start from the same.
+    fn rounded(&self, precision: Precision) -> Case {
+        let mut case = self.clone();
+        let inputs = case.inputs.iter_mut().map(|(_, values)| values);
+        for values in inputs.chain(&mut case.parameters).chain(case.seeds.iter_mut().flatten()) {
+            round(precision, values);
+        }
+        case
+    }
+
     fn ids(mut self, ids: Vec<u32>) -> Case {
         self.ids.push(ids);
         self
@@ -71,7 +92,10 @@ impl Case {
         let vars: Vec<Var> =
             self.inputs.iter().map(|(shape, _)| tape.input_with_gradient(Shape::from(&shape[..]))).collect();
         let ids: Vec<Ids> = self.ids.iter().map(|ids| tape.ids(ids.len())).collect();
-        let outputs = record(&mut tape, &vars, &ids)?;
+        let weights = self.weights.iter().enumerate();
+        let weights = weights.map(|(i, shape)| tape.parameter(i, 0, Shape::from(&shape[..])));
+        let given: Vec<Var> = vars.iter().copied().chain(weights.collect::<Vec<_>>()).collect();
+        let outputs = record(&mut tape, &given, &ids)?;
         for &y in &outputs {
             tape.keep(y);
             tape.seed_gradient(y);
@@ -79,8 +103,14 @@ impl Case {
         Ok((tape, vars, ids, outputs))
     }
 
+    /// Noise is rounded to bf16, which f32 stores as well.
     fn seed(&self, output: usize, n: usize) -> Vec<f64> {
-        self.seeds.as_ref().map_or_else(|| noise(1000 + output as u64, n), |seeds| seeds[output].clone())
+        if let Some(seeds) = &self.seeds {
+            return seeds[output].clone();
+        }
+        let mut seed = noise(1000 + output as u64, n);
+        round(Precision::Bf16, &mut seed);
+        seed
     }
 
     fn cpu(&self, record: Record<'_>) -> xlstm::Result<Tensors> {
@@ -106,12 +136,12 @@ impl Case {
         ])
     }
 
-    fn gpu(&self, record: Record<'_>, gpu: &Arc<Gpu>) -> xlstm::Result<Tensors> {
+    fn gpu(&self, record: Record<'_>, precision: Precision, gpu: &Arc<Gpu>) -> xlstm::Result<Tensors> {
         let (tape, vars, ids, outputs) = self.tape(record)?;
         let lengths: Vec<usize> = outputs.iter().map(|&y| tape.shape(y).len()).collect();
-        let mut executor = CudaExecutor::new(tape, Precision::F32, gpu)?;
+        let mut executor = CudaExecutor::new(tape, precision, gpu)?;
         let layout = Layout::new(self.parameters.iter().map(Vec::len));
-        let mut parameters = CudaTensors::zeros(gpu, &layout)?;
+        let parameters = CudaParameters::zeros(gpu, &layout, precision)?;
         let mut gradients = CudaTensors::zeros(gpu, &layout)?;
         parameters.upload(&self.parameters.iter().map(|p| narrow(p)).collect::<Vec<_>>())?;
         for ((_, values), &var) in self.inputs.iter().zip(&vars) {
@@ -148,6 +178,29 @@ fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|x| f64::from(*x)).collect()
 }
 
+fn round(precision: Precision, values: &mut [f64]) {
+    values.iter_mut().for_each(|x| *x = f64::from(precision.round(*x as f32)));
+}
+
+/// In f32 the largest difference relative to the largest number, in bf16 the relative norm.
+fn error(precision: Precision, got: &[f64], want: &[f64]) -> f64 {
+    match precision {
+        Precision::F32 => distance(got, want),
+        Precision::Bf16 => relative_norm(got, want),
+    }
+}
+
+/// The Euclidean norm of the difference relative to that of the tensor; NaN never passes.
+fn relative_norm(got: &[f64], want: &[f64]) -> f64 {
+    if got.len() != want.len() {
+        return f64::INFINITY;
+    }
+    let square = |sum: f64, x: f64| sum + x * x;
+    let scale = want.iter().copied().fold(1e-6 * want.len().max(1) as f64, square).sqrt();
+    let error = got.iter().zip(want).map(|(a, b)| a - b).fold(0.0, square).sqrt() / scale;
+    if error.is_nan() { f64::INFINITY } else { error }
+}
+
 /// The largest difference relative to the largest number of the tensor; NaN never passes.
 fn distance(got: &[f64], want: &[f64]) -> f64 {
     if got.len() != want.len() {
@@ -162,28 +215,36 @@ fn distance(got: &[f64], want: &[f64]) -> f64 {
 
 struct Table<'a> {
     gpu: &'a Arc<Gpu>,
+    precision: Precision,
     failures: usize,
 }
+
+/// The bound on errors of operations in bf16: rounding a result once costs 0.2 %.
+const BF16: f64 = 1e-2;
 
 impl Table<'_> {
     fn row(&mut self, name: &str, error: f64, tolerance: f64, note: &str) {
         let passed = error <= tolerance;
         self.failures += usize::from(!passed);
+        let precision = format!("{:?}", self.precision).to_lowercase();
         println!(
-            "{name:<34} {error:>9.1e} {tolerance:>9.1e}  {}  {note}",
+            "{name:<38} {precision:<5} {error:>9.1e} {tolerance:>9.1e}  {}  {note}",
             if passed { "ok  " } else { "FAIL" }
         );
     }
 
     /// The GPU against the CPU in f64, and against itself.
     fn compare(&mut self, name: &str, case: &Case, tolerance: f64, record: Record<'_>) {
-        let run = || -> xlstm::Result<(Tensors, Tensors, Tensors)> {
-            Ok((case.cpu(record)?, case.gpu(record, self.gpu)?, case.gpu(record, self.gpu)?))
-        };
+        let precision = self.precision;
+        let tolerance = if precision == Precision::F32 { tolerance } else { BF16 };
+        let case = case.rounded(precision);
+        let gpu = || case.gpu(record, precision, self.gpu);
+        let run =
+            || -> xlstm::Result<(Tensors, Tensors, Tensors)> { Ok((case.cpu(record)?, gpu()?, gpu()?)) };
         match run() {
             Ok((truth, first, second)) => {
                 let parts = |i: usize| {
-                    truth[i].iter().zip(&first[i]).map(|(t, g)| distance(g, t)).fold(0.0, f64::max)
+                    truth[i].iter().zip(&first[i]).map(|(t, g)| error(precision, g, t)).fold(0.0, f64::max)
                 };
                 let same = if first == second { "same bits" } else { "DIFFERENT BITS" };
                 self.failures += usize::from(first != second);
@@ -192,7 +253,7 @@ impl Table<'_> {
                 if parts(0).max(parts(1)).max(parts(2)) > tolerance {
                     for (i, kind) in ["output", "input gradient", "parameter gradient"].iter().enumerate() {
                         for (j, (t, g)) in truth[i].iter().zip(&first[i]).enumerate() {
-                            println!("    {kind} {j}: {:.1e}", distance(g, t));
+                            println!("    {kind} {j}: {:.1e}", error(precision, g, t));
                         }
                     }
                 }
@@ -214,21 +275,31 @@ fn operations(table: &mut Table<'_>) {
         Ok(vec![add(t, v[0], v[1])?])
     });
     for (rows, inner, outer) in [(130, 96, 64), (7, 5, 3), (512, 256, 384), (1, 33, 65)] {
-        let case = new().input(&[2, rows, inner]).input(&[outer, inner]).input(&[outer]);
+        let case = new().input(&[2, rows, inner]).input(&[outer]).weight(&[outer, inner]);
         let name = format!("linear {rows}x{inner}x{outer}");
-        table.compare(&name, &case, T, &|t, v, _| Ok(vec![linear(t, v[0], v[1], Some(v[2]))?]));
+        table.compare(&name, &case, T, &|t, v, _| Ok(vec![linear(t, v[0], v[2], Some(v[1]))?]));
     }
-    let case = new().input(&[2, 31, 48]).input(&[20, 48]);
+    let case = new().input(&[2, 31, 48]).weight(&[20, 48]);
     table.compare("linear without bias", &case, T, &|t, v, _| Ok(vec![linear(t, v[0], v[1], None)?]));
-    for (heads, outer, inner) in [(24, 4, 4), (4, 32, 32), (3, 7, 5), (2, 17, 18)] {
-        let case = new().input(&[2, 70, heads * inner]).input(&[heads, outer, inner]).input(&[heads * outer]);
+    for (heads, outer, inner) in [(24, 4, 4), (5, 4, 4), (4, 32, 32), (3, 7, 5), (2, 17, 18)] {
+        let width = heads * outer;
+        let case = new().input(&[2, 70, heads * inner]).input(&[width]).weight(&[heads, outer, inner]);
         let name = format!("headwise {heads}x{outer}x{inner}");
-        table.compare(&name, &case, T, &|t, v, _| Ok(vec![headwise(t, v[0], v[1], Some(v[2]))?]));
+        table.compare(&name, &case, T, &|t, v, _| Ok(vec![headwise(t, v[0], v[2], Some(v[1]))?]));
+        table.compare(&format!("{name} full"), &case, T, &|t, v, _| {
+            Ok(vec![headwise_full(t, v[0], v[2], Some(v[1]))?])
+        });
     }
-    let case = new().input(&[2, 70, 64]).input(&[2, 70, 33]).input(&[2, 70, 64]).input(&[4, 161]).input(&[4]);
-    table.compare("concat_linear", &case, T, &|t, v, _| {
-        Ok(vec![concat_linear(t, &v[..3], v[3], Some(v[4]))?])
-    });
+    for (widths, outer) in
+        [(&[64, 33, 64][..], 4), (&[96, 96, 96], 4), (&[40, 8, 16, 24], 12), (&[600], 8), (&[3, 1, 2], 1)]
+    {
+        let case = widths.iter().fold(new(), |case, width| case.input(&[2, 70, *width]));
+        let case = case.input(&[outer]).weight(&[outer, widths.iter().sum()]);
+        let parts = widths.len();
+        table.compare(&format!("concat_linear {widths:?} {outer}"), &case, T, &|t, v, _| {
+            Ok(vec![concat_linear(t, &v[..parts], v[parts + 1], Some(v[parts]))?])
+        });
+    }
     for (kind, groups, width) in
         [(NormKind::Layer, 1, 96), (NormKind::Layer, 4, 256), (NormKind::RootMeanSquare, 3, 33)]
     {
@@ -247,11 +318,15 @@ fn operations(table: &mut Table<'_>) {
     }
     let case = new().input(&[3000]).ids(vec![5, 6, 7, 8]);
     table.compare("dropout", &case, T, &|t, v, i| Ok(vec![dropout(t, v[0], 0.3, i[0], 9)?]));
-    let case = new().input(&[41, 300]).ids((0..700).map(|i| i * i % 40).collect());
-    table.compare("embedding", &case, T, &|t, v, i| Ok(vec![embedding(t, i[0], v[0], [7, 100])?]));
+    for width in [300, 1200, 7] {
+        let case = new().weight(&[41, width]).ids((0..700).map(|i| i * i % 40).collect());
+        table.compare(&format!("embedding {width}"), &case, T, &|t, v, i| {
+            Ok(vec![embedding(t, i[0], v[0], [7, 100])?])
+        });
+    }
     let case = new().input(&[3, 4, 50]);
     table.compare("last_token", &case, T, &|t, v, _| Ok(vec![last_token(t, v[0])?]));
-    for vocabulary in [70, 5000] {
+    for vocabulary in [70, 5000, 5003] {
         let targets = (0..39).map(|i| if i % 5 == 2 { IGNORE } else { i * 7 % 70 }).collect();
         let case = new().between(&[3, 13, vocabulary], -4.0, 4.0).input(&[1]).ids(targets);
         table.compare(&format!("cross_entropy {vocabulary}"), &case, T, &|t, v, i| {
@@ -259,7 +334,7 @@ fn operations(table: &mut Table<'_>) {
             Ok(vec![loss, nll])
         });
     }
-    for (length, taps, silu) in [(70, 4, true), (3, 4, false), (33, 1, true)] {
+    for (length, taps, silu) in [(70, 4, true), (3, 4, false), (33, 1, true), (70, 3, true)] {
         let case = new().input(&[2, length, 40]).input(&[40, 1, taps]).input(&[40]);
         let case = case.input(&[2, taps - 1, 40]).ids(marks(2 * length));
         table.compare(&format!("causal_conv {length} {taps} marks"), &case, T, &|t, v, i| {
@@ -274,68 +349,87 @@ fn operations(table: &mut Table<'_>) {
 }
 
 fn cells(table: &mut Table<'_>) {
-    for (length, dqk, dhv, marked) in
-        [(1, 16, 16, false), (70, 16, 24, true), (200, 64, 64, false), (130, 80, 96, true)]
-    {
+    use ForgetGate::{Exponential as ExponentialForget, Sigmoid as SigmoidForget};
+    use InputGate::{Exponential, Sigmoid};
+    for (length, dqk, dhv, marked, input_gate, forget_gate, normalize) in [
+        (1, 16, 16, false, Exponential, SigmoidForget, true),
+        (70, 16, 24, true, Exponential, SigmoidForget, true),
+        (200, 64, 64, false, Exponential, SigmoidForget, true),
+        (130, 80, 96, true, Exponential, SigmoidForget, true),
+        (1, 16, 16, false, Sigmoid, SigmoidForget, true),
+        (130, 32, 32, true, Sigmoid, SigmoidForget, true),
+        (130, 32, 32, true, Exponential, ExponentialForget, true),
+        (130, 32, 32, true, Sigmoid, SigmoidForget, false),
+        (130, 32, 32, true, Sigmoid, ExponentialForget, false),
+    ] {
         let (batch, heads) = (2, 3);
+        // An exponential gate that lets the state grow would make all else small.
+        let forget = if forget_gate == ExponentialForget { (-2.0, 0.2) } else { (0.0, 5.0) };
         let mut case = Case::default()
             .input(&[batch, length, heads * dqk])
             .input(&[batch, length, heads * dqk])
             .input(&[batch, length, heads * dhv])
             .between(&[batch, length, heads], -2.0, 2.0)
-            .between(&[batch, length, heads], 0.0, 5.0)
+            .between(&[batch, length, heads], forget.0, forget.1)
             .input(&[batch, heads, dqk, dhv])
             .input(&[batch, heads, dqk])
             .input(&[batch, heads]);
         if marked {
             case = case.ids(marks(batch * length));
         }
-        let config = MlstmConfig {
-            heads,
-            input_gate: InputGate::Exponential,
-            forget_gate: ForgetGate::Sigmoid,
-            normalize: true,
-            eps: 1e-6,
-            form: Form::Chunkwise(64),
-        };
-        let name = format!("mlstm {length} {dqk} {dhv}{}", if marked { " marks" } else { "" });
+        let form = Form::Chunkwise(64);
+        let config = MlstmConfig { heads, input_gate, forget_gate, normalize, eps: 1e-6, form };
+        let mut name = format!("mlstm {length} {dqk} {dhv}{}", if marked { " marks" } else { "" });
+        for (differs, option) in [
+            (input_gate == Sigmoid, " sigmoid i"),
+            (forget_gate == ExponentialForget, " exp f"),
+            (!normalize, " no norm"),
+        ] {
+            name += if differs { option } else { "" };
+        }
         table.compare(&name, &case, 2e-4, &|t, v, i| {
             let state = Some(MlstmState { c: v[5], n: v[6], m: v[7] });
             let (h, s) = mlstm(t, &config, v[0], v[1], v[2], (v[3], v[4]), state, i.first().copied())?;
             Ok(vec![h, s.c, s.n, s.m])
         });
     }
-    for (function, length, dim, marked) in [
-        (CellFunction::Slstm, 1, 16, false),
-        (CellFunction::Slstm, 60, 16, true),
-        (CellFunction::Slstm, 40, 64, false),
-        (CellFunction::Slstm, 20, 192, false),
-        (CellFunction::Lstm, 60, 20, true),
+    let usual = SlstmConfig {
+        heads: 2,
+        function: CellFunction::Slstm,
+        input_gate: Exponential,
+        forget_gate: SigmoidForget,
+        gradient_cut: false,
+        gradient_clip: None,
+    };
+    let lstm = SlstmConfig { function: CellFunction::Lstm, ..usual.clone() };
+    for (length, dim, marked, option, config) in [
+        (1, 16, false, "", usual.clone()),
+        (60, 16, true, "", usual.clone()),
+        (40, 64, false, "", usual.clone()),
+        (20, 192, false, "", usual.clone()),
+        (60, 16, true, " sigmoid i", SlstmConfig { input_gate: Sigmoid, ..usual.clone() }),
+        (60, 16, true, " exp f", SlstmConfig { forget_gate: ExponentialForget, ..usual.clone() }),
+        (60, 16, true, " cut", SlstmConfig { gradient_cut: true, ..usual.clone() }),
+        (60, 16, true, " clip", SlstmConfig { gradient_clip: Some(0.1), ..usual }),
+        (60, 20, true, "", lstm.clone()),
+        (60, 20, true, " clip", SlstmConfig { gradient_clip: Some(0.1), ..lstm.clone() }),
+        (60, 20, false, " cut", SlstmConfig { gradient_cut: true, ..lstm }),
     ] {
-        let (batch, heads) = (5, 2);
+        let (batch, heads, function) = (5, config.heads, config.function);
         let width = heads * dim;
-        let parts = if function == CellFunction::Slstm { 4 } else { 2 };
         let mut case = Case::default();
         for _ in 0..4 {
             case = case.input(&[batch, length, width]);
         }
         case = case.between(&[heads, 4 * dim, dim], -0.1, 0.1).input(&[4 * width]);
         case = case.input(&[batch, width]).input(&[batch, width]);
-        if parts == 4 {
+        if function == CellFunction::Slstm {
             case = case.between(&[batch, width], 0.5, 1.5).input(&[batch, width]);
         }
         if marked {
             case = case.ids(marks(batch * length));
         }
-        let config = SlstmConfig {
-            heads,
-            function,
-            input_gate: InputGate::Exponential,
-            forget_gate: ForgetGate::Sigmoid,
-            gradient_cut: false,
-            gradient_clip: None,
-        };
-        let name = format!("{function:?} {length} {dim}{}", if marked { " marks" } else { "" });
+        let name = format!("{function:?} {length} {dim}{}{option}", if marked { " marks" } else { "" });
         table.compare(&name, &case, 5e-5, &|t, v, i| {
             let state = SlstmState { h: v[6], c: v[7], n: v.get(8).copied(), m: v.get(9).copied() };
             let gates = [v[0], v[1], v[2], v[3]];
@@ -345,14 +439,35 @@ fn cells(table: &mut Table<'_>) {
     }
 }
 
+/// What the search of algorithms finds can be saved, and gives the same bits again.
+fn search(table: &mut Table<'_>, ordinal: usize) -> Outcome<()> {
+    let case = Case::default().input(&[2, 512, 256]).weight(&[384, 256]).rounded(table.precision);
+    let record: Record<'_> = &|t, v, _| Ok(vec![linear(t, v[0], v[1], None)?]);
+    let [found, again] = [Gpu::new(ordinal)?, Gpu::new(ordinal)?];
+    found.search(true);
+    let first = case.gpu(record, table.precision, &found)?;
+    let text = found.export_algorithms()?;
+    let refused = again.import_algorithms(&text.replace(found.name(), "another card"))?.is_none();
+    let taken = again.import_algorithms(&text)?.is_none();
+    let second = case.gpu(record, table.precision, &again)?;
+    let same = taken && first == second && again.export_algorithms()? == text;
+    table.row("algorithms saved: same bits", f64::from(u8::from(!same)), 0.0, "");
+    table.row("algorithms of another card", f64::from(u8::from(refused)), 0.0, "are not taken");
+    Ok(())
+}
+
 fn main() -> Outcome<()> {
     let ordinal = std::env::args().nth(1).map_or(Ok(0), |x| x.parse())?;
     let gpu = Gpu::new(ordinal)?;
     println!("{} ({}, {} multiprocessors)", gpu.name(), gpu.architecture(), gpu.multiprocessors()?);
-    println!("{:<34} {:>9} {:>9}", "what", "error", "bound");
-    let mut table = Table { gpu: &gpu, failures: 0 };
-    operations(&mut table);
-    cells(&mut table);
+    println!("{:<38} {:<5} {:>9} {:>9}", "what", "", "error", "bound");
+    let mut table = Table { gpu: &gpu, precision: Precision::F32, failures: 0 };
+    for precision in [Precision::F32, Precision::Bf16] {
+        table.precision = precision;
+        operations(&mut table);
+        cells(&mut table);
+        search(&mut table, ordinal)?;
+    }
     println!("{} failures", table.failures);
     if table.failures > 0 { Err("the GPU and the truth differ".into()) } else { Ok(()) }
 }

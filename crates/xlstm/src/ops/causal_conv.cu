@@ -2,7 +2,7 @@
 // u_t = b + sum_j w_j ∘ x_{t-K+1+j}, y_t = SiLU(u_t) or u_t.
 //
 // A tap finds its row by walking over the marks: a pad is not there, and nothing is seen across a
-// reset or before the window.
+// reset or before the window. With the usual four taps a thread carries the rows along instead.
 //
 // Sizes: B sequences <= 65535, S tokens, E features, K taps >= 1, all free; T = ceil(S / 32) tiles
 // of tokens <= 65535. x, y, dx, dy (B, S, E): element_t. w (E, K), b (E) or null,
@@ -64,6 +64,72 @@ __device__ __forceinline__ Sequence sequence_of(
         x + (long long)b * S * E + e, window ? window + (long long)b * (K - 1) * E + e : window,
         marks ? marks + (long long)b * S : marks, E, K,
     };
+}
+
+#define TAPS 4
+/// Tokens whose loads are under way at once.
+#define TOGETHER 8
+
+/// The last TAPS - 1 real tokens, oldest first, zero where there is none; for K = TAPS.
+struct Seen {
+    float row[TAPS - 1];
+    __device__ __forceinline__ void start(const Sequence &sequence, int t) {
+        History history = sequence.before(t);
+#pragma unroll
+        for (int r = TAPS - 2; r >= 0; r--) {
+            int source = history.next();
+            row[r] = source == History::NONE ? 0.0f : sequence.at(source);
+        }
+    }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int r = 0; r < TAPS - 1; r++) row[r] = 0.0f;
+    }
+    __device__ __forceinline__ float convolve(float now, const float *w, float bias) const {
+        float u = fmaf(w[TAPS - 1], now, bias);
+#pragma unroll
+        for (int r = TAPS - 2; r >= 0; r--) u = fmaf(w[r], row[r], u);
+        return u;
+    }
+    __device__ __forceinline__ void push(float now) {
+#pragma unroll
+        for (int r = 0; r < TAPS - 2; r++) row[r] = row[r + 1];
+        row[TAPS - 2] = now;
+    }
+};
+
+/// y of every token, for K = TAPS. Launched as causal_conv.
+extern "C" __global__ void __launch_bounds__(THREADS) causal_conv_4(
+    const element_t *x, const float *w, const float *bias, const float *window, const unsigned *marks,
+    element_t *y, int S, int E, int K, int silu
+) {
+    int e = blockIdx.x * THREADS + threadIdx.x, b = blockIdx.z, t = blockIdx.y * TOKENS, end = min(t + TOKENS, S);
+    if (e >= E) return;
+    Sequence sequence = sequence_of(x, window, marks, b, e, S, E, K);
+    float weights[TAPS], start = bias ? bias[e] : 0.0f;
+#pragma unroll
+    for (int tap = 0; tap < TAPS; tap++) weights[tap] = w[(long long)e * TAPS + tap];
+    Seen seen;
+    seen.start(sequence, t);
+    y += (long long)b * S * E + e;
+    for (; t < end; t += TOGETHER) {
+        float now[TOGETHER];
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++) now[i] = sequence.at(min(t + i, end - 1));
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++) {
+            if (t + i >= end) break;
+            unsigned mark = mark_of(sequence.marks, t + i);
+            float u = 0.0f;
+            if (!(mark & PAD)) {
+                if (mark & RESET) seen.clear();
+                u = seen.convolve(now[i], weights, start);
+                if (silu) u *= sigmoid(u);
+                seen.push(now[i]);
+            }
+            store(y + (long long)(t + i) * E, u);
+        }
+    }
 }
 
 /// y of every token.
@@ -138,6 +204,55 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) causal_conv_backward_ta
         }
         to[(long long)tap * E] = sum;
     }
+}
+
+/// The same for K = TAPS.
+extern "C" __global__ void __launch_bounds__(THREADS) causal_conv_backward_taps_4(
+    const element_t *x, const float *w, const float *bias, const float *window, const unsigned *marks,
+    const element_t *dy, float *du, float *partials, int S, int E, int K, int silu
+) {
+    int e = blockIdx.x * THREADS + threadIdx.x, b = blockIdx.z, t = blockIdx.y * TOKENS, end = min(t + TOKENS, S);
+    if (e >= E) return;
+    Sequence sequence = sequence_of(x, window, marks, b, e, S, E, K);
+    float weights[TAPS], sums[TAPS + 1] = {}, start = bias ? bias[e] : 0.0f;
+#pragma unroll
+    for (int tap = 0; tap < TAPS; tap++) weights[tap] = w[(long long)e * TAPS + tap];
+    Seen seen;
+    seen.start(sequence, t);
+    du += (long long)b * S * E + e;
+    if (dy) dy += (long long)b * S * E + e;
+    for (; t < end; t += TOGETHER) {
+        float now[TOGETHER], given[TOGETHER];
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++) {
+            long long at = min(t + i, end - 1);
+            now[i] = load(sequence.x + at * E);
+            given[i] = dy ? load(dy + at * E) : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++) {
+            if (t + i >= end) break;
+            unsigned mark = mark_of(sequence.marks, t + i);
+            float gradient = 0.0f;
+            if (!(mark & PAD)) {
+                if (mark & RESET) seen.clear();
+                gradient = given[i];
+                if (silu) {
+                    float u = seen.convolve(now[i], weights, start), s = sigmoid(u);
+                    gradient *= fmaf(u * s, 1.0f - s, s);
+                }
+#pragma unroll
+                for (int tap = 0; tap < TAPS - 1; tap++) sums[tap] = fmaf(gradient, seen.row[tap], sums[tap]);
+                sums[TAPS - 1] = fmaf(gradient, now[i], sums[TAPS - 1]);
+                sums[TAPS] += gradient;
+                seen.push(now[i]);
+            }
+            du[(long long)(t + i) * E] = gradient;
+        }
+    }
+    float *to = partials + ((long long)b * gridDim.y + blockIdx.y) * (TAPS + 1) * E + e;
+#pragma unroll
+    for (int tap = 0; tap <= TAPS; tap++) to[(long long)tap * E] = sums[tap];
 }
 
 /// What the tokens from `t` on, and the window after them, hand to a row that `seen` real tokens

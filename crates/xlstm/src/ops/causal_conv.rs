@@ -238,6 +238,10 @@ fn gradient_blocks<T: Scalar>(
 #[cfg(feature = "cuda")]
 const CUDA_TOKENS: usize = 32;
 
+/// Taps that some kernels are made for: TAPS of causal_conv.cu.
+#[cfg(feature = "cuda")]
+const CUDA_TAPS: usize = 4;
+
 #[cfg(feature = "cuda")]
 const SOURCE: cuda::Source = cuda::Source::new("causal_conv", include_str!("causal_conv.cu"));
 
@@ -426,7 +430,8 @@ impl Kernel for CausalConv {
         let silu = u32::from(self.silu);
         let arguments = arguments![x, w, bias, window, marks, io.outputs[0], length, width, taps, silu];
         let grid = [blocks, length.div_ceil(CUDA_TOKENS), batch];
-        io.queue.launch(&SOURCE, "causal_conv", grid, 256, arguments)?;
+        let name = if taps == CUDA_TAPS { "causal_conv_4" } else { "causal_conv" };
+        io.queue.launch(&SOURCE, name, grid, 256, arguments)?;
         if taps == 1 {
             return Ok(());
         }
@@ -448,7 +453,9 @@ impl Kernel for CausalConv {
         let partials = io.queue.scratch(batch * tiles * (taps + 1) * width)?;
         let arguments = arguments![x, w, bias, window, marks, dy, du, partials, length, width, taps, silu];
         let grid = [blocks, tiles, batch];
-        io.queue.launch(&SOURCE, "causal_conv_backward_taps", grid, 256, arguments)?;
+        let usual = taps == CUDA_TAPS;
+        let name = if usual { "causal_conv_backward_taps_4" } else { "causal_conv_backward_taps" };
+        io.queue.launch(&SOURCE, name, grid, 256, arguments)?;
         if let Some(dx) = dx {
             let arguments = arguments![w, marks, du, dafter, dx, length, width, taps];
             io.queue.launch(&SOURCE, "causal_conv_backward_inputs", grid, 256, arguments)?;

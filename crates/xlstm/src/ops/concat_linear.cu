@@ -8,6 +8,8 @@
 #define ROWS 64
 #define PARTS 4
 #define OUTPUTS 8
+/// Rows whose loads are under way at once.
+#define TOGETHER 4
 
 #define GIVEN \
     const element_t *x0, const element_t *x1, const element_t *x2, const element_t *x3, int w0, int w1, int w2, int w3
@@ -25,8 +27,6 @@ __device__ __forceinline__ Part part_at(int column, GIVEN) {
     if (column >= part.first + part.width) part = {x3, w3, part.first + part.width};
     return part;
 }
-
-#define TOGETHER 4
 
 /// A warp takes TOGETHER rows and OUTPUTS outputs.
 /// grid (ceil(rows / 32), ceil(outer / OUTPUTS)), block 256. bias may be null.
@@ -71,30 +71,37 @@ extern "C" __global__ void __launch_bounds__(256) concat_linear_forward(
 }
 
 /// dx += dy W_i, with W_i from column `first` of W on. A thread keeps eight columns of OUTPUTS rows of
-/// W and goes over ROWS rows. grid (ceil(width / 1024), tiles), block 128; once for each part and
-/// each OUTPUTS outputs, from o0 on.
+/// W and takes 4 TOGETHER rows. grid (ceil(width / 1024), ceil(rows / (4 TOGETHER))), block 128; once
+/// for each part and each OUTPUTS outputs, from o0 on.
 extern "C" __global__ void __launch_bounds__(128) concat_linear_inputs(
     const float *dy, const element_t *w, element_t *dx, int rows, int outer, int o0, int total, int first, int width
 ) {
-    int column = (blockIdx.x * 128 + threadIdx.x) * WIDE, row0 = blockIdx.y * ROWS, count = width - column;
+    int column = (blockIdx.x * 128 + threadIdx.x) * WIDE, count = width - column, outputs = min(OUTPUTS, outer - o0);
     if (count <= 0) return;
-    int outputs = min(OUTPUTS, outer - o0);
     w += (long long)o0 * total + first + column;
     dy += o0;
+    dx += column;
     Wide weights[OUTPUTS] = {};
 #pragma unroll
     for (int o = 0; o < OUTPUTS; o++)
         if (o < outputs) weights[o] = load_wide(w + (long long)o * total, count);
-    for (int row = row0; row < min(rows, row0 + ROWS); row++) {
-        element_t *to = dx + (long long)row * width + column;
-        Wide sum = load_wide(to, count);
+    int row = blockIdx.y * 4 * TOGETHER, end = min(rows, row + 4 * TOGETHER);
+    for (; row < end; row += TOGETHER) {
+        Wide sum[TOGETHER];
+#pragma unroll
+        for (int r = 0; r < TOGETHER; r++) sum[r] = load_wide(dx + (long long)min(row + r, end - 1) * width, count);
 #pragma unroll
         for (int o = 0; o < OUTPUTS; o++) {
             if (o >= outputs) break;
-            float gradient = dy[(long long)row * outer + o];
-            EACH_WIDE(j) sum.x[j] = fmaf(gradient, weights[o].x[j], sum.x[j]);
+#pragma unroll
+            for (int r = 0; r < TOGETHER; r++) {
+                float gradient = dy[(long long)min(row + r, end - 1) * outer + o];
+                EACH_WIDE(j) sum[r].x[j] = fmaf(gradient, weights[o].x[j], sum[r].x[j]);
+            }
         }
-        store_wide(to, sum, count);
+#pragma unroll
+        for (int r = 0; r < TOGETHER; r++)
+            if (row + r < end) store_wide(dx + (long long)(row + r) * width, sum[r], count);
     }
 }
 
@@ -105,27 +112,37 @@ extern "C" __global__ void __launch_bounds__(128) concat_linear_weights(
     GIVEN, const float *dy, float *sums, int rows, int outer
 ) {
     int total = w0 + w1 + w2 + w3, column = (blockIdx.x * 128 + threadIdx.x) * WIDE, o0 = blockIdx.z * OUTPUTS;
-    int row0 = blockIdx.y * ROWS, count = total - column, outputs = min(OUTPUTS, outer - o0);
+    int row0 = blockIdx.y * ROWS, end = min(rows, row0 + ROWS), count = total - column;
+    int outputs = min(OUTPUTS, outer - o0);
     if (count <= 0) return;
     Part part = part_at(column, x0, x1, x2, x3, w0, w1, w2, w3);
     bool whole = column + min(count, WIDE) <= part.first + part.width;
     Wide sum[OUTPUTS] = {};
-    for (int row = row0; row < min(rows, row0 + ROWS); row++) {
-        Wide values = {};
-        if (whole) {
-            values = load_wide(part.x + (long long)row * part.width + column - part.first, count);
-        } else {
+    for (int row = row0; row < end; row += TOGETHER) {
+        Wide values[TOGETHER] = {};
+#pragma unroll
+        for (int r = 0; r < TOGETHER; r++) {
+            long long at = row + r;
+            if (at >= end) break;
+            if (whole) {
+                values[r] = load_wide(part.x + at * part.width + column - part.first, count);
+                continue;
+            }
             EACH_WIDE(j) {
                 if (j >= count) break;
                 Part other = part_at(column + j, x0, x1, x2, x3, w0, w1, w2, w3);
-                values.x[j] = load(other.x + (long long)row * other.width + column + j - other.first);
+                values[r].x[j] = load(other.x + at * other.width + column + j - other.first);
             }
         }
 #pragma unroll
         for (int o = 0; o < OUTPUTS; o++) {
             if (o >= outputs) break;
-            float gradient = dy[(long long)row * outer + o0 + o];
-            EACH_WIDE(j) sum[o].x[j] = fmaf(gradient, values.x[j], sum[o].x[j]);
+#pragma unroll
+            for (int r = 0; r < TOGETHER; r++) {
+                // Beyond the end, the values are zero.
+                float gradient = dy[(long long)min(row + r, end - 1) * outer + o0 + o];
+                EACH_WIDE(j) sum[o].x[j] = fmaf(gradient, values[r].x[j], sum[o].x[j]);
+            }
         }
     }
     sums += ((long long)blockIdx.y * outer + o0) * total + column;

@@ -47,6 +47,10 @@ const MAX_PARTS: usize = 4;
 #[cfg(feature = "cuda")]
 const CUDA_OUTPUTS: usize = 8;
 
+/// Rows that the kernel of dx takes: 4 TOGETHER of concat_linear.cu.
+#[cfg(feature = "cuda")]
+const CUDA_ROWS: usize = 16;
+
 #[cfg(feature = "cuda")]
 const SOURCE: Source = Source::new("concat_linear", include_str!("concat_linear.cu"));
 
@@ -203,7 +207,7 @@ impl Kernel for ConcatLinear {
             if let Some(dx) = io.input_gradients[part] {
                 for o in (0..outer).step_by(CUDA_OUTPUTS) {
                     let arguments = arguments![dy, w, dx, rows, outer, o, total, first, width];
-                    let grid = [width.div_ceil(1024), tiles, 1];
+                    let grid = [width.div_ceil(1024), rows.div_ceil(CUDA_ROWS), 1];
                     io.queue.launch(&SOURCE, "concat_linear_inputs", grid, 128, arguments)?;
                 }
             }

@@ -64,70 +64,103 @@ extern "C" __global__ void headwise_parts(
     parts[(long long)blockIdx.y * count + element] = sum;
 }
 
-// ---- Blocks of 4 x 4, the mLSTM's: a thread keeps two of them and goes over ROWS rows ----
+// ---- Blocks of 4 x 4, the mLSTM's: a thread keeps two of them and goes over rows, the loads of
+// TOGETHER of which are under way at once ----
 
+#define TOGETHER 4
+
+/// [head][output][input], or with inputs and outputs exchanged.
 struct Blocks {
     float w[2][4][4];
 };
-/// The weights of the heads of columns `column` to `column + 7`, zero beyond the last.
+/// The weights, or with `transposed` their transposes, of the heads of columns `column` to
+/// `column + 7`, zero beyond the last.
+template <bool transposed>
 __device__ __forceinline__ Blocks load_blocks(const element_t *w, int column, int width) {
     Blocks blocks;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         Wide wide = load_wide(w + (long long)column * 4 + i * WIDE, 4 * (width - column) - i * WIDE);
-        EACH_WIDE(j) blocks.w[i / 2][i % 2 * 2 + j / 4][j % 4] = wide.x[j];
+        EACH_WIDE(j) {
+            int o = i % 2 * 2 + j / 4;
+            blocks.w[i / 2][transposed ? j % 4 : o][transposed ? o : j % 4] = wide.x[j];
+        }
     }
     return blocks;
 }
 
-/// grid (ceil(width / 1024), tiles), block 128.
-extern "C" __global__ void __launch_bounds__(128) headwise_forward_4(
-    const element_t *x, const element_t *w, const float *bias, element_t *y, int rows, int width
+/// to = start + the blocks' products with `from`, added to what is there where `accumulate`, for
+/// 4 TOGETHER rows.
+template <bool accumulate>
+__device__ __forceinline__ void multiply(
+    const Blocks &blocks, const element_t *from, const Wide &start, element_t *to, int rows, int width, int count
 ) {
-    int column = (blockIdx.x * 128 + threadIdx.x) * WIDE, first = blockIdx.y * ROWS, count = width - column;
-    if (count <= 0) return;
-    Blocks blocks = load_blocks(w, column, width);
-    Wide start = {};
-    if (bias) start = load_wide(bias + column, count);
-    for (int row = first; row < min(rows, first + ROWS); row++) {
-        long long at = (long long)row * width + column;
-        Wide in = load_wide(x + at, count), sum = start;
+    int row = blockIdx.y * 4 * TOGETHER, end = min(rows, row + 4 * TOGETHER);
+    for (; row < end; row += TOGETHER) {
+        Wide in[TOGETHER], sum[TOGETHER];
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            EACH_WIDE(o) sum.x[o] = fmaf(blocks.w[o / 4][o % 4][j], in.x[o / 4 * 4 + j], sum.x[o]);
-        store_wide(y + at, sum, count);
+        for (int r = 0; r < TOGETHER; r++) {
+            long long at = (long long)min(row + r, end - 1) * width;
+            in[r] = load_wide(from + at, count);
+            if (accumulate) sum[r] = load_wide(to + at, count);
+            else sum[r] = start;
+        }
+#pragma unroll
+        for (int r = 0; r < TOGETHER; r++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                EACH_WIDE(o) sum[r].x[o] = fmaf(blocks.w[o / 4][o % 4][i], in[r].x[o / 4 * 4 + i], sum[r].x[o]);
+            if (row + r < end) store_wide(to + (long long)(row + r) * width, sum[r], count);
+        }
     }
 }
 
-/// dx += W^T dy, and as headwise_parts; dx and parts may be null.
-/// grid (ceil(width / 1024), tiles), block 128.
-extern "C" __global__ void __launch_bounds__(128) headwise_backward_4(
-    const element_t *dy, const element_t *x, const element_t *w, element_t *dx, float *parts, int rows, int width
+/// grid (ceil(width / 1024), ceil(rows / (4 TOGETHER))), block 128.
+extern "C" __global__ void __launch_bounds__(128) headwise_forward_4(
+    const element_t *x, const element_t *w, const float *bias, element_t *y, int rows, int width
 ) {
-    int column = (blockIdx.x * 128 + threadIdx.x) * WIDE, first = blockIdx.y * ROWS, count = width - column;
+    int column = (blockIdx.x * 128 + threadIdx.x) * WIDE, count = width - column;
     if (count <= 0) return;
-    Blocks blocks = load_blocks(w, column, width), sums = {};
-    for (int row = first; row < min(rows, first + ROWS); row++) {
-        long long at = (long long)row * width + column;
-        Wide out = load_wide(dy + at, count);
-        if (dx) {
-            Wide sum = {};
+    Wide start = {};
+    if (bias) start = load_wide(bias + column, count);
+    multiply<false>(load_blocks<false>(w, column, width), x + column, start, y + column, rows, width, count);
+}
+
+/// dx += W^T dy. Launched as forward.
+extern "C" __global__ void __launch_bounds__(128) headwise_backward_4(
+    const element_t *dy, const element_t *w, element_t *dx, int rows, int width
+) {
+    int column = (blockIdx.x * 128 + threadIdx.x) * WIDE, count = width - column;
+    if (count <= 0) return;
+    multiply<true>(load_blocks<true>(w, column, width), dy + column, {}, dx + column, rows, width, count);
+}
+
+/// As headwise_parts. grid (ceil(width / 1024), tiles), block 128.
+extern "C" __global__ void __launch_bounds__(128) headwise_parts_4(
+    const element_t *dy, const element_t *x, float *parts, int rows, int width
+) {
+    int column = (blockIdx.x * 128 + threadIdx.x) * WIDE, count = width - column;
+    if (count <= 0) return;
+    int row = blockIdx.y * ROWS, end = min(rows, row + ROWS);
+    Blocks sums = {};
+    for (; row < end; row += TOGETHER) {
+        Wide in[TOGETHER] = {}, out[TOGETHER] = {};
 #pragma unroll
-            for (int o = 0; o < 4; o++)
-                EACH_WIDE(j) sum.x[j] = fmaf(blocks.w[j / 4][o][j % 4], out.x[j / 4 * 4 + o], sum.x[j]);
-            add_wide(dx + at, sum, count);
+        for (int r = 0; r < TOGETHER; r++) {
+            if (row + r >= end) break;
+            long long at = (long long)(row + r) * width + column;
+            in[r] = load_wide(x + at, count);
+            out[r] = load_wide(dy + at, count);
         }
-        if (parts) {
-            Wide in = load_wide(x + at, count);
 #pragma unroll
-            for (int j = 0; j < 4; j++)
+        for (int r = 0; r < TOGETHER; r++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
                 EACH_WIDE(o) {
-                    float *sum = &sums.w[o / 4][o % 4][j];
-                    *sum = fmaf(out.x[o], in.x[o / 4 * 4 + j], *sum);
+                    float *sum = &sums.w[o / 4][o % 4][i];
+                    *sum = fmaf(out[r].x[o], in[r].x[o / 4 * 4 + i], *sum);
                 }
-        }
     }
-    if (!parts) return;
     parts += (long long)blockIdx.y * width * 4 + column * 4;
 #pragma unroll
     for (int i = 0; i < 4; i++) {

@@ -50,6 +50,10 @@ const LARGE: usize = 16;
 /// Side of the blocks that the mLSTM's projections are made of.
 const SMALL: usize = 4;
 
+/// Rows that a thread takes of such blocks on a GPU: 4 TOGETHER of headwise.cu.
+#[cfg(feature = "cuda")]
+const SMALL_ROWS: usize = 16;
+
 /// Diagonals of such a block.
 const DIAGONALS: usize = 2 * SMALL - 1;
 
@@ -233,7 +237,7 @@ impl Kernel for Headwise {
         let (x, w, bias, y) = (io.input(0), io.input(1), io.inputs[2], io.outputs[0]);
         if (outer, inner) == (SMALL, SMALL) && !self.full {
             let arguments = arguments![x, w, bias, y, rows, width];
-            let grid = [width.div_ceil(1024), rows.div_ceil(ROWS), 1];
+            let grid = [width.div_ceil(1024), rows.div_ceil(SMALL_ROWS), 1];
             return io.queue.launch(&SOURCE, "headwise_forward_4", grid, 128, arguments);
         }
         if outer < LARGE || inner < LARGE {
@@ -262,7 +266,7 @@ impl Kernel for Headwise {
         let (rows, width) = (io.shapes.input(0).rows(), heads * outer);
         let (x, w, [dx, dw, db, ..]) = (io.input(0), io.input(1), io.input_gradients);
         let dy = match io.gradient() {
-            dy if self.full => io.queue.to_elements(dy, rows * width)?,
+            dy if self.full => io.queue.rounded(dy, rows * width)?,
             dy => dy,
         };
         let (count, tiles) = (heads * outer * inner, rows.div_ceil(ROWS));
@@ -289,24 +293,31 @@ impl Kernel for Headwise {
                 })?;
             }
         } else {
-            let parts = dw.map(|_| io.queue.scratch(tiles * count)).transpose()?;
-            if (outer, inner) == (SMALL, SMALL) {
-                let arguments = arguments![dy, x, w, dx, parts, rows, width];
-                let grid = [width.div_ceil(1024), tiles, 1];
-                io.queue.launch(&SOURCE, "headwise_backward_4", grid, 128, arguments)?;
-            } else {
-                if let Some(dx) = dx {
+            let of_four = (outer, inner) == (SMALL, SMALL);
+            match dx {
+                Some(dx) if of_four => {
+                    let arguments = arguments![dy, w, dx, rows, width];
+                    let grid = [width.div_ceil(1024), rows.div_ceil(SMALL_ROWS), 1];
+                    io.queue.launch(&SOURCE, "headwise_backward_4", grid, 128, arguments)?;
+                }
+                Some(dx) => {
                     let n = rows * heads * inner;
                     let arguments = arguments![dy, w, dx, n as u64, heads, outer, inner];
                     io.queue.launch_each(&SOURCE, "headwise_backward", n, arguments)?;
                 }
-                if let Some(parts) = parts {
-                    let arguments = arguments![dy, x, parts, rows, heads, outer, inner];
+                None => {}
+            }
+            if let Some(dw) = dw {
+                let parts = io.queue.scratch(tiles * count)?;
+                if of_four {
+                    let grid = [width.div_ceil(1024), tiles, 1];
+                    let arguments = arguments![dy, x, parts, rows, width];
+                    io.queue.launch(&SOURCE, "headwise_parts_4", grid, 128, arguments)?;
+                } else {
                     let grid = [count.div_ceil(128), tiles, 1];
+                    let arguments = arguments![dy, x, parts, rows, heads, outer, inner];
                     io.queue.launch(&SOURCE, "headwise_parts", grid, 128, arguments)?;
                 }
-            }
-            if let (Some(dw), Some(parts)) = (dw, parts) {
                 io.queue.add_parts(parts, tiles, count, dw)?;
             }
         }

@@ -27,8 +27,8 @@ extern "C" __global__ void __launch_bounds__(256) mlstm_backward_tokens(
         const element_t *a = h + token_at(bh, t, S, NH, dhv), *b = dh + token_at(bh, t, S, NH, dhv);
         float dh_h = 0.0f;
         if (is_aligned(h, dhv) && is_aligned(dh, dhv))
-            for (int y = LANE * WIDE; y < dhv; y += 32 * WIDE)
-                dh_h = dot(read((const Wide *)(a + y)), read((const Wide *)(b + y)), dh_h);
+            for (int y = LANE * IN_VECTOR; y < dhv; y += 32 * IN_VECTOR)
+                dh_h = dot(read((const Vector *)(a + y)), read((const Vector *)(b + y)), dh_h);
         else
             for (int y = LANE; y < dhv; y += 32) dh_h = fmaf(load(b + y), load(a + y), dh_h);
         dh_h = warp_sum(dh_h);
@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP, BLOCKS) mlstm_backward_s
     float *w, float *e, float *normals, float *dnormals, float *di, float *df, int S, int NH, int dqk, int dhv,
     int flags
 ) {
-    extern __shared__ Wide shared[];
+    extern __shared__ Vector shared[];
     BackwardScores &s = *(BackwardScores *)shared;
     int chunk = blockIdx.x, bh = blockIdx.y, tid = threadIdx.x, side = SIDE;
     long long at = (long long)bh * gridDim.x + chunk;
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, 3) mlstm_backward_states(
     const float *C_last, const float *n_last, const float *dC_last, const float *dn_last, element_t *dstates,
     float *dnormals, float *inner_last, float *inner_first, float *dC0, float *dn0, int S, int NH, int dqk, int dhv
 ) {
-    extern __shared__ Wide shared[];
+    extern __shared__ Vector shared[];
     States &s = *(States *)shared;
     int bh = blockIdx.z, tid = threadIdx.x, r0 = blockIdx.y * L, c0 = blockIdx.x * L;
     int chunks = (S + L - 1) / L;
@@ -211,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_backward_values(
     const element_t *keys, const element_t *dh, const element_t *scores, const element_t *dstates, element_t *dv,
     int S, int NH, int dqk, int dhv
 ) {
-    extern __shared__ Wide shared[];
+    extern __shared__ Vector shared[];
     BackwardValues &s = *(BackwardValues *)shared;
     // From the last sequence on, whose states were written last.
     int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, c0 = blockIdx.x * L, tiles = (dqk + L - 1) / L;
@@ -254,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP, BLOCKS) mlstm_backward_k
     const float *normals, const element_t *dstates, const float *dnormals, element_t *dq, element_t *dk,
     float *arriving, float *leaving, float *crossing, int S, int NH, int dqk, int dhv
 ) {
-    extern __shared__ Wide shared[];
+    extern __shared__ Vector shared[];
     BackwardKeys &s = *(BackwardKeys *)shared;
     int bh = blockIdx.z, chunk = blockIdx.y, tid = threadIdx.x, r0 = blockIdx.x * L, side = SIDE, member = MEMBER;
     long long at = (long long)bh * gridDim.y + chunk, all = (long long)gridDim.z * gridDim.y;
@@ -280,10 +280,10 @@ extern "C" __global__ void __launch_bounds__(2 * GROUP, BLOCKS) mlstm_backward_k
     for (int step = 0; step < tiles; step++) {
         int stage = pipeline.arrive(step);
         multiply<false, true>(s.left[side][stage], s.right[side][stage], sum);
-        for (int piece = tid; piece < L * L / WIDE; piece += 2 * GROUP) {
-            int r = piece / (L / WIDE), c = piece % (L / WIDE) * WIDE;
+        for (int piece = tid; piece < L * L / IN_VECTOR; piece += 2 * GROUP) {
+            int r = piece / (L / IN_VECTOR), c = piece % (L / IN_VECTOR) * IN_VECTOR;
             const element_t *C = s.right[0][stage].at(r, c), *dC = s.right[1][stage].at(r, c);
-            inner = dot(read((const Wide *)C), read((const Wide *)dC), inner);
+            inner = dot(read((const Vector *)C), read((const Vector *)dC), inner);
         }
     }
     int stage = pipeline.arrive(tiles);

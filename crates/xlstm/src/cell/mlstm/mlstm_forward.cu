@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, 3) mlstm_scores(
     const float *n0, const float *m0, const float *stabilizers, element_t *scores, element_t *keys, float *sums,
     float *e, float *normals, int S, int NH, int dqk, int flags
 ) {
-    extern __shared__ Wide shared[];
+    extern __shared__ Vector shared[];
     Scores &s = *(Scores *)shared;
     int chunk = blockIdx.x, bh = blockIdx.y, tid = threadIdx.x;
     long long at = (long long)bh * gridDim.x + chunk;
@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, 3) mlstm_states(
     const element_t *keys, const element_t *v, const float *e, const float *C0, const float *n0,
     element_t *states, float *normals, float *C_last, float *n_last, int S, int NH, int dqk, int dhv
 ) {
-    extern __shared__ Wide shared[];
+    extern __shared__ Vector shared[];
     States &s = *(States *)shared;
     int bh = blockIdx.z, tid = threadIdx.x, r0 = blockIdx.y * L, c0 = blockIdx.x * L;
     int chunks = (S + L - 1) / L;
@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_outputs(
     const element_t *scores, const float *sums, const float *e, const element_t *states, const float *normals,
     element_t *h, float *denominators, int S, int NH, int dqk, int dhv, int flags, float eps
 ) {
-    extern __shared__ Wide shared[];
+    extern __shared__ Vector shared[];
     Outputs &s = *(Outputs *)shared;
     // From the last sequence on, whose states were written last.
     int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, tid = threadIdx.x, c0 = blockIdx.x * L;

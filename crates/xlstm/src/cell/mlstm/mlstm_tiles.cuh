@@ -7,7 +7,7 @@
 
 #define GROUP 128
 /// Numbers in 16 bytes.
-#define WIDE (16 / (int)sizeof(element_t))
+#define IN_VECTOR (16 / (int)sizeof(element_t))
 #define MEMBER ((int)threadIdx.x % GROUP)
 
 /// Two neighbours of a row.
@@ -27,17 +27,17 @@ __device__ __forceinline__ float second(Pair pair) { return pair.y; }
 __device__ __forceinline__ Pair pair_of(float x, float y) { return {x, y}; }
 #endif
 /// As many as one access moves. Through uint4, since a struct is moved member by member.
-struct __align__(16) Wide {
-    Pair pair[WIDE / 2];
+struct __align__(16) Vector {
+    Pair pair[IN_VECTOR / 2];
 };
-__device__ __forceinline__ Wide read(const Wide *from) {
+__device__ __forceinline__ Vector read(const Vector *from) {
     uint4 x = *(const uint4 *)from;
-    return *(const Wide *)&x;
+    return *(const Vector *)&x;
 }
-__device__ __forceinline__ void write(Wide *to, const Wide &x) { *(uint4 *)to = *(const uint4 *)&x; }
-__device__ __forceinline__ float dot(const Wide &a, const Wide &b, float sum) {
+__device__ __forceinline__ void write(Vector *to, const Vector &x) { *(uint4 *)to = *(const uint4 *)&x; }
+__device__ __forceinline__ float dot(const Vector &a, const Vector &b, float sum) {
 #pragma unroll
-    for (int i = 0; i < WIDE / 2; i++)
+    for (int i = 0; i < IN_VECTOR / 2; i++)
         sum = fmaf(second(a.pair[i]), second(b.pair[i]), fmaf(first(a.pair[i]), first(b.pair[i]), sum));
     return sum;
 }
@@ -69,7 +69,7 @@ struct Rows {
     bool aligned;
 };
 __device__ __forceinline__ bool is_aligned(const element_t *x, int width) {
-    return width % WIDE == 0 && (unsigned long long)x % 16 == 0;
+    return width % IN_VECTOR == 0 && (unsigned long long)x % 16 == 0;
 }
 /// Where a token's numbers of one head start, in (B, S, NH, width).
 __device__ __forceinline__ long long token_at(int bh, int t, int S, int NH, int width) {
@@ -90,8 +90,8 @@ __device__ __forceinline__ unsigned shared_address(const void *p) { return (unsi
 /// tile = 64 rows and columns from (row, column) on; asynchronous.
 __device__ __forceinline__ void fetch(Tile &tile, const Rows &of, int row, int column) {
     if (of.aligned) {
-        const int AT_ONCE = GROUP * WIDE / L;
-        int r = MEMBER * WIDE / L, c = MEMBER * WIDE % L, rows = column + c < of.width ? of.rows - row - r : 0;
+        const int AT_ONCE = GROUP * IN_VECTOR / L;
+        int r = MEMBER * IN_VECTOR / L, c = MEMBER * IN_VECTOR % L, rows = column + c < of.width ? of.rows - row - r : 0;
         const element_t *from = of.from + (row + r) * of.stride + column + c;
         unsigned to = shared_address(tile.at(r, c));
 #pragma unroll
@@ -140,15 +140,15 @@ template <int STAGES, class Fetch> __device__ __forceinline__ Pipeline<STAGES, F
 /// to (rows of `width`, padded) = the tile's 64 rows times factors, from a column on.
 __device__ __forceinline__ void copy_weighted(Tile &tile, const float *factors, element_t *to, int column, int width) {
 #pragma unroll
-    for (int i = 0; i < L * L / WIDE / GROUP; i++) {
-        int piece = i * GROUP + MEMBER, r = piece / (L / WIDE), c = piece % (L / WIDE) * WIDE;
+    for (int i = 0; i < L * L / IN_VECTOR / GROUP; i++) {
+        int piece = i * GROUP + MEMBER, r = piece / (L / IN_VECTOR), c = piece % (L / IN_VECTOR) * IN_VECTOR;
         if (column + c >= padded(width)) continue;
-        Wide wide = read((const Wide *)tile.at(r, c));
+        Vector wide = read((const Vector *)tile.at(r, c));
         float factor = factors[r];
 #pragma unroll
-        for (int i = 0; i < WIDE / 2; i++)
+        for (int i = 0; i < IN_VECTOR / 2; i++)
             wide.pair[i] = pair_of(factor * first(wide.pair[i]), factor * second(wide.pair[i]));
-        write((Wide *)(to + r * padded(width) + column + c), wide);
+        write((Vector *)(to + r * padded(width) + column + c), wide);
     }
 }
 
@@ -167,7 +167,7 @@ __device__ __forceinline__ void copy_weighted(Tile &tile, const float *factors, 
 
 /// What a thread moves at once: a quad of threads has 32 neighbours of a row, thread n those of
 /// result n.
-typedef Wide Piece;
+typedef Vector Piece;
 #define PIECES 8
 #define PIECE_SUM(piece, n) ((piece) / 16 * 16 + (piece) / 8 % 2 * 2 + (n) * 4)
 #define PIECE_ROW(piece) ROW(PIECE_SUM(piece, 0))

@@ -404,3 +404,24 @@ impl Drop for Blas {
         let _ = unsafe { result::destroy_handle(self.handle) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_have_names_and_sizes_of_their_own() {
+        let product = Product {
+            size: [5, 3, 7],
+            a: Operand::new(1024, 14).batched(7),
+            b: Operand::new(32, 7).batched(21).t(),
+            c: Operand::new(256, 6).batched(3).full(),
+            batch: 2,
+            accumulate: true,
+        };
+        let key = Key::new(&product, Precision::Bf16);
+        assert_eq!(key.to_string(), "2 x 5 3 7: F32 6 3 4 += Bf16 14 7 2 * Bf16t 7 21 2");
+        assert_eq!(key.bytes(), [2 * (7 + 4 * 14 + 7), 2 * (21 + 2 * 7 + 7), 4 * (3 + 4 * 6 + 3)]);
+        assert_ne!(key, Key::new(&product, Precision::F32));
+    }
+}

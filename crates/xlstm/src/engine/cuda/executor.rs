@@ -530,3 +530,46 @@ fn offsets(sizes: impl Iterator<Item = usize>) -> (Vec<u64>, usize) {
     });
     (offsets.collect(), total)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::Mode;
+    use crate::ops::add::add;
+    use crate::ops::concat_linear::concat_linear;
+    use crate::ops::linear::linear;
+
+    #[test]
+    fn values_are_stored_as_their_operations_say() -> Result<()> {
+        let mut tape = Tape::new(Mode::Train);
+        let (x, unread) = (tape.input([6, 8]), tape.input([3]));
+        let weight = tape.parameter(0, 0, [8, 8].into());
+        let y = linear(&mut tape, x, weight, None)?;
+        let weight = tape.parameter(1, 0, [4, 16].into());
+        let gate = concat_linear(&mut tape, &[x, y], weight, None)?;
+        let found = types(&tape, Precision::Bf16)?;
+        let of = |var: Var| found[var.index()];
+        assert_eq!([x, y].map(of), [Precision::Bf16; 2]);
+        assert_eq!([gate, unread].map(of), [Precision::F32; 2]);
+        assert!(types(&tape, Precision::F32)?.iter().all(|found| *found == Precision::F32));
+
+        // A gate is no activation.
+        let other = tape.input([6, 4]);
+        add(&mut tape, gate, other)?;
+        let message = types(&tape, Precision::Bf16).expect_err("f32 read as bf16").to_string();
+        assert!(message.contains("input 0 of add") && message.contains("F32, not in Bf16"), "{message}");
+        assert!(types(&tape, Precision::F32).is_ok());
+        Ok(())
+    }
+
+    #[test]
+    fn weights_in_bf16_are_parameters() -> Result<()> {
+        let mut tape = Tape::new(Mode::Train);
+        let (x, weight) = (tape.input([6, 8]), tape.input([8, 8]));
+        linear(&mut tape, x, weight, None)?;
+        assert!(types(&tape, Precision::F32).is_ok());
+        let message = types(&tape, Precision::Bf16).expect_err("no parameter").to_string();
+        assert!(message.contains("input 1 of linear"), "{message}");
+        Ok(())
+    }
+}

@@ -152,7 +152,7 @@ impl Queue {
     }
 
     /// `n` f32 numbers as elements, until the operation ends: what products take.
-    pub(crate) fn to_elements(&mut self, x: u64, n: usize) -> Result<u64> {
+    pub(crate) fn rounded(&mut self, x: u64, n: usize) -> Result<u64> {
         if self.precision == Precision::F32 {
             return Ok(x);
         }
