@@ -166,7 +166,9 @@ extern "C" __global__ void __launch_bounds__(GROUP, 3) mlstm_backward_states(
     inner = block_sum(inner);
     if (tid == 0) inner_last[tile] = inner;
     float kept = keep[(chunks - 1) * L], added = with_n ? normal[(long long)(chunks - 1) * dqk] : 0.0f;
-    auto pipeline = start<STATE_STAGES>(chunks, [&](int step, int stage) {
+    // The gradient of the first state is wanted only where there is one.
+    int additions = C0 || dC0 || dn0 ? chunks : chunks - 1;
+    auto pipeline = start<STATE_STAGES>(additions, [&](int step, int stage) {
         int chunk = chunks - 1 - step;
         fetch(s.left[stage], stored(queries, first + chunk, L, dqk), 0, r0);
         fetch(s.right[stage], tokens(dh, bh, chunk, S, NH, dhv), 0, c0);
@@ -180,6 +182,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, 3) mlstm_backward_states(
         }
         put<false>(dC, stored(dstates, first + chunk, dqk, dhv), r0, c0);
         if (with_n) normal[(long long)chunk * dqk] = dn;
+        if (chunks - 1 - chunk == additions) break;
         EACH(i) dC[i] *= factor;
         dn = fmaf(factor, dn, sum);
         multiply<true, false>(s.left[stage], s.right[stage], dC);
@@ -216,7 +219,6 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_backward_values(
     // From the last sequence on, whose states were written last.
     int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, c0 = blockIdx.x * L, tiles = (dqk + L - 1) / L;
     long long at = (long long)bh * gridDim.y + chunk;
-    Rows A = stored(scores, at, L, L), gradients = tokens(dh, bh, chunk, S, NH, dhv);
     Rows K = stored(keys, at, L, dqk), dC = stored(dstates, at, dqk, dhv);
     float sum[32] = {};
     auto pipeline = start<STAGES>(tiles + 1, [&](int step, int stage) {
@@ -224,8 +226,8 @@ extern "C" __global__ void __launch_bounds__(GROUP, 4) mlstm_backward_values(
             fetch(s.left[stage], K, 0, step * L);
             fetch(s.right[stage], dC, step * L, c0);
         } else {
-            fetch(s.left[stage], A, 0, 0);
-            fetch(s.right[stage], gradients, 0, c0);
+            fetch(s.left[stage], stored(scores, at, L, L), 0, 0);
+            fetch(s.right[stage], tokens(dh, bh, chunk, S, NH, dhv), 0, c0);
         }
     });
     for (int step = 0; step < tiles; step++) {

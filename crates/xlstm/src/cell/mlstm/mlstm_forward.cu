@@ -113,7 +113,8 @@ extern "C" __global__ void __launch_bounds__(GROUP, 3) mlstm_states(
     }
     // What the next chunk needs is read a chunk ahead.
     float kept = keep[0], added = with_n ? normal[0] : 0.0f;
-    auto pipeline = start<STATE_STAGES>(chunks, [&](int chunk, int stage) {
+    int additions = C_last ? chunks : chunks - 1;
+    auto pipeline = start<STATE_STAGES>(additions, [&](int chunk, int stage) {
         fetch(s.left[stage], stored(keys, first + chunk, L, dqk), 0, r0);
         fetch(s.right[stage], tokens(v, bh, chunk, S, NH, dhv), 0, c0);
     });
@@ -126,11 +127,11 @@ extern "C" __global__ void __launch_bounds__(GROUP, 3) mlstm_states(
         }
         put<false>(C, stored(states, first + chunk, dqk, dhv), r0, c0);
         if (with_n) normal[(long long)chunk * dqk] = n;
+        if (chunk == additions) return;
         EACH(i) C[i] *= factor;
         n = fmaf(factor, n, sum);
         multiply<true, false>(s.left[stage], s.right[stage], C);
     }
-    if (!C_last) return;
     EACH(i) {
         int x = r0 + ROW(i), y = c0 + COLUMN(i);
         if (x < dqk && y < dhv) C_last[bh * size + (long long)x * dhv + y] = C[i];

@@ -262,7 +262,7 @@ template <bool LEFT> __device__ __forceinline__ void multiply(Tile &left, const 
 }
 /// to(row, number) for all 64 rows.
 template <class To> __device__ __forceinline__ void put(const ColumnSum &sum, To to) {
-    float last[2] = {__shfl_down_sync(ALL, sum.x[0], 1), __shfl_down_sync(0xffffffffu, sum.x[2], 1)};
+    float last[2] = {__shfl_down_sync(ALL, sum.x[0], 1), __shfl_down_sync(ALL, sum.x[2], 1)};
     if (LANE % 4 == 0)
         for (int half = 0; half < 2; half++)
             to(WARP * 16 + half * 8 + LANE / 4, sum.x[half * 2] + (sum.x[half * 2 + 1] + last[half]));
