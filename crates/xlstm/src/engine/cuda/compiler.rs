@@ -172,7 +172,7 @@ mod tests {
 
     use super::*;
 
-    /// Every .cu file below `folder`.
+    /// Every .cu and .cuh file below `folder`, in order.
     fn kernel_files(folder: &Path, found: &mut Vec<PathBuf>) {
         let mut entries: Vec<PathBuf> = std::fs::read_dir(folder)
             .expect("a folder")
@@ -182,7 +182,7 @@ mod tests {
         for entry in entries {
             if entry.is_dir() {
                 kernel_files(&entry, found);
-            } else if entry.extension().is_some_and(|extension| extension == "cu") {
+            } else if entry.extension().is_some_and(|extension| extension == "cu" || extension == "cuh") {
                 found.push(entry);
             }
         }
@@ -200,9 +200,14 @@ mod tests {
         kernel_files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut files);
         assert!(files.len() > 10, "{files:?}");
         let mut tasks = Vec::new();
-        for file in &files {
+        let is_header = |file: &&PathBuf| file.extension().is_some_and(|extension| extension == "cuh");
+        let read = |file: &PathBuf| std::fs::read_to_string(file).expect("a kernel file");
+        for file in files.iter().filter(|file| !is_header(file)) {
+            // A folder's headers stand before each of its files; the prelude is everywhere.
+            let headers = files.iter().filter(is_header).filter(|header| header.parent() == file.parent());
+            let headers: String = headers.map(read).filter(|header| header != PRELUDE).collect();
             let name = file.file_stem().and_then(|stem| stem.to_str()).expect("a name").to_owned().leak();
-            let text = std::fs::read_to_string(file).expect("a kernel file").leak();
+            let text = (headers + &read(file)).leak();
             for architecture in ["sm_80", "sm_90a", "sm_100"] {
                 for precision in [Precision::F32, Precision::Bf16] {
                     tasks.push((Source::new(name, text), precision, architecture));

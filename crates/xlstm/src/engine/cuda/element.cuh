@@ -23,7 +23,6 @@ typedef bf16_t element_t;
 #else
 typedef float element_t;
 #endif
-typedef float gate_t;
 
 // ---- Eight at a time: 16 bytes of bf16, the widest load that a thread has ----
 
