@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Holds the GPU against the processor in f64, and writes docs/results/gpu-correctness.md. Where the
-# GPU is on a machine without Rust, build the example here, run it there, and give its output:
+# Holds the GPU against the processor in f64 and against the golden files, and writes
+# docs/results/gpu-correctness.md. Where the GPU is on a machine without Rust, build the example
+# and the tests here, run both there as below, and give their outputs:
 #
-#   scripts/gpu_correctness.sh [OUTPUT_OF_GPU_CHECK]
+#   scripts/gpu_correctness.sh [OUTPUT_OF_GPU_CHECK OUTPUT_OF_TESTS]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 output=${1:-}
+tests=${2:-}
 if [ -z "$output" ]; then
     output=$(mktemp)
+    tests=$(mktemp)
     cargo run --release -p xlstm --features cuda --example gpu_check | tee "$output"
+    XLSTM_DEVICE=cuda:0 cargo test --release -p xlstm --features cuda --test it -- --test-threads=1 |
+        tee "$tests"
 fi
-python3 - "$output" >docs/results/gpu-correctness.md <<'PYTHON'
+python3 - "$output" "$tests" >docs/results/gpu-correctness.md <<'PYTHON'
 import datetime, pathlib, re, sys
 
 lines = pathlib.Path(sys.argv[1]).read_text().splitlines()
@@ -25,6 +30,12 @@ for line in lines[2:]:
     row = re.match(r"(.+?)\s+(f32|bf16)\s+(\S+)\s+(\S+)\s+(ok|FAIL)\s*(.*)", line)
     if row:
         print("| " + " | ".join(row.groups()) + " |")
+tests = re.findall(r"^test (\S+) \.\.\. (\S+)", pathlib.Path(sys.argv[2]).read_text(), re.M)
+passed = sum(result == "ok" for _, result in tests)
+print(f"\nThe golden and property tests of `tests/it`, run on the GPU in f32 (`XLSTM_DEVICE=cuda:0`): {passed} of")
+print(f"{len(tests)} passed.\n\n| test | |\n|---|---|")
+for name, result in tests:
+    print(f"| {name} | {result} |")
 print("\nMade by `scripts/gpu_correctness.sh`.")
 PYTHON
 echo "wrote docs/results/gpu-correctness.md" >&2

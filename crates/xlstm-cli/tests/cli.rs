@@ -187,6 +187,21 @@ fn bad_models_and_prompts() {
     folder.fails(&["inspect", "--model", "out/1/best"], &["config.json"]);
 }
 
+/// GPU 99 is nowhere: with or without support for GPUs, with or without one, that is an error.
+#[test]
+fn devices_that_are_not_there() {
+    let folder = trained("devices");
+    let text = ["--data", "text.txt"];
+    for verb in [&["train", "tiny.yaml"][..], &[&["eval", "--model", "out/1"], &text[..]].concat()] {
+        folder.fails(&[verb, &["--device", "cuda:99"]].concat(), &["GPU", "--device cpu"]);
+    }
+    folder.fails(&["train", "tiny.yaml", "--device", "cpu", "--dtype", "bf16"], &["bf16", "--dtype f32"]);
+    folder.fails(&["train", "tiny.yaml", "--set", "device=gpu"], &["device", "gpu"]);
+    assert!(!folder.0.join("out/2").exists(), "a run that cannot start leaves no folder");
+    let (_, notes) = folder.ok(&["eval", "--model", "out/1", "--data", "text.txt", "--device", "cpu"]);
+    assert!(notes.contains("device: cpu"), "{notes}");
+}
+
 /// A file system that is always full, where the system has one.
 #[test]
 fn a_full_disk_is_an_error() {

@@ -35,8 +35,8 @@ impl FromStr for DeviceChoice {
             Some(("cuda", ordinal)) if ordinal.parse::<usize>().is_ok() => {
                 Ok(DeviceChoice::Cuda(ordinal.parse().unwrap_or_default()))
             }
-            _ => Err(Error::config(format!("{text:?} is no device"))
-                .hint("there are auto, cpu and cuda:N, such as cuda:0")),
+            _ => Err(Error::config(format!("{text:?} is no device: there are auto, cpu and cuda:N"))
+                .hint("for instance cuda:0")),
         }
     }
 }

@@ -79,7 +79,8 @@ pub struct Measured {
     pub tokens_per_second: f64,
     /// 10^9 floating-point operations of products and cells a second, at the median.
     pub gigaflops: f64,
-    /// The most memory this process has held, in 10^6 bytes, where the system tells.
+    /// 10^6 bytes of memory: the most that this process has held, where the system tells; on a
+    /// GPU what is in use on it at the end.
     pub peak_megabytes: Option<f64>,
     /// The loss of the last step, in nats a token.
     pub loss: f64,
@@ -99,11 +100,11 @@ pub fn train_steps(preset: &Preset, device: &Device, steps: usize) -> Result<Mea
         return Err(Error::config("0 steps cannot be timed").hint("at least 1 is needed, 5 are better"));
     }
     let model = LanguageModel::new(&preset.model)?;
-    let (seconds, loss, operations) = time(preset, &model, device, steps, true)?;
+    let Timed { seconds, loss, operations, megabytes } = time(preset, &model, device, steps, true)?;
     let plain_median = match device {
         Device::Cpu(_) => None,
         #[cfg(feature = "cuda")]
-        Device::Cuda(..) => Some(median(&time(preset, &model, device, steps, false)?.0)),
+        Device::Cuda(..) => Some(median(&time(preset, &model, device, steps, false)?.seconds)),
     };
     let median = median(&seconds);
     let tokens_per_second = (preset.batch_size * preset.length) as f64 / median;
@@ -114,20 +115,27 @@ pub fn train_steps(preset: &Preset, device: &Device, steps: usize) -> Result<Mea
         plain_median,
         tokens_per_second,
         gigaflops: tokens_per_second * 3.0 * model.flops_per_token() as f64 / 1e9,
-        peak_megabytes: peak_megabytes(),
+        peak_megabytes: megabytes,
         loss,
         operations,
     })
 }
 
-/// Seconds of each step, the loss of the last, and the time of each operation.
+/// What timing a learner gives.
+struct Timed {
+    seconds: Vec<f64>,
+    loss: f64,
+    operations: Vec<OperationTime>,
+    megabytes: Option<f64>,
+}
+
 fn time(
     preset: &Preset,
     model: &LanguageModel,
     device: &Device,
     steps: usize,
     captured: bool,
-) -> Result<(Vec<f64>, f64, Vec<OperationTime>)> {
+) -> Result<Timed> {
     let parameters = Parameters::<f32>::initialize(model.specs(), 1);
     let options = AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(1.0) };
     let shape = [preset.batch_size, preset.length];
@@ -142,7 +150,8 @@ fn time(
             seconds.push(start.elapsed().as_secs_f64());
         }
     }
-    Ok((seconds, loss, learner.profile()?))
+    let megabytes = megabytes(device);
+    Ok(Timed { seconds, loss, operations: learner.profile()?, megabytes })
 }
 
 fn random_batch(preset: &Preset) -> Batch {
@@ -167,12 +176,19 @@ fn median(values: &[f64]) -> f64 {
     if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
 }
 
-/// Linux keeps the high-water mark of a process's resident memory.
-fn peak_megabytes() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: f64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
-    Some(kibibytes * 1024.0 / 1e6)
+/// See [`Measured::peak_megabytes`].
+fn megabytes(device: &Device) -> Option<f64> {
+    match device {
+        Device::Cpu(_) => {
+            // Linux keeps the high-water mark of a process's resident memory.
+            let status = std::fs::read_to_string("/proc/self/status").ok()?;
+            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+            let kibibytes: f64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+            Some(kibibytes * 1024.0 / 1e6)
+        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda(gpu, _) => gpu.memory_in_use().ok().map(|bytes| bytes as f64 / 1e6),
+    }
 }
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ impl RunConfig {
         // A number that JSON cannot hold (NaN, infinity) is refused here, where its place is known.
         serde_saphyr::from_str::<Value>(text).map_err(|e| file_error(&e, text, origin))?;
         for set in sets {
-            config = config.with_set(set)?;
+            config = config.with_set(set).map_err(|e| e.or_hint(every_key))?;
         }
         config.validate().map_err(|e| {
             let located = Error::config(format!("{}: {e}", origin.display()));

@@ -36,7 +36,7 @@ const BACKWARD_KEYS_SHARED: usize = (98 << 10) + 512;
 
 /// Work space for rows of operands of products, padded as in mlstm.cuh.
 fn operands(queue: &mut Queue, rows: usize, width: usize) -> Result<u64> {
-    queue.scratch(rows * width.next_multiple_of(8))
+    queue.scratch((rows * width.next_multiple_of(8) * queue.precision().bytes()).div_ceil(4))
 }
 
 fn flags(config: &MlstmConfig) -> u32 {

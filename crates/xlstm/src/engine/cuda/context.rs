@@ -127,6 +127,16 @@ impl Gpu {
         &self.name
     }
 
+    /// Bytes of its memory that are in use, by whomever.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn memory_in_use(&self) -> Result<usize> {
+        self.enter()?;
+        let (free, total) = result::mem_get_info().map_err(|e| driver("measure memory", e))?;
+        Ok(total - free)
+    }
+
     /// What kernels are compiled for, such as `sm_90a`.
     pub fn architecture(&self) -> &str {
         &self.architecture
