@@ -31,7 +31,7 @@ run() {
     # The run of seed 1 again, stopped on the way by Ctrl-C.
     train stopped 1 --device cuda:0 &
     local job=$!
-    until [ "$(wc -l <"$folder/stopped/1/metrics.jsonl" 2>/dev/null || echo 0)" -gt 300 ]; do sleep 0.05; done
+    until [ "$(cat "$folder/stopped/1/metrics.jsonl" 2>/dev/null | wc -l)" -gt 300 ]; do sleep 0.05; done
     pkill -INT -P "$job" || kill -INT "$job"
     wait "$job" || true
     "$xlstm" train --resume "$folder/stopped/1" 2>>"$folder/stopped.log"
