@@ -153,7 +153,7 @@ impl Case {
         // Twice, so that work space has its size when it is poisoned.
         for _ in 0..2 {
             executor.poison()?;
-            executor.forward(&parameters)?;
+            executor.forward(&parameters, &[])?;
             for (i, &y) in outputs.iter().enumerate() {
                 executor.set_seed(y, &narrow(&self.seed(i, lengths[i])))?;
             }

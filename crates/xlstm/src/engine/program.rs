@@ -238,13 +238,30 @@ impl<T: Element> Program<T> {
     where
         T: 'a,
     {
+        self.forward_feeding(parameters, &[])
+    }
+
+    /// Runs every node in order, and then feeds back each pair in `fed`, which is always the
+    /// same: see [`feed_back`](Program::feed_back). On a GPU all of it is one graph.
+    ///
+    /// # Errors
+    /// As [`forward`](Program::forward).
+    pub fn forward_feeding<'a>(
+        &mut self,
+        parameters: impl Into<Values<'a, T>>,
+        fed: &[(Var, Var)],
+    ) -> Result<()>
+    where
+        T: 'a,
+    {
         match (self, parameters.into()) {
             (Program::Cpu(executor), Values::Cpu(parameters)) => {
                 executor.forward(parameters);
+                fed.iter().for_each(|&(value, input)| executor.feed_back(value, input));
                 Ok(())
             }
             #[cfg(feature = "cuda")]
-            (Program::Cuda(executor), Values::Cuda(parameters)) => executor.forward(parameters),
+            (Program::Cuda(executor), Values::Cuda(parameters)) => executor.forward(parameters, fed),
             #[cfg(feature = "cuda")]
             _ => Err(elsewhere()),
         }

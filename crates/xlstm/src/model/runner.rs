@@ -54,8 +54,8 @@ enum Standing<T> {
 struct Pass<T> {
     program: Program<T>,
     tokens: Ids,
-    before: Vec<Var>,
-    after: Vec<Var>,
+    /// Each part of the state after the tokens, and before them.
+    state: Vec<(Var, Var)>,
     logits: Var,
 }
 
@@ -87,7 +87,7 @@ impl<T: Element> Runner<T> {
             Standing::Given(state) => Ok(state.clone()),
             Standing::Before(key) => {
                 let pass = &self.passes[key];
-                let parts = pass.before.iter().map(|&var| pass.program.value(var));
+                let parts = pass.state.iter().map(|&(_, before)| pass.program.value(before));
                 State::from_parts(&self.model.state_layout(self.batch), parts, self.tokens)
             }
         }
@@ -158,24 +158,20 @@ impl<T: Element> Runner<T> {
             Standing::Before(other) if *other == key => {}
             Standing::Before(other) => {
                 let other = &self.passes[other];
-                for (&to, &from) in pass.before.iter().zip(&other.before) {
+                for (&(_, to), &(_, from)) in pass.state.iter().zip(&other.state) {
                     pass.program.copy_input(to, &other.program, from)?;
                 }
             }
             Standing::Given(state) => {
-                for (part, &var) in state.parts().zip(&pass.before) {
-                    pass.program.set_input(var, part)?;
+                for (part, &(_, before)) in state.parts().zip(&pass.state) {
+                    pass.program.set_input(before, part)?;
                 }
             }
         }
         pass.program.set_ids(pass.tokens, tokens)?;
-        let (program, values) = (&mut pass.program, self.weights.values());
-        self.device.install(|| program.forward(values))?;
-        let logits = if wanted { pass.program.value(pass.logits)? } else { Vec::new() };
-        for (&after, &before) in pass.after.iter().zip(&pass.before) {
-            pass.program.feed_back(after, before)?;
-        }
-        Ok(logits)
+        let (program, state, values) = (&mut pass.program, &pass.state, self.weights.values());
+        self.device.install(|| program.forward_feeding(values, state))?;
+        if wanted { pass.program.value(pass.logits) } else { Ok(Vec::new()) }
     }
 }
 
@@ -193,6 +189,7 @@ impl<T: Element> Pass<T> {
         };
         let logits = model.logits(&mut tape, features)?;
         after.iter().chain([&logits]).for_each(|&var| tape.keep(var));
-        Ok(Pass { program: Program::new(tape, device)?, tokens, before, after, logits })
+        let state = after.into_iter().zip(before).collect();
+        Ok(Pass { program: Program::new(tape, device)?, tokens, state, logits })
     }
 }

@@ -263,12 +263,13 @@ impl CudaExecutor {
         }
     }
 
-    /// Runs every node in order, from the second time on as one graph. `parameters` are those
-    /// that the tape was recorded over.
+    /// Runs every node in order, and then makes the first value of each pair in `fed` the next
+    /// replay's input that the second one is; from the second time on as one graph.
+    /// `parameters` are those that the tape was recorded over, `fed` is always the same.
     ///
     /// # Errors
     /// When a kernel cannot be compiled or launched.
-    pub fn forward(&mut self, parameters: &CudaParameters) -> Result<()> {
+    pub fn forward(&mut self, parameters: &CudaParameters, fed: &[(Var, Var)]) -> Result<()> {
         let gpu = self.queue.gpu().clone();
         gpu.enter()?;
         if !self.are_uploaded {
@@ -280,7 +281,10 @@ impl CudaExecutor {
         if self.captured_over != over {
             (graph, self.captured_over) = (Graph::default(), over);
         }
-        let done = graph.run(&gpu, || self.queue_forward(parameters));
+        let done = graph.run(&gpu, || {
+            self.queue_forward(parameters)?;
+            fed.iter().try_for_each(|&(value, input)| self.feed_back(value, input))
+        });
         self.graph = graph;
         done
     }
