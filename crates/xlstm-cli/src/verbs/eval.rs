@@ -5,12 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
-use xlstm::data::{Corpus, read_text};
+use xlstm::data::{Corpus, Origin, Split};
 use xlstm::engine::Device;
 use xlstm::eval::{Reading, evaluate};
 use xlstm::folder::ModelFolder;
+use xlstm::text::Tokenizer;
 use xlstm::{Error, Result};
 
+use super::text::{TextArgs, note_skipped};
 use crate::output;
 use crate::progress::Meter;
 
@@ -20,9 +22,8 @@ pub struct EvalArgs {
     /// The folder of the model or of a run
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
-    /// The text, a UTF-8 file
-    #[arg(long, value_name = "FILE")]
-    pub data: PathBuf,
+    #[command(flatten)]
+    pub text: TextArgs,
     /// Print one JSON object instead of lines for people
     #[arg(long)]
     pub json: bool,
@@ -40,9 +41,9 @@ pub struct EvalArgs {
 /// Those of reading the model and the text.
 pub fn run(args: &EvalArgs) -> Result<()> {
     let folder = ModelFolder::load(&args.model)?;
-    let text = read_text(&args.data)?;
-    let corpus = Arc::new(Corpus::from_texts(&[text], folder.tokenizer()?)?);
     let device = Device::cpu(args.threads)?;
+    let corpus = Arc::new(device.install(|| corpus(args, folder.tokenizer()?))?);
+    note_skipped(corpus.skipped());
     let reading = match args.window {
         Some(window) => Reading::Windows(usize::try_from(window).unwrap_or(usize::MAX)),
         None => Reading::Whole,
@@ -71,4 +72,13 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         report.words,
         report.bytes
     ))
+}
+
+/// The text in tokens.
+fn corpus(args: &EvalArgs, tokenizer: &Tokenizer) -> Result<Corpus> {
+    let mut meter = Meter::new("tokenizing");
+    let origin = Origin::find(&args.text.data, args.text.split.unwrap_or(Split::Test))?;
+    origin.load(&args.text.options(), tokenizer, None, &mut |progress| {
+        meter.set(progress.bytes_done as f64 / progress.bytes.max(1) as f64);
+    })
 }

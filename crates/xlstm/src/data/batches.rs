@@ -177,8 +177,8 @@ mod tests {
 
     /// Token i has the value i, so that a value tells its place.
     fn corpus(tokens: usize, documents: &[usize]) -> Arc<Corpus> {
-        let ids = (0..tokens as u32).collect();
-        Arc::new(Corpus::from_tokens(ids, documents.to_vec(), tokens as u64, 1).unwrap())
+        let ids: Vec<u32> = (0..tokens as u32).collect();
+        Arc::new(Corpus::from_tokens(&ids, documents, tokens as u64, 1).unwrap())
     }
 
     fn batch(batches: &Batches, index: u64) -> Batch {
@@ -192,7 +192,8 @@ mod tests {
         let size = batches.batch_size() * batches.length();
         assert_eq!((batch.batch_size, batch.length), (batches.batch_size(), batches.length()));
         assert_eq!((batch.inputs.len(), batch.targets.len(), batch.marks.len()), (size, size, size));
-        let documents = batches.corpus().documents();
+        let corpus = batches.corpus();
+        let documents: Vec<usize> = corpus.starts_within(0..=corpus.len() - 1).collect();
         let mut targets = 0;
         for place in 0..size {
             let (input, target, mark) = (batch.inputs[place], batch.targets[place], batch.marks[place]);

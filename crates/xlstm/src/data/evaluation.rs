@@ -45,7 +45,7 @@ impl Evaluation {
         if corpus.target_count() == 0 {
             return Err(Error::data(format!(
                 "expected a corpus with something to predict, found {} documents of one token each",
-                corpus.documents().len()
+                corpus.document_count()
             ))
             .hint("evaluate on more text"));
         }
@@ -102,8 +102,8 @@ mod tests {
     use super::*;
 
     fn corpus(tokens: usize, documents: &[usize]) -> Arc<Corpus> {
-        let ids = (0..tokens as u32).collect();
-        Arc::new(Corpus::from_tokens(ids, documents.to_vec(), tokens as u64, 1).unwrap())
+        let ids: Vec<u32> = (0..tokens as u32).collect();
+        Arc::new(Corpus::from_tokens(&ids, documents, tokens as u64, 1).unwrap())
     }
 
     #[test]

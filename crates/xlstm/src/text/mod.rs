@@ -9,6 +9,7 @@ mod bytes;
 mod characters;
 mod decoder;
 mod hugging_face;
+mod training;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::rng::mix;
 use crate::{Error, Result};
 use characters::Characters;
 use hugging_face::HuggingFace;
@@ -227,6 +229,30 @@ impl Tokenizer {
         match &self.0 {
             Kind::HuggingFace(tokenizer) => tokenizer.end_of_text(),
             Kind::Characters(_) | Kind::Bytes => None,
+        }
+    }
+
+    /// Kind and size, for people.
+    pub fn describe(&self) -> String {
+        format!("{}, {} tokens", self.kind(), self.vocabulary_size())
+    }
+
+    /// A number that tells tokenizers apart, from the content of their files.
+    pub fn fingerprint(&self) -> String {
+        // What cannot be written, which does not happen, has no tokens either.
+        let json = self.to_json().unwrap_or_default();
+        format!("{:016x}", json.bytes().fold(0, |hash, byte| mix(hash ^ u64::from(byte))))
+    }
+
+    /// Whether a text may be cut between `before` and `after`, its parts around the cut: these have
+    /// the same tokens one by one and joined.
+    pub(crate) fn is_clean_cut(&self, before: &str, after: &str) -> bool {
+        let Kind::HuggingFace(tokenizer) = &self.0 else { return true };
+        let joined = tokenizer.encode(&[before, after].concat());
+        match (joined, tokenizer.encode(before), tokenizer.encode(after)) {
+            (Ok(joined), Ok(before), Ok(after)) => joined == [before, after].concat(),
+            // The error comes where the text is encoded.
+            _ => true,
         }
     }
 

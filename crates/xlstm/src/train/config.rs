@@ -3,10 +3,12 @@
 //! Every key has a default, so a file holds only what differs; `to_yaml` writes all of
 //! them, which is what a run folder keeps.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use super::sources::{Paths, TextSource, TokenizerChoice};
-use crate::data::Batching;
+use crate::data::{Batching, TextOptions};
 use crate::error::{Error, Result};
 use crate::nn::ModelConfig;
 use crate::nn::config::{at_least_one, positive, probability};
@@ -38,15 +40,29 @@ pub struct RunConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataConfig {
-    /// The training text: `shakespeare` (embedded), a path or a list of paths. Default `shakespeare`.
+    /// The training text: `shakespeare` (embedded), a path or a list of paths, each a file (.txt,
+    /// .jsonl, .parquet, wiki.*.tokens), a folder, a pattern such as `data/*.parquet`, or a folder
+    /// that `xlstm prepare` made. Default `shakespeare`.
     pub train: TextSource,
-    /// The validation text: null, a path or a list of paths. Default null.
+    /// The validation text: null, a path or a list of paths as in `train`. Default null.
     pub validation: Option<Paths>,
     /// The last part of the training text that is held out when `validation` is null, in
-    /// [0, 1); 0 = no validation. Default 0.1.
+    /// [0, 1); 0 = no validation. Whole documents where there are several. Default 0.1.
     pub validation_fraction: f64,
-    /// `characters`, `bytes` or the path of a `tokenizer.json`. Default `characters`.
-    pub tokenizer: TokenizerChoice,
+    /// The field of JSON lines and the column of Parquet files that hold the text. Default `text`.
+    pub field: String,
+    /// Leave out lines and rows that cannot be used, and count them. Default false.
+    pub skip_bad: bool,
+    /// Undo the tokenisation of WikiText. Default false.
+    pub detokenize: bool,
+    /// Text that is appended to every document, for instance `<|endoftext|>`. Default empty.
+    pub document_end: String,
+    /// A folder in which the tokens of files are kept and reused, memory-mapped, so that a corpus
+    /// may be larger than memory; null = tokenise into memory in each run. Default null.
+    pub cache: Option<PathBuf>,
+    /// `characters`, `bytes` or the path of a tokenizer; null = that of prepared data, elsewhere
+    /// `characters`. Default null.
+    pub tokenizer: Option<TokenizerChoice>,
     /// How sequences are drawn. Default `windows`.
     pub batching: Batching,
     /// Sequences in a batch. Default 16.
@@ -142,7 +158,12 @@ impl Default for DataConfig {
             train: TextSource::Shakespeare,
             validation: None,
             validation_fraction: 0.1,
-            tokenizer: TokenizerChoice::Characters,
+            field: "text".into(),
+            skip_bad: false,
+            detokenize: false,
+            document_end: String::new(),
+            cache: None,
+            tokenizer: None,
             batching: Batching::Windows,
             batch_size: 16,
             length: 256,
@@ -235,6 +256,16 @@ impl RunConfig {
 }
 
 impl DataConfig {
+    /// How text is taken from files.
+    pub fn text_options(&self) -> TextOptions {
+        TextOptions {
+            field: self.field.clone(),
+            skip_bad: self.skip_bad,
+            detokenize: self.detokenize,
+            document_end: self.document_end.clone(),
+        }
+    }
+
     fn validate(&self) -> Result<()> {
         at_least_one("data.batch_size", self.batch_size)?;
         at_least_one("data.length", self.length)?;

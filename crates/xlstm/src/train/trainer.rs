@@ -142,7 +142,7 @@ impl<'a> Run<'a> {
             Batches::new(texts.training.clone(), data.batching, data.batch_size, data.length, config.seed)?;
         let carry = match data.batching {
             Batching::Stream => Carry::Carried,
-            Batching::Windows if texts.training.documents().len() > 1 => Carry::Marked,
+            Batching::Windows if texts.training.document_count() > 1 => Carry::Marked,
             Batching::Windows => Carry::Fresh,
         };
         let objective = Objective::new(&model, Mode::Train, [data.batch_size, data.length], carry)?;

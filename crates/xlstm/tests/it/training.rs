@@ -60,7 +60,7 @@ fn run(config: &RunConfig, folder: &Path, stop_after: Option<u64>) -> xlstm::Res
             }
         }
     }
-    let texts = Texts::load(&config.data, TEXT)?;
+    let texts = Texts::load(&config.data, TEXT, &mut |_| {})?;
     let stop = AtomicBool::new(false);
     train(config, texts, folder, &stop, &mut StopAfter(stop_after, &stop))
 }
@@ -163,7 +163,7 @@ fn a_diverging_run_names_the_step_and_the_block() {
 fn another_text_or_model_is_not_resumed() {
     let folder = Folder::new("other");
     run(&config(&[]), &folder.0, Some(3)).expect("a run");
-    let texts = Texts::load(&config(&[]).data, &TEXT.to_uppercase()).expect("texts");
+    let texts = Texts::load(&config(&[]).data, &TEXT.to_uppercase(), &mut |_| {}).expect("texts");
     let other =
         train(&config(&[]), texts, &folder.0, &AtomicBool::new(false), &mut Silent).expect_err("refused");
     assert!(other.hint_text().is_some(), "{other}");
