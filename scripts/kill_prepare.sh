@@ -19,21 +19,20 @@ xlstm=${XLSTM:-target/release/xlstm}
 [ -x "$xlstm" ] || cargo build --release --features xlstm-cli/parquet
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-prepare() { "$xlstm" prepare --data "${data[@]}" --tokenizer "$tokenizer" --out "$out/$1"; }
+prepare=("$xlstm" prepare --data "${data[@]}" --tokenizer "$tokenizer" --out)
 
 started=$(date +%s%N)
-prepare whole
+"${prepare[@]}" "$out/whole"
 took=$((($(date +%s%N) - started) / 1000000))
 kills=0
 while true; do
-    prepare killed >/dev/null 2>&1 &
+    # The program itself and no shell around it: that is what has to die.
+    "${prepare[@]}" "$out/killed" >/dev/null 2>&1 &
     process=$!
-    # Anywhere within a third of the time that all of it takes.
-    sleep "$(awk -v ms=$((RANDOM * took / 32768 / 3)) 'BEGIN { print ms / 1000 }')"
-    if ! kill -9 "$process" 2>/dev/null; then
-        wait "$process" && break
-    fi
-    wait "$process" 2>/dev/null || true
+    # Anywhere within two thirds of the time that all of it takes.
+    sleep "$(awk -v ms=$((RANDOM * took / 32768 * 2 / 3)) 'BEGIN { print ms / 1000 }')"
+    kill -9 "$process" 2>/dev/null || true
+    if wait "$process" 2>/dev/null; then break; fi
     kills=$((kills + 1))
     if [ $kills -ge 200 ]; then
         echo "no end after $kills kills" >&2

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::sources::{Paths, TextSource, TokenizerChoice};
-use crate::data::{Batching, TextOptions};
+use crate::data::{Batching, Stage, TextOptions};
 use crate::error::{Error, Result};
 use crate::nn::ModelConfig;
 use crate::nn::config::{at_least_one, positive, probability};
@@ -68,6 +68,20 @@ pub struct DataConfig {
     /// Sequences in a batch. Default 16.
     pub batch_size: usize,
     /// Tokens in a sequence. Default 256.
+    pub length: usize,
+    /// Other batch sizes and lengths from later steps on, in order. Default none.
+    pub stages: Vec<StageConfig>,
+}
+
+/// A batch size and a length from a step on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StageConfig {
+    /// The steps before the first one of this shape; at least 1.
+    pub from_step: u64,
+    /// Sequences in a batch.
+    pub batch_size: usize,
+    /// Tokens in a sequence.
     pub length: usize,
 }
 
@@ -167,6 +181,7 @@ impl Default for DataConfig {
             batching: Batching::Windows,
             batch_size: 16,
             length: 256,
+            stages: Vec::new(),
         }
     }
 }
@@ -266,9 +281,31 @@ impl DataConfig {
         }
     }
 
+    /// The shapes of batches over a run of this many batches a step.
+    pub fn batch_stages(&self, accumulation: usize) -> Vec<Stage> {
+        let first = Stage { first: 0, batch_size: self.batch_size, length: self.length };
+        let later = self.stages.iter().map(|stage| Stage {
+            first: stage.from_step * accumulation as u64,
+            batch_size: stage.batch_size,
+            length: stage.length,
+        });
+        [first].into_iter().chain(later).collect()
+    }
+
     fn validate(&self) -> Result<()> {
         at_least_one("data.batch_size", self.batch_size)?;
         at_least_one("data.length", self.length)?;
+        let mut last = 0;
+        for (index, stage) in self.stages.iter().enumerate() {
+            let key = |name: &str| format!("data.stages[{index}].{name}");
+            at_least_one(&key("batch_size"), stage.batch_size)?;
+            at_least_one(&key("length"), stage.length)?;
+            if stage.from_step <= last {
+                return Err(Error::config(format!("{} is {}, not above {last}", key("from_step"), stage.from_step))
+                    .hint("stages are in the order of their steps; before the first one, data.batch_size and data.length hold"));
+            }
+            last = stage.from_step;
+        }
         probability("data.validation_fraction", self.validation_fraction)
     }
 }
@@ -342,9 +379,13 @@ mod tests {
     #[test]
     fn every_bad_number_is_named() {
         type Change = fn(&mut RunConfig);
-        let cases: [(Change, &str); 16] = [
+        let cases: [(Change, &str); 17] = [
             (|c| c.data.batch_size = 0, "data.batch_size is 0"),
             (|c| c.data.length = 0, "data.length is 0"),
+            (
+                |c| c.data.stages = vec![StageConfig { from_step: 0, batch_size: 1, length: 1 }],
+                "data.stages[0].from_step is 0",
+            ),
             (|c| c.data.validation_fraction = 1.0, "data.validation_fraction is 1"),
             (|c| c.optimizer.learning_rate = 0.0, "optimizer.learning_rate is 0"),
             (|c| c.optimizer.learning_rate = f64::NAN, "optimizer.learning_rate is NaN"),

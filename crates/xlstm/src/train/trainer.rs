@@ -17,7 +17,7 @@ use super::metrics::{MetricsLog, Row, TrainingRow, ValidationRow};
 use super::progress::{Observer, Progress, Summary, Validation};
 use super::texts::Texts;
 use crate::checkpoint::{self, Standing};
-use crate::data::{Batch, Batches, Batching, sequential, validation_batches};
+use crate::data::{Batch, Batching, Prefetch, Stages, sequential, validation_batches};
 use crate::engine::{Device, Mode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::Scorer;
@@ -108,9 +108,12 @@ struct Run<'a> {
     gradients: Vec<Vec<f32>>,
     optimizer: AdamW<f32>,
     schedule: Schedule,
-    batches: Batches,
+    batches: Prefetch,
     micro_batches: Vec<Batch>,
     objective: Objective<f32>,
+    /// Rows and tokens in a row that the objective is recorded for, and what it does with states.
+    shape: [usize; 2],
+    carry: Carry,
     scorer: Option<Scorer<f32>>,
     metrics: MetricsLog,
     standing: Standing,
@@ -138,19 +141,21 @@ impl<'a> Run<'a> {
         model_config.vocab_size = texts.vocabulary(model_config.vocab_size)?;
         let model = Arc::new(LanguageModel::new(&model_config)?);
         let data = &config.data;
-        let batches =
-            Batches::new(texts.training.clone(), data.batching, data.batch_size, data.length, config.seed)?;
+        let stages = data.batch_stages(config.training.accumulation);
+        let batches = Stages::new(&texts.training, data.batching, &stages, config.seed)?;
         let carry = match data.batching {
             Batching::Stream => Carry::Carried,
+            Batching::Documents => Carry::Marked,
             Batching::Windows if texts.training.document_count() > 1 => Carry::Marked,
             Batching::Windows => Carry::Fresh,
         };
-        let objective = Objective::new(&model, Mode::Train, [data.batch_size, data.length], carry)?;
         let scorer = match &texts.validation {
             None => None,
             Some(corpus) => {
                 let batches = match data.batching {
-                    Batching::Windows => validation_batches(corpus.clone(), data.batch_size, data.length)?,
+                    Batching::Windows | Batching::Documents => {
+                        validation_batches(corpus.clone(), data.batch_size, data.length)?
+                    }
                     Batching::Stream => sequential(corpus.clone(), data.length)?,
                 };
                 Some(Scorer::new(&model, batches, config.training.validation_batches as u64)?)
@@ -176,6 +181,12 @@ impl<'a> Run<'a> {
             }
             (run_standing, carried) = (standing, state);
         }
+        let count = config.training.accumulation;
+        let first = run_standing.step * count as u64;
+        // That of the batch before: the state in a checkpoint has its rows.
+        let shape = batches.shape(first.saturating_sub(1));
+        let objective = Objective::new(&model, Mode::Train, shape, carry)?;
+        let batches = Prefetch::new(batches, first, 2 * count)?;
         write_atomically(&folder.join("config.yaml"), |writer| {
             let yaml = config.to_yaml().map_err(std::io::Error::other)?;
             std::io::Write::write_all(writer, yaml.as_bytes())
@@ -195,6 +206,8 @@ impl<'a> Run<'a> {
             optimizer,
             batches,
             objective,
+            shape,
+            carry,
             scorer,
             metrics,
             standing: run_standing,
@@ -231,10 +244,10 @@ impl<'a> Run<'a> {
         let device = self.device.clone();
         let (loss, norm) = device.install(|| -> Result<(f64, f64)> {
             self.gradients.iter_mut().for_each(|g| g.fill(0.0));
-            let count = self.micro_batches.len() as u64;
-            for (index, batch) in (step * count..).zip(&mut self.micro_batches) {
-                self.batches.fill(index, batch);
+            for batch in &mut self.micro_batches {
+                self.batches.next(batch)?;
             }
+            self.fit_objective()?;
             let targets: usize = self.micro_batches.iter().map(|batch| batch.target_count).sum();
             let scale = 1.0 / targets.max(1) as f64;
             let mut loss = 0.0;
@@ -275,6 +288,19 @@ impl<'a> Run<'a> {
             tokens_per_second: rate_of,
             seconds_left: left,
         })
+    }
+
+    /// Records the pass anew where a stage with another shape of batches begins. The state is
+    /// carried on if the number of rows is the same.
+    fn fit_objective(&mut self) -> Result<()> {
+        let shape = [self.micro_batches[0].batch_size, self.micro_batches[0].length];
+        if shape == self.shape {
+            return Ok(());
+        }
+        let carried = (shape[0] == self.shape[0]).then(|| self.objective.state());
+        self.objective = Objective::new(&self.model, Mode::Train, shape, self.carry)?;
+        self.shape = shape;
+        carried.map_or(Ok(()), |state| self.objective.set_state(&state))
     }
 
     fn targets_per_step(&self) -> f64 {

@@ -85,8 +85,18 @@ fn record(folder: &Path) -> Record {
 #[test]
 fn an_interrupted_run_goes_on_bit_for_bit() {
     let folder = Folder::new("resume");
-    for batching in ["windows", "stream"] {
-        let config = config(&[&format!("data.batching={batching}")]);
+    let stages =
+        "data.stages=[{from_step: 3, batch_size: 4, length: 12}, {from_step: 7, batch_size: 2, length: 24}]";
+    for (batching, stages) in [
+        ("windows", None),
+        ("documents", None),
+        ("stream", None),
+        ("windows", Some(stages)),
+        ("stream", Some(stages)),
+    ] {
+        let sets = [format!("data.batching={batching}")];
+        let config = config(&sets.iter().map(String::as_str).chain(stages).collect::<Vec<_>>());
+        let batching = format!("{batching}{}", if stages.is_some() { "-stages" } else { "" });
         let whole = folder.run(&format!("{batching}-whole"));
         let outcome = run(&config, &whole, None).expect("a run");
         assert_eq!((outcome.end, outcome.steps), (End::Finished, 12));
