@@ -74,6 +74,7 @@ mod tests {
             "xlstm eval --model runs/1 --data wikitext --split test --detokenize",
             "xlstm generate --model runs/1 --prompt hello -n 10 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 1",
             "xlstm generate --model runs/1 --prompt-ids 1,2,3 --state-in a --state-out b --json",
+            "xlstm generate --model m --prompt a --min-p 0.1 --repetition-penalty 1.2 --stop x --stop y",
             "xlstm inspect --model runs/1",
             "xlstm inspect shakespeare",
             "xlstm bench train --preset lm-mlstm-128 --threads 2 --json",

@@ -101,6 +101,13 @@ fn from_text_to_text() {
     );
     assert_eq!(json["prompt_ids"], serde_json::json!([1, 2]));
 
+    let (stopped, _) = folder
+        .ok(&["generate", "--model", "out/1", "--prompt", "To be", "-n", "40", "--seed", "1", "--stop", " "]);
+    let (whole, _) =
+        folder.ok(&["generate", "--model", "out/1", "--prompt", "To be", "-n", "40", "--seed", "1"]);
+    let first = whole["To be".len()..].split(' ').next().expect("text").trim_end_matches('\n');
+    assert_eq!(stopped, format!("To be{first}\n"), "{whole}");
+
     // A state saved and continued is the text in one go, at temperature 0.
     let greedy = |extra: &[&str]| {
         let base = ["generate", "--model", "out/1", "--temperature", "0"];

@@ -30,6 +30,9 @@ pub struct EvalArgs {
     /// Start from an empty state every N tokens (default: the state is carried over the whole file)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub window: Option<u64>,
+    /// Begin a window every N tokens; a token is scored in the first window that holds it
+    #[arg(long, value_name = "N", requires = "window", value_parser = clap::value_parser!(u64).range(1..))]
+    pub stride: Option<u64>,
     /// CPU threads; 0 = all
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
@@ -44,9 +47,11 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let device = Device::cpu(args.threads)?;
     let corpus = Arc::new(device.install(|| corpus(args, folder.tokenizer()?))?);
     note_skipped(corpus.skipped());
-    let reading = match args.window {
-        Some(window) => Reading::Windows(usize::try_from(window).unwrap_or(usize::MAX)),
-        None => Reading::Whole,
+    let tokens = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
+    let reading = match (args.window, args.stride) {
+        (Some(window), Some(stride)) => Reading::Strided { length: tokens(window), stride: tokens(stride) },
+        (Some(window), None) => Reading::Windows(tokens(window)),
+        (None, _) => Reading::Whole,
     };
     let mut meter = Meter::new("evaluating");
     let report =

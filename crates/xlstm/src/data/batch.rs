@@ -63,6 +63,15 @@ impl Batch {
         }
     }
 
+    /// Forgets the targets of the first `count` of the last `length` places.
+    pub(super) fn ignore(&mut self, length: usize, count: usize) {
+        let start = self.targets.len() - length;
+        for target in &mut self.targets[start..start + count] {
+            self.target_count -= usize::from(*target != IGNORE);
+            *target = IGNORE;
+        }
+    }
+
     /// Appends `count` places that hold no token.
     pub(super) fn push_padding(&mut self, count: usize) {
         let size = self.inputs.len() + count;

@@ -30,7 +30,7 @@ pub use batch::Batch;
 pub use batches::{Batches, Batching};
 pub use corpus::Corpus;
 pub use documents::{Skipped, TextOptions};
-pub use evaluation::{Evaluation, sequential, validation_batches};
+pub use evaluation::{Evaluation, sequential, strided_batches, validation_batches};
 pub use origin::Origin;
 pub use prefetch::Prefetch;
 pub use prepared::{Index, Prepared, ShardEntry};

@@ -376,7 +376,12 @@ impl<'a> Run<'a> {
         let runner = Runner::new(self.model.clone(), Arc::new(self.parameters.clone()), self.device.clone());
         let mut session = Session::new(runner);
         session.read(&prompt)?;
-        let sampling = Sampling { temperature: config.temperature, top_k: config.top_k, top_p: config.top_p };
+        let sampling = Sampling {
+            temperature: config.temperature,
+            top_k: config.top_k,
+            top_p: config.top_p,
+            ..Sampling::default()
+        };
         let mut sampler = Sampler::new(sampling, self.texts.tokenizer.vocabulary_size(), self.config.seed);
         let mut ids = prompt;
         session.generate(config.tokens, &mut sampler, self.texts.tokenizer.end_of_text(), |id| {

@@ -188,7 +188,7 @@ fn sessions_fork_save_and_load() {
     let model = ModelFolder::load(&folder.0).expect("a model");
     let runner =
         || Runner::new(model.model.clone(), model.parameters.clone(), Device::cpu(1).expect("a thread"));
-    let sampling = Sampling { temperature: 1.0, top_k: None, top_p: None };
+    let sampling = Sampling::default();
     let draw = |session: &mut Session, count: usize| {
         let mut ids = Vec::new();
         let mut sampler = Sampler::new(sampling, model.model.config().vocab_size, 7);
