@@ -24,6 +24,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Train(verbs::train::TrainArgs),
+    Prepare(verbs::prepare::PrepareArgs),
     Eval(verbs::eval::EvalArgs),
     Generate(verbs::generate::GenerateArgs),
     Inspect(verbs::inspect::InspectArgs),
@@ -34,6 +35,7 @@ enum Verb {
 fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Train(args) => verbs::train::run(&args),
+        Verb::Prepare(args) => verbs::prepare::run(&args),
         Verb::Eval(args) => verbs::eval::run(&args),
         Verb::Generate(args) => verbs::generate::run(&args),
         Verb::Inspect(args) => verbs::inspect::run(&args),
@@ -67,9 +69,13 @@ mod tests {
         for line in [
             "xlstm train shakespeare --set seed=2 --set model.num_blocks=2 --out runs --threads 2",
             "xlstm train --resume runs/1",
+            "xlstm prepare --data a.txt b.jsonl --field body --tokenizer bytes --out c --skip-bad --threads 2",
+            "xlstm prepare --data d --split test --train-tokenizer 1000 --tokenizer t.json --out c --json",
             "xlstm eval --model runs/1 --data a.txt --json --window 512",
+            "xlstm eval --model runs/1 --data wikitext --split test --detokenize",
             "xlstm generate --model runs/1 --prompt hello -n 10 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 1",
             "xlstm generate --model runs/1 --prompt-ids 1,2,3 --state-in a --state-out b --json",
+            "xlstm generate --model m --prompt a --min-p 0.1 --repetition-penalty 1.2 --stop x --stop y",
             "xlstm inspect --model runs/1",
             "xlstm inspect shakespeare",
             "xlstm bench train --preset lm-mlstm-128 --threads 2 --json",
@@ -84,6 +90,9 @@ mod tests {
         for line in [
             "xlstm train",
             "xlstm train shakespeare --resume runs/1",
+            "xlstm prepare --data a.txt --out b",
+            "xlstm prepare --data a.txt --tokenizer words --out b",
+            "xlstm prepare --data a.txt --tokenizer bytes --out b --split dev",
             "xlstm eval --model runs/1",
             "xlstm eval --model m --data a.txt --window 0",
             "xlstm generate --model m --prompt a --prompt-ids 1",

@@ -101,6 +101,13 @@ fn from_text_to_text() {
     );
     assert_eq!(json["prompt_ids"], serde_json::json!([1, 2]));
 
+    let (stopped, _) = folder
+        .ok(&["generate", "--model", "out/1", "--prompt", "To be", "-n", "40", "--seed", "1", "--stop", " "]);
+    let (whole, _) =
+        folder.ok(&["generate", "--model", "out/1", "--prompt", "To be", "-n", "40", "--seed", "1"]);
+    let first = whole["To be".len()..].split(' ').next().expect("text").trim_end_matches('\n');
+    assert_eq!(stopped, format!("To be{first}\n"), "{whole}");
+
     // A state saved and continued is the text in one go, at temperature 0.
     let greedy = |extra: &[&str]| {
         let base = ["generate", "--model", "out/1", "--temperature", "0"];
@@ -164,6 +171,56 @@ fn bad_texts() {
     folder.fails(&["train", "tiny.yaml", "--set", "data.tokenizer=tokenizer.json"], &["tokenizer.json"]);
     folder.fails(&["train", "tiny.yaml", "--set", "model.vocab_size=3"], &["vocab_size", "tokens"]);
     assert!(!folder.0.join("out").exists(), "a run that cannot start leaves no folder");
+}
+
+/// Text of several kinds becomes tokens, a run on them, and a score.
+#[test]
+fn from_files_to_tokens_to_a_model() {
+    let folder = Folder::new("prepare");
+    let lines: String =
+        (0..200).map(|n| format!("{{\"body\": \"Document {n}, of a few words.\"}}\n")).collect();
+    folder.write("a.jsonl", lines + "not JSON\n");
+    folder.write("b.txt", "And a text of its own.\n".repeat(20));
+    let prepare = ["prepare", "--data", "a.jsonl", "b.txt", "--field", "body"];
+    let with = |out: &'static str, extra: &[&'static str]| [&prepare[..], &["--out", out], extra].concat();
+    folder.fails(&with("tokens", &["--tokenizer", "bytes"]), &["a.jsonl, line 201", "JSON", "--skip-bad"]);
+    let (stdout, stderr) = folder.ok(&with("bytes", &["--tokenizer", "bytes", "--skip-bad"]));
+    assert!(stdout.contains("documents  201") && stdout.contains("skipped    1"), "{stdout}");
+    assert!(stderr.contains("left out 1 lines or rows; the first: a.jsonl, line 201"), "{stderr}");
+
+    let bpe = ["--tokenizer", "bpe.json", "--train-tokenizer", "300", "--skip-bad", "--json"];
+    folder.fails(&with("tokens", &bpe), &["tokens was prepared by another tokenizer"]);
+    std::fs::remove_dir_all(folder.0.join("tokens")).expect("removed");
+    let (json, _) = folder.ok(&with("tokens", &bpe));
+    let index: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
+    assert_eq!((index["documents"].as_u64(), index["skipped"]["count"].as_u64()), (Some(201), Some(1)));
+    assert_eq!(index["vocabulary_size"], 300);
+
+    folder.write("tiny.yaml", TINY.replace("text.txt", "tokens"));
+    folder.ok(&["train", "tiny.yaml"]);
+    let (json, _) = folder.ok(&["eval", "--model", "out/1", "--data", "tokens", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
+    assert_eq!(report["words"], index["words"]);
+    folder.fails(&["eval", "--model", "out/1", "--data", "bytes"], &["another tokenizer"]);
+    folder.fails(&["train", "tiny.yaml", "--set", "data.tokenizer=bytes"], &["another tokenizer"]);
+    folder.fails(&["train", "tiny.yaml", "--set", "data.train=[tokens, b.txt]"], &["b.txt is not"]);
+
+    // The same files directly, their tokens kept for the next run.
+    let raw = ["data.train=[a.jsonl, b.txt]", "data.field=body", "data.skip_bad=true", "data.cache=kept"];
+    let raw: Vec<&str> = raw.iter().flat_map(|set| ["--set", set]).collect();
+    let (_, first) = folder.ok(&[&["train", "tiny.yaml"], &raw[..]].concat());
+    let (_, second) = folder.ok(&[&["train", "tiny.yaml"], &raw[..]].concat());
+    let losses = |stderr: &str| stderr.lines().filter(|line| line.contains("validation at")).count();
+    assert_eq!((losses(&first), losses(&second)), (1, 1));
+    assert_eq!(std::fs::read_dir(folder.0.join("kept")).expect("kept").count(), 1);
+    #[cfg(not(feature = "parquet"))]
+    {
+        folder.write("c.parquet", "PAR1");
+        folder.fails(
+            &["eval", "--model", "out/1", "--data", "c.parquet"],
+            &["c.parquet is a Parquet file", "feature `parquet`"],
+        );
+    }
 }
 
 #[test]

@@ -21,7 +21,7 @@ fn continuation(
     seed: u64,
     count: usize,
 ) -> Result<Vec<u32>> {
-    let mut sampler = Sampler::new(Sampling { temperature: 1.0, top_k: None, top_p: None }, 256, seed);
+    let mut sampler = Sampler::new(Sampling::default(), 256, seed);
     let mut ids = Vec::new();
     runner.set_state(state)?;
     for _ in 0..count {

@@ -5,12 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
-use xlstm::data::{Corpus, read_text};
+use xlstm::data::{Corpus, Origin, Split};
 use xlstm::eval::{Reading, evaluate};
 use xlstm::folder::ModelFolder;
 use xlstm::nn::Weights;
+use xlstm::text::Tokenizer;
 use xlstm::{Error, Result};
 
+use super::text::{TextArgs, note_skipped};
 use crate::device::DeviceArgs;
 use crate::output;
 use crate::progress::Meter;
@@ -21,15 +23,17 @@ pub struct EvalArgs {
     /// The folder of the model or of a run
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
-    /// The text, a UTF-8 file
-    #[arg(long, value_name = "FILE")]
-    pub data: PathBuf,
+    #[command(flatten)]
+    pub text: TextArgs,
     /// Print one JSON object instead of lines for people
     #[arg(long)]
     pub json: bool,
     /// Start from an empty state every N tokens (default: the state is carried over the whole file)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub window: Option<u64>,
+    /// Begin a window every N tokens; a token is scored in the first window that holds it
+    #[arg(long, value_name = "N", requires = "window", value_parser = clap::value_parser!(u64).range(1..))]
+    pub stride: Option<u64>,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -40,13 +44,15 @@ pub struct EvalArgs {
 /// Those of reading the model and the text.
 pub fn run(args: &EvalArgs) -> Result<()> {
     let folder = ModelFolder::load(&args.model)?;
-    let text = read_text(&args.data)?;
-    let corpus = Arc::new(Corpus::from_texts(&[text], folder.tokenizer()?)?);
     let device = args.device.choose()?;
+    let corpus = Arc::new(device.install(|| corpus(args, folder.tokenizer()?))?);
     let weights = Weights::new(folder.parameters.clone(), &device)?;
-    let reading = match args.window {
-        Some(window) => Reading::Windows(usize::try_from(window).unwrap_or(usize::MAX)),
-        None => Reading::Whole,
+    note_skipped(corpus.skipped());
+    let tokens = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
+    let reading = match (args.window, args.stride) {
+        (Some(window), Some(stride)) => Reading::Strided { length: tokens(window), stride: tokens(stride) },
+        (Some(window), None) => Reading::Windows(tokens(window)),
+        (None, _) => Reading::Whole,
     };
     let mut meter = Meter::new("evaluating");
     let report = evaluate(&folder.model, &weights, &corpus, reading, &device, |share| meter.set(share))?;
@@ -71,4 +77,13 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         report.words,
         report.bytes
     ))
+}
+
+/// The text in tokens.
+fn corpus(args: &EvalArgs, tokenizer: &Tokenizer) -> Result<Corpus> {
+    let mut meter = Meter::new("tokenizing");
+    let origin = Origin::find(&args.text.data, args.text.split.unwrap_or(Split::Test))?;
+    origin.load(&args.text.options(), tokenizer, None, &mut |progress| {
+        meter.set(progress.bytes_done as f64 / progress.bytes.max(1) as f64);
+    })
 }

@@ -6,10 +6,10 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use clap::{ArgGroup, Args};
 use serde::Serialize;
 use xlstm::folder::ModelFolder;
-use xlstm::generate::{Sampler, Sampling, Session};
+use xlstm::generate::{Finish, Sampler, Sampling, Session, StopStrings};
 use xlstm::model::Runner;
 use xlstm::nn::Weights;
-use xlstm::text::Tokenizer;
+use xlstm::text::{Decoder, Tokenizer};
 use xlstm::{Error, Result};
 
 use crate::device::DeviceArgs;
@@ -40,6 +40,15 @@ pub struct GenerateArgs {
     /// Draw from the likeliest tokens that hold this much probability
     #[arg(long, value_name = "P", value_parser = top_p)]
     pub top_p: Option<f64>,
+    /// Draw from tokens at least P times as likely as the likeliest one only
+    #[arg(long, value_name = "P", value_parser = top_p)]
+    pub min_p: Option<f64>,
+    /// Make tokens that occurred less likely: divides their logits above 0, multiplies those below
+    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = penalty)]
+    pub repetition_penalty: f64,
+    /// End the text before this string; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
     /// Seed of the draws (default: a new one each time, printed to stderr)
     #[arg(long, value_name = "S")]
     pub seed: Option<u64>,
@@ -96,8 +105,13 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         temperature: args.temperature,
         top_k: args.top_k.map(|k| usize::try_from(k).unwrap_or(usize::MAX)),
         top_p: args.top_p,
+        min_p: args.min_p,
+        repetition_penalty: args.repetition_penalty,
     };
     let mut sampler = Sampler::new(sampling, vocabulary, seed);
+    sampler.observe(&prompt_ids);
+    let mut stop = StopStrings::new(args.stop.iter().cloned());
+    let mut text = String::new();
     let end = folder.tokenizer.as_ref().and_then(Tokenizer::end_of_text);
     let mut decoder = folder.tokenizer.as_ref().map(Tokenizer::decoder);
     let mut ids = Vec::new();
@@ -107,16 +121,27 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let started = Instant::now();
     let finish = session.generate(args.tokens, &mut sampler, end, |id| {
         ids.push(id);
-        match &mut decoder {
-            _ if args.json => {}
-            Some(decoder) => output::data(&decoder.push(id)?)?,
-            None => output::data(&format!("{id} "))?,
+        let (fresh, ended) = match &mut decoder {
+            Some(decoder) => stop.push(&decoder.push(id)?),
+            None => (format!("{id} "), false),
+        };
+        text.push_str(&fresh);
+        if !args.json {
+            output::data(&fresh)?;
         }
-        Ok(true)
+        Ok(!ended)
     })?;
+    if finish != Finish::Stopped {
+        let rest = decoder.as_mut().map(Decoder::finish).unwrap_or_default();
+        let rest = stop.push(&rest).0 + &stop.finish();
+        text.push_str(&rest);
+        if !args.json {
+            output::data(&rest)?;
+        }
+    }
     let decode = started.elapsed().as_secs_f64();
     if args.json {
-        let text = folder.tokenizer.as_ref().map(|tokenizer| tokenizer.decode(&ids)).transpose()?;
+        let text = folder.tokenizer.is_some().then_some(text);
         let generated = Generated {
             prompt_ids: prompt_ids.clone(),
             ids: ids.clone(),
@@ -125,8 +150,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         };
         output::data(&(serde_json::to_string(&generated).map_err(|e| Error::data(e.to_string()))? + "\n"))?;
     } else {
-        let rest = decoder.map(|mut decoder| decoder.finish()).unwrap_or_default();
-        output::data(&format!("{rest}\n"))?;
+        output::data("\n")?;
     }
     if let Some(path) = &args.state_out {
         session.save(path, &fingerprint)?;
@@ -155,6 +179,10 @@ fn temperature(text: &str) -> std::result::Result<f64, String> {
 
 fn top_p(text: &str) -> std::result::Result<f64, String> {
     number(text, "a number greater than 0 and at most 1", |p| p > 0.0 && p <= 1.0)
+}
+
+fn penalty(text: &str) -> std::result::Result<f64, String> {
+    number(text, "a number greater than 0", |r| r.is_finite() && r > 0.0)
 }
 
 fn number(text: &str, expected: &str, fits: impl Fn(f64) -> bool) -> std::result::Result<f64, String> {

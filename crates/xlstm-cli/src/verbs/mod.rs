@@ -5,4 +5,6 @@ pub mod doctor;
 pub mod eval;
 pub mod generate;
 pub mod inspect;
+pub mod prepare;
+pub mod text;
 pub mod train;

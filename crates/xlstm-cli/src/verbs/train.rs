@@ -11,9 +11,10 @@ use xlstm::files::next_numbered_folder;
 use xlstm::train::{End, RunConfig, Texts, train};
 use xlstm::{Error, Result};
 
+use super::text::note_skipped;
 use crate::builtin::{SHAKESPEARE, load_config};
 use crate::output;
-use crate::progress::Reporter;
+use crate::progress::{Meter, Reporter};
 
 /// Train a model from a configuration, or go on with a run.
 #[derive(Debug, Args)]
@@ -51,7 +52,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let (config, folder) = match (&args.config, &args.resume) {
         (Some(name_or_path), _) => {
             let config = load_config(name_or_path, &args.sets)?;
-            let texts = Texts::load(&config.data, SHAKESPEARE)?;
+            let texts = load_texts(&config)?;
             texts.vocabulary(config.model.vocab_size)?;
             let folder = next_numbered_folder(&args.out)?;
             return train_in(args, config, texts, &folder).inspect_err(|_| {
@@ -62,8 +63,19 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         (None, Some(folder)) => (resumed(folder, args)?, folder),
         (None, None) => return Err(Error::config("there is neither a configuration nor a run to resume")),
     };
-    let texts = Texts::load(&config.data, SHAKESPEARE)?;
+    let texts = load_texts(&config)?;
     train_in(args, config, texts, folder)
+}
+
+/// The texts of a run, in tokens.
+fn load_texts(config: &RunConfig) -> Result<Texts> {
+    let mut meter = Meter::new("tokenizing");
+    let texts = Texts::load(&config.data, SHAKESPEARE, &mut |progress| {
+        meter.set(progress.bytes_done as f64 / progress.bytes.max(1) as f64);
+    })?;
+    drop(meter);
+    note_skipped(texts.training.skipped());
+    Ok(texts)
 }
 
 /// The configuration of the run in `folder`, with the changes of `--set`.

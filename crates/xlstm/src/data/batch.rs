@@ -44,11 +44,11 @@ impl Batch {
     pub(super) fn push_tokens(&mut self, corpus: &Corpus, start: usize, end: usize, reset: bool) {
         let place = self.inputs.len();
         let count = end - start;
-        self.inputs.extend_from_slice(&corpus.tokens()[start..end]);
-        self.targets.extend_from_slice(&corpus.tokens()[start + 1..=end]);
+        corpus.tokens(start..end, &mut self.inputs);
+        corpus.tokens(start + 1..end + 1, &mut self.targets);
         self.marks.resize(place + count, 0);
         self.target_count += count;
-        for &document in corpus.starts_within(start..=end) {
+        for document in corpus.starts_within(start..=end) {
             if document < end {
                 self.marks[place + document - start] |= RESET;
             }
@@ -60,6 +60,15 @@ impl Batch {
         }
         if reset && count > 0 {
             self.marks[place] |= RESET;
+        }
+    }
+
+    /// Forgets the targets of the first `count` of the last `length` places.
+    pub(super) fn ignore(&mut self, length: usize, count: usize) {
+        let start = self.targets.len() - length;
+        for target in &mut self.targets[start..start + count] {
+            self.target_count -= usize::from(*target != IGNORE);
+            *target = IGNORE;
         }
     }
 
@@ -89,7 +98,7 @@ mod tests {
     #[test]
     fn documents_meet_inside_a_row() {
         // Three documents: 10 11 12 | 20 | 30 31.
-        let corpus = Corpus::from_tokens(vec![10, 11, 12, 20, 30, 31], vec![0, 3, 4], 6, 3).unwrap();
+        let corpus = Corpus::from_tokens(&[10, 11, 12, 20, 30, 31], &[0, 3, 4], 6, 3).unwrap();
         let mut batch = Batch::default();
         batch.clear(1, 7);
         batch.push_tokens(&corpus, 1, 5, true);

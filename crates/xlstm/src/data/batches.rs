@@ -1,11 +1,11 @@
-//! Training batches: shuffled windows, or parallel streams.
+//! Training batches: shuffled windows, packed documents, or parallel streams.
 //!
-//! Both are random access: batch `index` is computed from (seed, index) alone. Epochs
+//! All are random access: batch `index` is computed from (seed, index) alone. Epochs
 //! need not end with a batch. A batch in which an epoch ends takes its remaining rows or
 //! places from the next one, so that nothing is dropped and a corpus smaller than a
 //! batch works.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +25,10 @@ pub enum Batching {
     /// each from a cleared state. Where the first window begins is random in each epoch,
     /// so that epochs see different cuts.
     Windows,
+    /// Documents in an order that is shuffled anew in each epoch, one after another, packed into
+    /// rows: each begins from a cleared state, and so does what a row's end cuts off a document.
+    /// Keeps documents whole as far as they fit, and needs 16 bytes of memory a document.
+    Documents,
     /// Each row walks through its own part of the corpus, and batch `index` goes on
     /// where batch `index` - 1 ended: the trainer carries the state on and cuts only
     /// the gradient (truncated back-propagation through time). Not shuffled.
@@ -43,6 +47,9 @@ pub struct Batches {
     period: usize,
     /// How many places for the first window an epoch chooses from.
     offsets: usize,
+    /// Tokens that batches of another shape gave before batch 0.
+    before: u64,
+    packing: Option<Arc<Packing>>,
 }
 
 impl Batches {
@@ -62,7 +69,9 @@ impl Batches {
         check_shape(batch_size, length)?;
         let tokens = corpus.len();
         let (needed, hint) = match batching {
-            Batching::Windows => (length.saturating_add(1), "use a smaller length, or more text"),
+            Batching::Windows | Batching::Documents => {
+                (length.saturating_add(1), "use a smaller length, or more text")
+            }
             Batching::Stream => (
                 batch_size.saturating_mul(length).saturating_add(1),
                 "use a smaller length or batch size, or more text",
@@ -70,7 +79,7 @@ impl Batches {
         };
         if tokens < needed {
             let shape = match batching {
-                Batching::Windows => format!("a window of length {length}"),
+                Batching::Windows | Batching::Documents => format!("a window of length {length}"),
                 Batching::Stream => format!("{batch_size} streams of length {length}"),
             };
             return Err(Error::data(format!(
@@ -85,10 +94,24 @@ impl Batches {
                 let windows = ((tokens - length) / length).max(1);
                 (windows, length.min(tokens - windows * length))
             }
-            // The last token of the corpus is only a target.
+            // The last token of a document, and so of the corpus, is only a target.
+            Batching::Documents => (corpus.target_count(), 1),
             Batching::Stream => ((tokens - 1) / batch_size, 1),
         };
-        Ok(Batches { corpus, batching, batch_size, length, seed, period, offsets })
+        if period == 0 {
+            return Err(Error::data(
+                "expected a corpus with something to predict, found documents of one token each",
+            )
+            .hint("use more text"));
+        }
+        let packing = (batching == Batching::Documents).then(|| Arc::new(Packing::new(&corpus)));
+        Ok(Batches { corpus, batching, batch_size, length, seed, period, offsets, before: 0, packing })
+    }
+
+    /// The same, going on where batches of other shapes ended that gave this many tokens.
+    pub(super) fn after(mut self, tokens: u64) -> Self {
+        self.before = tokens;
+        self
     }
 
     /// Fills `batch` with batch `index`, whatever it held before; allocates only what
@@ -98,18 +121,38 @@ impl Batches {
         for row in 0..self.batch_size {
             match self.batching {
                 Batching::Windows => self.push_window(index, row, batch),
+                Batching::Documents => self.push_documents(index, row, batch),
                 Batching::Stream => self.push_stream(index, row, batch),
             }
         }
     }
 
     fn push_window(&self, index: u64, row: usize, batch: &mut Batch) {
-        let number = index * self.batch_size as u64 + row as u64;
+        let number = self.before / self.length as u64 + index * self.batch_size as u64 + row as u64;
         let windows = self.period as u64;
         let (epoch, place) = (number / windows, number % windows);
         let window = Permutation::new(self.seed, epoch, windows).at(place) as usize;
         let start = self.offset(epoch) + window * self.length;
         batch.push_tokens(&self.corpus, start, start + self.length, true);
+    }
+
+    fn push_documents(&self, index: u64, row: usize, batch: &mut Batch) {
+        let Some(packing) = &self.packing else { return };
+        let row = index * self.batch_size as u64 + row as u64;
+        let mut place = self.before + row * self.length as u64;
+        let mut missing = self.length;
+        while missing > 0 {
+            let (epoch, within) = (place / self.period as u64, (place % self.period as u64) as usize);
+            let order = packing.order(self.seed, epoch);
+            let slot = order.ends.partition_point(|&end| end <= within);
+            let document = order.permutation.at(slot as u64) as usize;
+            let (start, end) = packing.document(document);
+            // From here to the last token of the document, which is only a target.
+            let start = end - 1 - (order.ends[slot] - within).min(end - 1 - start);
+            let count = missing.min(end - 1 - start);
+            batch.push_tokens(&self.corpus, start, start + count, missing == self.length);
+            (missing, place) = (missing - count, place + count as u64);
+        }
     }
 
     /// Where the first window of `epoch` begins. One number of a stream and not a draw
@@ -121,7 +164,8 @@ impl Batches {
 
     fn push_stream(&self, index: u64, row: usize, batch: &mut Batch) {
         let part = row * self.period;
-        let mut place = (index * self.length as u64 % self.period as u64) as usize;
+        let walked = self.before / self.batch_size as u64 + index * self.length as u64;
+        let mut place = (walked % self.period as u64) as usize;
         let mut missing = self.length;
         while missing > 0 {
             let count = missing.min(self.period - place);
@@ -145,6 +189,7 @@ impl Batches {
     fn units(&self) -> (u64, u64) {
         match self.batching {
             Batching::Windows => (self.period as u64, self.batch_size as u64),
+            Batching::Documents => (self.period as u64, (self.batch_size * self.length) as u64),
             Batching::Stream => (self.period as u64, self.length as u64),
         }
     }
@@ -170,6 +215,56 @@ impl Batches {
     }
 }
 
+/// Documents in shuffled orders.
+#[derive(Debug)]
+struct Packing {
+    /// Where each document begins, and the end of the last.
+    starts: Vec<usize>,
+    /// The order of the epoch that was asked for last.
+    current: Mutex<Option<(u64, u64, Arc<Order>)>>,
+}
+
+/// An epoch's order.
+#[derive(Debug)]
+struct Order {
+    permutation: Permutation,
+    /// Inputs of all documents up to each in this order, it included.
+    ends: Vec<usize>,
+}
+
+impl Packing {
+    fn new(corpus: &Corpus) -> Packing {
+        let mut starts: Vec<usize> = corpus.starts_within(0..=corpus.len() - 1).collect();
+        starts.push(corpus.len());
+        Packing { starts, current: Mutex::new(None) }
+    }
+
+    fn document(&self, index: usize) -> (usize, usize) {
+        (self.starts[index], self.starts[index + 1])
+    }
+
+    /// The order of `epoch`, kept until another is asked for.
+    fn order(&self, seed: u64, epoch: u64) -> Arc<Order> {
+        // Whoever died with the lock left an order or none.
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*current {
+            Some((for_seed, for_epoch, order)) if (*for_seed, *for_epoch) == (seed, epoch) => order.clone(),
+            _ => {
+                let documents = self.starts.len() - 1;
+                let permutation = Permutation::new(seed, epoch, documents as u64);
+                let ends = (0..documents as u64).scan(0, |end, slot| {
+                    let (start, stop) = self.document(permutation.at(slot) as usize);
+                    *end += stop - 1 - start;
+                    Some(*end)
+                });
+                let order = Arc::new(Order { ends: ends.collect(), permutation });
+                *current = Some((seed, epoch, order.clone()));
+                order
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::{IGNORE, PAD, RESET};
@@ -177,8 +272,8 @@ mod tests {
 
     /// Token i has the value i, so that a value tells its place.
     fn corpus(tokens: usize, documents: &[usize]) -> Arc<Corpus> {
-        let ids = (0..tokens as u32).collect();
-        Arc::new(Corpus::from_tokens(ids, documents.to_vec(), tokens as u64, 1).unwrap())
+        let ids: Vec<u32> = (0..tokens as u32).collect();
+        Arc::new(Corpus::from_tokens(&ids, documents, tokens as u64, 1).unwrap())
     }
 
     fn batch(batches: &Batches, index: u64) -> Batch {
@@ -192,7 +287,8 @@ mod tests {
         let size = batches.batch_size() * batches.length();
         assert_eq!((batch.batch_size, batch.length), (batches.batch_size(), batches.length()));
         assert_eq!((batch.inputs.len(), batch.targets.len(), batch.marks.len()), (size, size, size));
-        let documents = batches.corpus().documents();
+        let corpus = batches.corpus();
+        let documents: Vec<usize> = corpus.starts_within(0..=corpus.len() - 1).collect();
         let mut targets = 0;
         for place in 0..size {
             let (input, target, mark) = (batch.inputs[place], batch.targets[place], batch.marks[place]);
@@ -253,7 +349,7 @@ mod tests {
 
     #[test]
     fn a_batch_depends_on_seed_and_index_only() {
-        for batching in [Batching::Windows, Batching::Stream] {
+        for batching in [Batching::Windows, Batching::Documents, Batching::Stream] {
             let batches = |seed| Batches::new(corpus(997, &[0, 100, 101]), batching, 3, 16, seed).unwrap();
             let in_order: Vec<Batch> = (0..60).map(|index| batch(&batches(5), index)).collect();
             let resumed = batches(5);
@@ -265,6 +361,46 @@ mod tests {
             let other = batch(&batches(6), 0);
             assert_eq!(other == in_order[0], batching == Batching::Stream);
         }
+    }
+
+    #[test]
+    fn documents_are_packed_whole_in_a_new_order() {
+        let documents = [0, 1, 8, 9, 10, 30, 31, 90];
+        for (batch_size, length) in [(1, 8), (3, 16), (2, 64)] {
+            let batches =
+                Batches::new(corpus(100, &documents), Batching::Documents, batch_size, length, 1).unwrap();
+            assert_eq!(batches.period, 92);
+            let mut stream = Vec::new();
+            for index in 0..2 * batches.batches_per_epoch() + 1 {
+                let batch = batch(&batches, index);
+                for place in 0..batch_size * length {
+                    let (input, target, mark) =
+                        (batch.inputs[place], batch.targets[place], batch.marks[place]);
+                    assert_eq!(target, input + 1, "every input has its target");
+                    let begins = documents.contains(&(input as usize));
+                    assert_eq!(mark, if begins || place % length == 0 { RESET } else { 0 });
+                    if mark == 0 {
+                        assert_eq!(input, batch.inputs[place - 1] + 1);
+                    }
+                    stream.push(input);
+                }
+            }
+            // Row after row is one stream of whole documents, each once an epoch.
+            let mut epochs = stream.chunks_exact(92);
+            let (first, second) = (epochs.next().unwrap(), epochs.next().unwrap());
+            assert_ne!(first, second);
+            for epoch in [first, second] {
+                let mut sorted = epoch.to_vec();
+                sorted.sort_unstable();
+                let ends = [0, 7, 8, 9, 29, 30, 89, 99];
+                let expected: Vec<u32> = (0..100).filter(|token| !ends.contains(token)).collect();
+                assert_eq!(sorted, expected);
+                let jumps =
+                    epoch.windows(2).filter(|pair| pair[1] != pair[0] + 1).map(|pair| pair[1] as usize);
+                assert!(jumps.into_iter().all(|start| documents.contains(&start)));
+            }
+        }
+        assert!(Batches::new(corpus(3, &[0, 1, 2]), Batching::Documents, 1, 1, 1).is_err());
     }
 
     #[test]

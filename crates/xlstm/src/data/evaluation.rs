@@ -18,6 +18,8 @@ pub struct Evaluation {
     corpus: Arc<Corpus>,
     batch_size: usize,
     length: usize,
+    /// Tokens from the beginning of a window to that of the next.
+    stride: usize,
     carries_state: bool,
 }
 
@@ -27,7 +29,7 @@ pub struct Evaluation {
 /// # Errors
 /// A length of zero; a corpus without a target (fewer than two tokens in every document).
 pub fn sequential(corpus: Arc<Corpus>, length: usize) -> Result<Evaluation> {
-    Evaluation::new(corpus, 1, length, true)
+    Evaluation::new(corpus, 1, length, length, true)
 }
 
 /// Windows of `length` that do not overlap, in order, `batch_size` at a time, each from a
@@ -36,25 +38,52 @@ pub fn sequential(corpus: Arc<Corpus>, length: usize) -> Result<Evaluation> {
 /// # Errors
 /// A batch size or length of zero; a corpus without a target.
 pub fn validation_batches(corpus: Arc<Corpus>, batch_size: usize, length: usize) -> Result<Evaluation> {
-    Evaluation::new(corpus, batch_size, length, false)
+    Evaluation::new(corpus, batch_size, length, length, false)
+}
+
+/// Windows of `length` of which each begins `stride` after the one before, `batch_size` at a time,
+/// each from a cleared state. Every target is scored once, in the first window that holds it, so
+/// that all but those of the first window have at least `length - stride` tokens before them.
+///
+/// # Errors
+/// A batch size, length or stride of zero; a stride above the length; a corpus without a target.
+pub fn strided_batches(
+    corpus: Arc<Corpus>,
+    batch_size: usize,
+    length: usize,
+    stride: usize,
+) -> Result<Evaluation> {
+    if stride == 0 || stride > length {
+        return Err(Error::config(format!("the stride is {stride}, the length of a window {length}"))
+            .hint("the stride is at least 1 and at most the length of a window"));
+    }
+    Evaluation::new(corpus, batch_size, length, stride, false)
 }
 
 impl Evaluation {
-    fn new(corpus: Arc<Corpus>, batch_size: usize, length: usize, carries_state: bool) -> Result<Self> {
+    fn new(
+        corpus: Arc<Corpus>,
+        batch_size: usize,
+        length: usize,
+        stride: usize,
+        carries_state: bool,
+    ) -> Result<Self> {
         check_shape(batch_size, length)?;
         if corpus.target_count() == 0 {
             return Err(Error::data(format!(
                 "expected a corpus with something to predict, found {} documents of one token each",
-                corpus.documents().len()
+                corpus.document_count()
             ))
             .hint("evaluate on more text"));
         }
-        Ok(Evaluation { corpus, batch_size, length, carries_state })
+        Ok(Evaluation { corpus, batch_size, length, stride, carries_state })
     }
 
     /// The number of batches.
     pub fn batch_count(&self) -> u64 {
-        self.inputs().div_ceil(self.batch_size.saturating_mul(self.length)) as u64
+        // The first window scores all of its length, each later one a stride more.
+        let windows = 1 + self.inputs().saturating_sub(self.length).div_ceil(self.stride);
+        windows.div_ceil(self.batch_size) as u64
     }
 
     /// The number of targets in all batches together.
@@ -78,6 +107,11 @@ impl Evaluation {
         self.corpus.len() - 1
     }
 
+    /// The inputs whose targets are scored by the end of `window`.
+    fn scored(&self, window: usize) -> usize {
+        window.saturating_mul(self.stride).saturating_add(self.length).min(self.inputs())
+    }
+
     /// Fills `batch` with batch `index`, whatever it held before. Beyond the last batch
     /// there is only padding.
     pub fn fill(&self, index: u64, batch: &mut Batch) {
@@ -86,10 +120,12 @@ impl Evaluation {
         let index = usize::try_from(index).unwrap_or(usize::MAX);
         for row in 0..self.batch_size {
             let window = index.saturating_mul(self.batch_size).saturating_add(row);
-            let start = window.saturating_mul(self.length).min(inputs);
-            let end = start.saturating_add(self.length).min(inputs);
+            let scored = if window == 0 { 0 } else { self.scored(window - 1) };
+            let start = window.saturating_mul(self.stride).min(inputs);
+            let end = if scored < inputs { self.scored(window) } else { start };
             if start < end {
                 batch.push_tokens(&self.corpus, start, end, !self.carries_state);
+                batch.ignore(end - start, scored.saturating_sub(start));
             }
             batch.push_padding(self.length - (end - start));
         }
@@ -102,8 +138,8 @@ mod tests {
     use super::*;
 
     fn corpus(tokens: usize, documents: &[usize]) -> Arc<Corpus> {
-        let ids = (0..tokens as u32).collect();
-        Arc::new(Corpus::from_tokens(ids, documents.to_vec(), tokens as u64, 1).unwrap())
+        let ids: Vec<u32> = (0..tokens as u32).collect();
+        Arc::new(Corpus::from_tokens(&ids, documents, tokens as u64, 1).unwrap())
     }
 
     #[test]
@@ -151,6 +187,33 @@ mod tests {
                 assert_eq!(batch.target_count, 0);
             }
         }
+    }
+
+    #[test]
+    fn strided_windows_score_every_target_once_with_context() {
+        for (tokens, batch_size, length, stride) in
+            [(100, 3, 16, 4), (100, 1, 16, 16), (21, 2, 8, 3), (5, 2, 8, 1)]
+        {
+            let corpus = corpus(tokens, &[0]);
+            let walk = strided_batches(corpus, batch_size, length, stride).unwrap();
+            let (mut seen, mut batch) = (vec![0; tokens], Batch::default());
+            for index in 0..walk.batch_count() {
+                walk.fill(index, &mut batch);
+                let scored = batch.targets.iter().filter(|target| **target != IGNORE).count();
+                assert_eq!(batch.target_count, scored);
+                assert!(scored > 0, "no batch is all padding");
+                for (place, &target) in
+                    batch.targets.iter().enumerate().filter(|(_, target)| **target != IGNORE)
+                {
+                    seen[target as usize] += 1;
+                    let context = place % length + 1;
+                    assert!(context > length - stride || context == target as usize, "{target}");
+                }
+            }
+            assert_eq!(seen.iter().sum::<i32>() as usize, walk.target_count());
+            assert!(seen[1..].iter().all(|&times| times == 1), "{seen:?}");
+        }
+        assert!(strided_batches(corpus(9, &[0]), 1, 4, 5).is_err());
     }
 
     #[test]

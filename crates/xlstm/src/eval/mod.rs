@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::data::{Batch, Corpus, Evaluation, sequential, validation_batches};
+use crate::data::{Batch, Corpus, Evaluation, sequential, strided_batches, validation_batches};
 use crate::engine::operation::Element;
 use crate::engine::{Device, Mode};
 use crate::error::Result;
@@ -22,6 +22,14 @@ pub enum Reading {
     Whole,
     /// In windows of this many tokens, each from an empty state.
     Windows(usize),
+    /// In windows of `length` tokens, each from an empty state and `stride` after the one before;
+    /// every token is scored in the first window that holds it.
+    Strided {
+        /// Tokens of a window.
+        length: usize,
+        /// Tokens from one window's beginning to the next one's.
+        stride: usize,
+    },
 }
 
 /// The loss on a text, in the units that people compare.
@@ -72,6 +80,9 @@ pub fn evaluate<T: Element>(
 ) -> Result<Report> {
     let batches = match reading {
         Reading::Whole => sequential(corpus.clone(), PASS)?,
+        Reading::Strided { length, stride } => {
+            strided_batches(corpus.clone(), (4096 / length.max(1)).clamp(1, 64), length, stride)?
+        }
         Reading::Windows(length) => validation_batches(corpus.clone(), (4096 / length).clamp(1, 64), length)?,
     };
     let mut scorer = Scorer::new(model, batches, 0, device)?;

@@ -1,8 +1,10 @@
 //! Generation: a session holds a model's state and continues it token by token.
 
 pub mod sampler;
+pub mod stop;
 
 pub use sampler::{Sampler, Sampling};
+pub use stop::StopStrings;
 
 use std::path::Path;
 

@@ -29,6 +29,8 @@ pub enum Carry {
 #[derive(Debug)]
 pub struct Objective<T> {
     program: Program<T>,
+    mode: Mode,
+    carry: Carry,
     shape: [usize; 2],
     vocabulary: usize,
     tokens: Ids,
@@ -81,6 +83,8 @@ impl<T: Element> Objective<T> {
         let vocabulary = model.config().vocab_size;
         Ok(Objective {
             program,
+            mode,
+            carry,
             shape,
             vocabulary,
             tokens,
@@ -94,6 +98,22 @@ impl<T: Element> Objective<T> {
             loss,
             token_losses,
         })
+    }
+
+    /// Sequences and tokens of a batch.
+    pub fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    /// Records the pass anew for batches of another shape; a state is carried on if the number
+    /// of sequences stays.
+    ///
+    /// # Errors
+    /// As [`new`](Objective::new).
+    pub fn reshape(&mut self, model: &LanguageModel, shape: [usize; 2], device: &Device) -> Result<()> {
+        let state = if shape[0] == self.shape[0] { Some(self.state()?) } else { None };
+        *self = Objective::new(model, self.mode, shape, self.carry, device)?;
+        state.map_or(Ok(()), |state| self.set_state(&state))
     }
 
     /// Bytes of all buffers.

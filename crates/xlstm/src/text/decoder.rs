@@ -15,11 +15,13 @@ pub struct Decoder {
     tokenizer: Tokenizer,
     assembly: Assembly,
     window: Window,
+    /// Whether a line of words begins.
+    line_begins: bool,
 }
 
 impl Decoder {
     pub(super) fn new(tokenizer: Tokenizer) -> Self {
-        Decoder { tokenizer, assembly: Assembly::default(), window: Window::default() }
+        Decoder { tokenizer, assembly: Assembly::default(), window: Window::default(), line_begins: true }
     }
 
     /// Takes the next id; returns the text that is complete with it, which is nothing
@@ -31,6 +33,11 @@ impl Decoder {
         match &self.tokenizer.0 {
             Kind::Characters(characters) => characters.character(id).map(String::from),
             Kind::Bytes => bytes::byte(id).map(|byte| self.assembly.push(byte)),
+            Kind::Words(words) => {
+                let (text, line_begins) = words.text(id, self.line_begins)?;
+                self.line_begins = line_begins;
+                Ok(text)
+            }
             Kind::HuggingFace(tokenizer) => self.window.push(tokenizer, id),
         }
     }
@@ -39,6 +46,10 @@ impl Decoder {
     pub fn finish(&mut self) -> String {
         match &self.tokenizer.0 {
             Kind::Characters(_) => String::new(),
+            Kind::Words(_) => {
+                self.line_begins = true;
+                String::new()
+            }
             Kind::Bytes => self.assembly.finish(),
             Kind::HuggingFace(tokenizer) => self.window.finish(tokenizer),
         }
@@ -56,6 +67,17 @@ mod tests {
         assert!(decoder.push(3).is_err());
         assert_eq!(decoder.push(0).unwrap(), "a");
         assert_eq!(decoder.finish(), "");
+    }
+
+    #[test]
+    fn words_have_spaces_between_them() {
+        let tokenizer = Tokenizer::from_json(r#"["a", "b", "<eos>"]"#, std::path::Path::new("v")).unwrap();
+        let ids = [0, 1, 2, 2, 1, 0];
+        let mut decoder = tokenizer.decoder();
+        let text: String = ids.iter().map(|&id| decoder.push(id).unwrap()).collect();
+        assert_eq!(text, "a b\n\nb a");
+        assert_eq!(text + &decoder.finish(), tokenizer.decode(&ids).unwrap());
+        assert_eq!(decoder.push(1).unwrap(), "b");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Hugging Face tokenizers (`tokenizer.json`), and their incremental decoding.
 
+use std::ops::Range;
 use std::path::Path;
 
 use super::unknown_id;
@@ -55,11 +56,18 @@ impl HuggingFace {
     /// Whole texts only: where a text may be cut without changing its tokens depends
     /// on the tokenizer's normalizer and pattern.
     pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, false).map_err(|e| {
-            Error::data(format!("the tokenizer cannot encode a text of {} bytes: {e}", text.len()))
-                .hint("a vocabulary without an unknown token covers only text made of its own words")
-        })?;
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(|e| cannot_encode(text, &e))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    pub(super) fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
+        let encoding = self.tokenizer.encode(text, false).map_err(|e| cannot_encode(text, &e))?;
+        let ranges = encoding.get_offsets().iter().map(|&(start, end)| start..end);
+        Ok(encoding.get_ids().iter().copied().zip(ranges).collect())
+    }
+
+    pub(super) fn id_of(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
     }
 
     pub(super) fn decode(&self, ids: &[u32]) -> Result<String> {
@@ -83,6 +91,11 @@ impl HuggingFace {
     fn token(&self, id: u32) -> Result<String> {
         self.tokenizer.id_to_token(id).ok_or_else(|| unknown_id(id, self.vocabulary_size))
     }
+}
+
+fn cannot_encode(text: &str, error: &tokenizers::Error) -> Error {
+    Error::data(format!("the tokenizer cannot encode a text of {} bytes: {error}", text.len()))
+        .hint("a vocabulary without an unknown token covers only text made of its own words")
 }
 
 /// How many of the last ids a shortened window keeps.
@@ -262,6 +275,41 @@ mod tests {
         assert_eq!(load(&byte_fallback()).end_of_text(), Some(1));
         assert_eq!(load(&words(Value::Null)).end_of_text(), None);
         assert!(load(&words(Value::Null)).encode("unheard").is_err());
+    }
+
+    #[test]
+    fn offsets_are_bytes_of_the_text() {
+        let tokenizer = load(&byte_level());
+        let text = "é the<|endoftext|>🙂";
+        let encoded = tokenizer.encode_with_offsets(text).unwrap();
+        assert_eq!(encoded.iter().map(|(id, _)| *id).collect::<Vec<_>>(), tokenizer.encode(text).unwrap());
+        let parts: Vec<&str> = encoded.iter().map(|(_, range)| &text[range.clone()]).collect();
+        assert_eq!(parts, ["é", "é", " the", "<|endoftext|>", "🙂", "🙂", "🙂"]);
+        assert_eq!(
+            (tokenizer.id_of("Ġthe"), tokenizer.id_of("x y"), tokenizer.pad()),
+            (Some(258), None, None)
+        );
+    }
+
+    #[test]
+    fn the_files_of_gpt_2_say_the_same() {
+        let scratch = crate::files::tests::Scratch::new();
+        let mut ids = serde_json::from_str::<Value>(&byte_level()).unwrap()["model"]["vocab"].take();
+        ids["format"] = Value::from(261);
+        std::fs::write(scratch.0.join("vocab.json"), ids.to_string()).unwrap();
+        let merges = "#version: 0.2\nh e\nĠ t\nĠt he\nð Ł\n";
+        std::fs::write(scratch.0.join("merges.txt"), merges).unwrap();
+        let expected = load(&byte_level());
+        for path in ["", "vocab.json", "merges.txt"] {
+            let tokenizer = Tokenizer::from_file(&scratch.0.join(path)).unwrap();
+            let text = "the thing\n<|endoftext|>é🙂 the";
+            assert_eq!(tokenizer.encode(text).unwrap(), expected.encode(text).unwrap());
+            assert_eq!(tokenizer.decode(&tokenizer.encode(text).unwrap()).unwrap(), text);
+            assert_eq!(tokenizer.end_of_text(), Some(262));
+        }
+        std::fs::write(scratch.0.join("merges.txt"), "h e\nh e e\n").unwrap();
+        let error = Tokenizer::from_file(&scratch.0).unwrap_err().to_string();
+        assert!(error.contains("merges.txt, line 2"), "{error}");
     }
 
     #[test]

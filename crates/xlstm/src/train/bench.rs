@@ -3,6 +3,7 @@
 //! A step is what training does for a batch: forward, backward, the gradients' global norm,
 //! clipping and AdamW.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::learner::{Task, learner};
@@ -99,7 +100,7 @@ pub fn train_steps(preset: &Preset, device: &Device, steps: usize) -> Result<Mea
     if steps == 0 {
         return Err(Error::config("0 steps cannot be timed").hint("at least 1 is needed, 5 are better"));
     }
-    let model = LanguageModel::new(&preset.model)?;
+    let model = Arc::new(LanguageModel::new(&preset.model)?);
     let Timed { seconds, loss, operations, megabytes } = time(preset, &model, device, steps, true)?;
     let plain_median = match device {
         Device::Cpu(_) => None,
@@ -131,7 +132,7 @@ struct Timed {
 
 fn time(
     preset: &Preset,
-    model: &LanguageModel,
+    model: &Arc<LanguageModel>,
     device: &Device,
     steps: usize,
     captured: bool,

@@ -3,10 +3,12 @@
 //! Every key has a default, so a file holds only what differs; `to_yaml` writes all of
 //! them, which is what a run folder keeps.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use super::sources::{Paths, TextSource, TokenizerChoice};
-use crate::data::Batching;
+use crate::data::{Batching, Stage, TextOptions};
 use crate::engine::{DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::nn::ModelConfig;
@@ -43,20 +45,48 @@ pub struct RunConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataConfig {
-    /// The training text: `shakespeare` (embedded), a path or a list of paths. Default `shakespeare`.
+    /// The training text: `shakespeare` (embedded), a path or a list of paths, each a file (.txt,
+    /// .jsonl, .parquet, wiki.*.tokens), a folder, a pattern such as `data/*.parquet`, or a folder
+    /// that `xlstm prepare` made. Default `shakespeare`.
     pub train: TextSource,
-    /// The validation text: null, a path or a list of paths. Default null.
+    /// The validation text: null, a path or a list of paths as in `train`. Default null.
     pub validation: Option<Paths>,
     /// The last part of the training text that is held out when `validation` is null, in
-    /// [0, 1); 0 = no validation. Default 0.1.
+    /// [0, 1); 0 = no validation. Whole documents where there are several. Default 0.1.
     pub validation_fraction: f64,
-    /// `characters`, `bytes` or the path of a `tokenizer.json`. Default `characters`.
-    pub tokenizer: TokenizerChoice,
+    /// The field of JSON lines and the column of Parquet files that hold the text. Default `text`.
+    pub field: String,
+    /// Leave out lines and rows that cannot be used, and count them. Default false.
+    pub skip_bad: bool,
+    /// Undo the tokenisation of WikiText. Default false.
+    pub detokenize: bool,
+    /// Text that is appended to every document, for instance `<|endoftext|>`. Default empty.
+    pub document_end: String,
+    /// A folder in which the tokens of files are kept and reused, memory-mapped, so that a corpus
+    /// may be larger than memory; null = tokenise into memory in each run. Default null.
+    pub cache: Option<PathBuf>,
+    /// `characters`, `bytes` or the path of a tokenizer; null = that of prepared data, elsewhere
+    /// `characters`. Default null.
+    pub tokenizer: Option<TokenizerChoice>,
     /// How sequences are drawn. Default `windows`.
     pub batching: Batching,
     /// Sequences in a batch. Default 16.
     pub batch_size: usize,
     /// Tokens in a sequence. Default 256.
+    pub length: usize,
+    /// Other batch sizes and lengths from later steps on, in order. Default none.
+    pub stages: Vec<StageConfig>,
+}
+
+/// A batch size and a length from a step on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StageConfig {
+    /// The steps before the first one of this shape; at least 1.
+    pub from_step: u64,
+    /// Sequences in a batch.
+    pub batch_size: usize,
+    /// Tokens in a sequence.
     pub length: usize,
 }
 
@@ -149,10 +179,16 @@ impl Default for DataConfig {
             train: TextSource::Shakespeare,
             validation: None,
             validation_fraction: 0.1,
-            tokenizer: TokenizerChoice::Characters,
+            field: "text".into(),
+            skip_bad: false,
+            detokenize: false,
+            document_end: String::new(),
+            cache: None,
+            tokenizer: None,
             batching: Batching::Windows,
             batch_size: 16,
             length: 256,
+            stages: Vec::new(),
         }
     }
 }
@@ -242,9 +278,41 @@ impl RunConfig {
 }
 
 impl DataConfig {
+    /// How text is taken from files.
+    pub fn text_options(&self) -> TextOptions {
+        TextOptions {
+            field: self.field.clone(),
+            skip_bad: self.skip_bad,
+            detokenize: self.detokenize,
+            document_end: self.document_end.clone(),
+        }
+    }
+
+    /// The shapes of batches over a run of this many batches a step.
+    pub fn batch_stages(&self, accumulation: usize) -> Vec<Stage> {
+        let first = Stage { first: 0, batch_size: self.batch_size, length: self.length };
+        let later = self.stages.iter().map(|stage| Stage {
+            first: stage.from_step * accumulation as u64,
+            batch_size: stage.batch_size,
+            length: stage.length,
+        });
+        [first].into_iter().chain(later).collect()
+    }
+
     fn validate(&self) -> Result<()> {
         at_least_one("data.batch_size", self.batch_size)?;
         at_least_one("data.length", self.length)?;
+        let mut last = 0;
+        for (index, stage) in self.stages.iter().enumerate() {
+            let key = |name: &str| format!("data.stages[{index}].{name}");
+            at_least_one(&key("batch_size"), stage.batch_size)?;
+            at_least_one(&key("length"), stage.length)?;
+            if stage.from_step <= last {
+                return Err(Error::config(format!("{} is {}, not above {last}", key("from_step"), stage.from_step))
+                    .hint("stages are in the order of their steps; before the first one, data.batch_size and data.length hold"));
+            }
+            last = stage.from_step;
+        }
         probability("data.validation_fraction", self.validation_fraction)
     }
 }
@@ -318,9 +386,13 @@ mod tests {
     #[test]
     fn every_bad_number_is_named() {
         type Change = fn(&mut RunConfig);
-        let cases: [(Change, &str); 16] = [
+        let cases: [(Change, &str); 17] = [
             (|c| c.data.batch_size = 0, "data.batch_size is 0"),
             (|c| c.data.length = 0, "data.length is 0"),
+            (
+                |c| c.data.stages = vec![StageConfig { from_step: 0, batch_size: 1, length: 1 }],
+                "data.stages[0].from_step is 0",
+            ),
             (|c| c.data.validation_fraction = 1.0, "data.validation_fraction is 1"),
             (|c| c.optimizer.learning_rate = 0.0, "optimizer.learning_rate is 0"),
             (|c| c.optimizer.learning_rate = f64::NAN, "optimizer.learning_rate is NaN"),

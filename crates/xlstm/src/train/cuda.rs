@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::learner::{Learned, Learner, Task, scale_of};
+use super::learner::{Learned, Learner, Task, fit, scale_of};
 use crate::checkpoint::Snapshot;
 use crate::data::Batch;
 use crate::engine::cuda::context::Buffer;
@@ -14,13 +14,14 @@ use crate::engine::executor::Culprit;
 use crate::engine::{Device, Mode, OperationTime, Precision};
 use crate::error::Result;
 use crate::model::{LanguageModel, Objective};
-use crate::nn::{ParameterSpec, Parameters, Weights};
+use crate::nn::{Parameters, Weights};
 use crate::optim::cuda::{CudaOptimizer, layout_of};
 
 /// See [`learner`](super::learner::learner).
 pub(super) struct CudaLearner {
     gpu: Arc<Gpu>,
-    specs: Arc<[ParameterSpec]>,
+    device: Device,
+    model: Arc<LanguageModel>,
     parameters: Arc<CudaParameters>,
     gradients: CudaTensors,
     optimizer: CudaOptimizer,
@@ -42,7 +43,7 @@ struct Queued {
 
 impl CudaLearner {
     pub(super) fn new(
-        model: &LanguageModel,
+        model: &Arc<LanguageModel>,
         parameters: &Parameters<f32>,
         task: Task,
         gpu: &Arc<Gpu>,
@@ -55,11 +56,12 @@ impl CudaLearner {
         let device = Device::Cuda(gpu.clone(), precision);
         Ok(CudaLearner {
             gpu: gpu.clone(),
-            specs: model.specs().clone(),
+            model: model.clone(),
             parameters: Arc::new(placed),
             gradients: CudaTensors::zeros(gpu, &layout)?,
             optimizer: CudaOptimizer::new(gpu, model.specs(), task.options)?,
             objective: Objective::new(model, Mode::Train, task.shape, task.carry, &device)?,
+            device,
             seed: task.seed,
             captured: task.captured,
             queued: None,
@@ -69,6 +71,9 @@ impl CudaLearner {
 
 impl Learner for CudaLearner {
     fn step(&mut self, batches: &[Batch], step: u64, rate: f64) -> Result<Learned> {
+        if fit(&mut self.objective, &self.model, batches, &self.device)? {
+            self.queued = None;
+        }
         let mut ids = Vec::new();
         for (index, batch) in (0..).zip(batches) {
             self.objective.set_seed(self.seed, step, index)?;
@@ -118,7 +123,7 @@ impl Learner for CudaLearner {
     }
 
     fn snapshot(&self) -> Result<Snapshot<'_>> {
-        let mut parameters = Parameters::zeros(&self.specs);
+        let mut parameters = Parameters::zeros(self.model.specs());
         parameters.values = self.parameters.download()?;
         let (first, second) = self.optimizer.moments();
         Ok(Snapshot {

@@ -32,7 +32,7 @@ impl Learned {
 /// What a learner is made for.
 #[derive(Clone, Copy, Debug)]
 pub struct Task {
-    /// Sequences and tokens of a micro-batch.
+    /// Sequences and tokens of the first micro-batches.
     pub shape: [usize; 2],
     /// What the state does between batches.
     pub carry: Carry,
@@ -47,7 +47,8 @@ pub struct Task {
 /// A model that learns.
 pub trait Learner {
     /// Step number `step`, counted from 0, on these micro-batches at learning rate `rate`:
-    /// their gradients, divided by all their targets, are added, clipped and followed.
+    /// their gradients, divided by all their targets, are added, clipped and followed. All are
+    /// of one shape; where it is not that of the step before, the pass is recorded anew.
     ///
     /// # Errors
     /// When a token lies outside the vocabulary, or a GPU fails.
@@ -87,7 +88,7 @@ pub trait Learner {
 /// # Errors
 /// When shapes do not fit, or a GPU's memory runs out.
 pub fn learner(
-    model: &LanguageModel,
+    model: &Arc<LanguageModel>,
     parameters: Parameters<f32>,
     task: Task,
     device: &Device,
@@ -107,9 +108,25 @@ pub(super) fn scale_of(batches: &[Batch]) -> f64 {
     1.0 / targets.max(1) as f64
 }
 
+/// Records the pass anew where these batches are not of its shape; returns whether it was.
+pub(super) fn fit(
+    objective: &mut Objective<f32>,
+    model: &LanguageModel,
+    batches: &[Batch],
+    device: &Device,
+) -> Result<bool> {
+    let shape = batches.first().map_or(objective.shape(), |batch| [batch.batch_size, batch.length]);
+    let differs = shape != objective.shape();
+    if differs {
+        objective.reshape(model, shape, device)?;
+    }
+    Ok(differs)
+}
+
 /// A learner on the processor.
 struct CpuLearner {
     device: Device,
+    model: Arc<LanguageModel>,
     parameters: Arc<Parameters<f32>>,
     gradients: Vec<Vec<f32>>,
     optimizer: AdamW<f32>,
@@ -119,13 +136,14 @@ struct CpuLearner {
 
 impl CpuLearner {
     fn new(
-        model: &LanguageModel,
+        model: &Arc<LanguageModel>,
         parameters: Parameters<f32>,
         task: Task,
         device: &Device,
     ) -> Result<CpuLearner> {
         Ok(CpuLearner {
             device: device.clone(),
+            model: model.clone(),
             gradients: parameters.zeros_like(),
             optimizer: AdamW::new(task.options, &parameters),
             objective: Objective::new(model, Mode::Train, task.shape, task.carry, device)?,
@@ -135,6 +153,7 @@ impl CpuLearner {
     }
 
     fn step_in_pool(&mut self, batches: &[Batch], step: u64, rate: f64) -> Result<Learned> {
+        fit(&mut self.objective, &self.model, batches, &self.device)?;
         self.gradients.iter_mut().for_each(|g| g.fill(0.0));
         let scale = scale_of(batches);
         let mut loss = 0.0;

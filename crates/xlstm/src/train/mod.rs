@@ -12,7 +12,9 @@ pub mod sources;
 pub mod texts;
 pub mod trainer;
 
-pub use config::{DataConfig, OptimizerConfig, RunConfig, SampleConfig, ScheduleConfig, TrainingConfig};
+pub use config::{
+    DataConfig, OptimizerConfig, RunConfig, SampleConfig, ScheduleConfig, StageConfig, TrainingConfig,
+};
 pub use curve::Curve;
 pub use load::unknown_name;
 pub use metrics::{MetricsLog, Row, TrainingRow, ValidationRow};

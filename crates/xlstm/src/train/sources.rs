@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -29,7 +30,8 @@ pub enum TextSource {
     Files(Paths),
 }
 
-/// The tokenizer. In YAML: `characters`, `bytes` or the path of a `tokenizer.json`.
+/// The tokenizer. In YAML: `characters`, `bytes` or the path of a file that
+/// [`Tokenizer::from_file`](crate::text::Tokenizer::from_file) reads.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum TokenizerChoice {
     /// One token for each character that occurs in the training text.
@@ -37,7 +39,7 @@ pub enum TokenizerChoice {
     Characters,
     /// One token for each of the 256 bytes.
     Bytes,
-    /// A `tokenizer.json` in Hugging Face's format.
+    /// A file, for instance a `tokenizer.json` in Hugging Face's format.
     File(PathBuf),
 }
 
@@ -131,15 +133,22 @@ impl Serialize for TokenizerChoice {
 
 impl<'de> Deserialize<'de> for TokenizerChoice {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let word = String::deserialize(deserializer)?;
-        match word.as_str() {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+impl FromStr for TokenizerChoice {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, String> {
+        match word {
             CHARACTERS => Ok(TokenizerChoice::Characters),
             BYTES => Ok(TokenizerChoice::Bytes),
-            "" => Err(de::Error::custom("the path is empty")),
+            "" => Err("the path is empty".into()),
             // A word that is no path is more likely a typo than a file.
-            _ if !word.contains(['/', '\\', '.']) => Err(de::Error::custom(format!(
-                "`{word}` is neither `{CHARACTERS}`, `{BYTES}` nor the path of a tokenizer.json"
-            ))),
+            _ if !word.contains(['/', '\\', '.']) => {
+                Err(format!("`{word}` is neither `{CHARACTERS}`, `{BYTES}` nor the path of a tokenizer"))
+            }
             _ => Ok(TokenizerChoice::File(word.into())),
         }
     }

@@ -3,10 +3,9 @@
 use std::sync::Arc;
 
 use super::config::DataConfig;
-use super::sources::{Paths, TextSource, TokenizerChoice};
-use crate::data::{Corpus, read_text, split_text};
+use super::sources::{TextSource, TokenizerChoice};
+use crate::data::{Corpus, Origin, Progress, Source, Split, distinct_characters};
 use crate::error::{Error, Result};
-use crate::rng::mix;
 use crate::text::Tokenizer;
 
 /// What a run learns from and is measured on.
@@ -21,44 +20,33 @@ pub struct Texts {
 }
 
 impl Texts {
-    /// Reads and tokenizes the texts of `config`; `shakespeare` is the text of that name.
+    /// Reads and tokenizes the texts of `config`, or opens those that are prepared; `shakespeare`
+    /// is the text of that name. `progress` hears of the tokenizing.
     ///
     /// # Errors
     /// When a file cannot be used, or holds what the tokenizer does not know.
-    pub fn load(config: &DataConfig, shakespeare: &str) -> Result<Texts> {
-        let read =
-            |paths: &Paths| paths.0.iter().map(|path| read_text(path)).collect::<Result<Vec<String>>>();
-        let all = match &config.train {
-            TextSource::Shakespeare => vec![shakespeare.to_owned()],
-            TextSource::Files(paths) => read(paths)?,
+    pub fn load(config: &DataConfig, shakespeare: &str, progress: &mut dyn FnMut(Progress)) -> Result<Texts> {
+        let training = match &config.train {
+            TextSource::Shakespeare => Origin::Files(vec![Source::of_text("shakespeare", shakespeare)]),
+            TextSource::Files(paths) => Origin::find(&paths.0, Split::Train)?,
         };
-        let mut training: Vec<&str> = all.iter().map(String::as_str).collect();
-        let held_out: Vec<String> = match &config.validation {
-            Some(paths) => read(paths)?,
-            None if config.validation_fraction > 0.0 => {
-                // The last part of the last text.
-                let last = training.pop().unwrap_or_default();
-                let (train, validation) = split_text(last, config.validation_fraction);
-                training.push(train);
-                vec![validation.to_owned()]
-            }
-            None => Vec::new(),
+        let validation = config.validation.as_ref();
+        let validation = validation.map(|paths| Origin::find(&paths.0, Split::Validation)).transpose()?;
+        let origins: Vec<&Origin> = [&training].into_iter().chain(&validation).collect();
+        let tokenizer = tokenizer_of(config, &origins)?;
+        let options = config.text_options();
+        let mut load =
+            |origin: Origin| origin.load(&options, &tokenizer, config.cache.as_deref(), &mut *progress);
+        let training = load(training)?;
+        let (training, validation) = match validation {
+            Some(origin) => (Some(training), Some(load(origin)?)),
+            None => training.split(config.validation_fraction, &tokenizer)?,
         };
-        let tokenizer = match &config.tokenizer {
-            // Characters of the held-out part too, or it could not be scored.
-            TokenizerChoice::Characters => {
-                let everything = all.iter().chain(&held_out).map(String::as_str).collect::<String>();
-                Tokenizer::characters_of(&everything)
-            }
-            TokenizerChoice::Bytes => Tokenizer::bytes(),
-            TokenizerChoice::File(path) => Tokenizer::from_file(path)?,
-        };
-        let training = Arc::new(Corpus::from_texts(&training, &tokenizer)?);
-        let validation = match held_out.iter().any(|text| !text.trim().is_empty()) {
-            true => Some(Arc::new(Corpus::from_texts(&held_out, &tokenizer)?)),
-            false => None,
-        };
-        Ok(Texts { tokenizer, training, validation })
+        let training = training.ok_or_else(|| {
+            Error::data("nothing is left to train on: all of the text is held out")
+                .hint("lower data.validation_fraction, or use more text")
+        })?;
+        Ok(Texts { tokenizer, training: Arc::new(training), validation: validation.map(Arc::new) })
     }
 
     /// The number of token ids a model of these texts has: `configured`, or the tokenizer's.
@@ -79,7 +67,26 @@ impl Texts {
 
     /// A number that tells training corpora apart.
     pub fn fingerprint(&self) -> String {
-        let hash = self.training.tokens().iter().fold(0, |hash, token| mix(hash ^ u64::from(*token)));
-        format!("{hash:016x}")
+        self.training.fingerprint()
+    }
+}
+
+/// The tokenizer that is configured, or that of the prepared data, or the characters of the files.
+fn tokenizer_of(config: &DataConfig, origins: &[&Origin]) -> Result<Tokenizer> {
+    let prepared = origins.iter().find_map(|origin| origin.tokenizer());
+    match (&config.tokenizer, prepared) {
+        (None, Some(prepared)) => Ok(prepared.clone()),
+        (Some(TokenizerChoice::Bytes), _) => Ok(Tokenizer::bytes()),
+        (Some(TokenizerChoice::File(path)), _) => Tokenizer::from_file(path),
+        // Characters of the validation text too, or it could not be scored.
+        (None | Some(TokenizerChoice::Characters), _) => {
+            let mut characters = String::new();
+            for origin in origins {
+                if let Origin::Files(sources) = origin {
+                    characters += &distinct_characters(sources, &config.text_options())?;
+                }
+            }
+            Ok(Tokenizer::characters_of(&characters))
+        }
     }
 }

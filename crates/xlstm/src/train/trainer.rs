@@ -18,7 +18,7 @@ use super::metrics::{MetricsLog, Row, TrainingRow, ValidationRow};
 use super::progress::{Observer, Progress, Summary, Validation};
 use super::texts::Texts;
 use crate::checkpoint::{self, Standing};
-use crate::data::{Batch, Batches, Batching, sequential, validation_batches};
+use crate::data::{Batch, Batching, Prefetch, Stages, sequential, validation_batches};
 use crate::engine::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::Scorer;
@@ -109,7 +109,7 @@ struct Run<'a> {
     model: Arc<LanguageModel>,
     learner: Box<dyn Learner>,
     schedule: Schedule,
-    batches: Batches,
+    batches: Prefetch,
     micro_batches: Vec<Batch>,
     scorer: Option<Scorer<f32>>,
     metrics: MetricsLog,
@@ -138,18 +138,21 @@ impl<'a> Run<'a> {
         model_config.vocab_size = texts.vocabulary(model_config.vocab_size)?;
         let model = Arc::new(LanguageModel::new(&model_config)?);
         let data = &config.data;
-        let batches =
-            Batches::new(texts.training.clone(), data.batching, data.batch_size, data.length, config.seed)?;
+        let stages = data.batch_stages(config.training.accumulation);
+        let batches = Stages::new(&texts.training, data.batching, &stages, config.seed)?;
         let carry = match data.batching {
             Batching::Stream => Carry::Carried,
-            Batching::Windows if texts.training.documents().len() > 1 => Carry::Marked,
+            Batching::Documents => Carry::Marked,
+            Batching::Windows if texts.training.document_count() > 1 => Carry::Marked,
             Batching::Windows => Carry::Fresh,
         };
         let scorer = match &texts.validation {
             None => None,
             Some(corpus) => {
                 let batches = match data.batching {
-                    Batching::Windows => validation_batches(corpus.clone(), data.batch_size, data.length)?,
+                    Batching::Windows | Batching::Documents => {
+                        validation_batches(corpus.clone(), data.batch_size, data.length)?
+                    }
                     Batching::Stream => sequential(corpus.clone(), data.length)?,
                 };
                 Some(Scorer::new(&model, batches, config.training.validation_batches as u64, device)?)
@@ -162,15 +165,9 @@ impl<'a> Run<'a> {
             weight_decay: config.optimizer.weight_decay,
             clip: config.optimizer.clip_norm(),
         };
-        let shape = [data.batch_size, data.length];
-        let mut learner = learner(
-            &model,
-            parameters,
-            Task { shape, carry, options, seed: config.seed, captured: true },
-            device,
-        )?;
         let mut run_standing = Standing::start(texts.fingerprint());
         let last = folder.join("last");
+        let mut resumed = None;
         recover_folder(&folder.join("best"))?;
         if recover_folder(&last)? {
             let (standing, snapshot) = checkpoint::load(&last, &model)?;
@@ -178,9 +175,18 @@ impl<'a> Run<'a> {
                 return Err(Error::checkpoint(format!("{} was trained on another text", folder.display()))
                     .hint("resume with the text as it was, or start a new run"));
             }
-            learner.restore(snapshot, standing.step)?;
-            run_standing = standing;
+            (run_standing, resumed) = (standing, Some(snapshot));
         }
+        let count = config.training.accumulation;
+        let first = run_standing.step * count as u64;
+        // That of the batch before: the state in a checkpoint has its rows.
+        let shape = batches.shape(first.saturating_sub(1));
+        let task = Task { shape, carry, options, seed: config.seed, captured: true };
+        let mut learner = learner(&model, parameters, task, device)?;
+        if let Some(snapshot) = resumed {
+            learner.restore(snapshot, run_standing.step)?;
+        }
+        let batches = Prefetch::new(batches, first, 2 * count)?;
         // With the device by name, so that going on does not depend on what is chosen then.
         let resolved =
             RunConfig { device: device.choice(), dtype: Some(device.precision()), ..config.clone() };
@@ -228,13 +234,9 @@ impl<'a> Run<'a> {
     fn step(&mut self) -> Result<Progress> {
         let step = self.standing.step;
         let rate = self.schedule.rate(step);
-        let count = self.micro_batches.len() as u64;
-        let (batches, micro_batches) = (&self.batches, &mut self.micro_batches);
-        self.device.install(|| {
-            for (index, batch) in (step * count..).zip(micro_batches) {
-                batches.fill(index, batch);
-            }
-        });
+        for batch in &mut self.micro_batches {
+            self.batches.next(batch)?;
+        }
         let learned = self.learner.step(&self.micro_batches, step, rate)?;
         if !learned.is_finite() {
             return Err(self.diverged(learned.loss));
@@ -334,7 +336,12 @@ impl<'a> Run<'a> {
         let runner = Runner::new(self.model.clone(), self.learner.weights(), self.device.clone());
         let mut session = Session::new(runner);
         session.read(&prompt)?;
-        let sampling = Sampling { temperature: config.temperature, top_k: config.top_k, top_p: config.top_p };
+        let sampling = Sampling {
+            temperature: config.temperature,
+            top_k: config.top_k,
+            top_p: config.top_p,
+            ..Sampling::default()
+        };
         let mut sampler = Sampler::new(sampling, self.texts.tokenizer.vocabulary_size(), self.config.seed);
         let mut ids = prompt;
         session.generate(config.tokens, &mut sampler, self.texts.tokenizer.end_of_text(), |id| {

@@ -1,6 +1,8 @@
 //! Twenty steps of training against PyTorch: losses, gradient norms and the parameters at
 //! the end.
 
+use std::sync::Arc;
+
 use xlstm::data::Batch;
 use xlstm::engine::Mode;
 use xlstm::engine::operation::Element;
@@ -32,11 +34,11 @@ struct Trained {
     parameters: Vec<Vec<f64>>,
 }
 
-type Train<T> = fn(&LanguageModel, Parameters<T>, Task, &[Batch], &Schedule) -> Trained;
+type Train<T> = fn(&Arc<LanguageModel>, Parameters<T>, Task, &[Batch], &Schedule) -> Trained;
 
 /// Forward, backward, norm and update one by one.
 fn in_f64(
-    model: &LanguageModel,
+    model: &Arc<LanguageModel>,
     mut parameters: Parameters<f64>,
     task: Task,
     batches: &[Batch],
@@ -59,7 +61,7 @@ fn in_f64(
 
 /// The learner of training runs, on the device under test.
 fn in_f32(
-    model: &LanguageModel,
+    model: &Arc<LanguageModel>,
     parameters: Parameters<f32>,
     task: Task,
     batches: &[Batch],
@@ -78,7 +80,7 @@ fn in_f32(
 }
 
 fn run<T: Element>(golden: &Golden, train: Train<T>, loss_tolerance: f64, parameter_tolerance: f64) {
-    let model = LanguageModel::new(&config(&golden.json["config"]["args"])).expect("a model");
+    let model = Arc::new(LanguageModel::new(&config(&golden.json["config"]["args"])).expect("a model"));
     let mut parameters = Parameters::<T>::initialize(model.specs(), 1);
     load(golden, &mut parameters, "param.");
     let listed =

@@ -1,6 +1,8 @@
 //! A learner on the device under test: accumulation, steps that are not finite, resuming, and
 //! on a GPU a step as a graph and kernel by kernel.
 
+use std::sync::Arc;
+
 use xlstm::data::Batch;
 use xlstm::model::LanguageModel;
 use xlstm::model::objective::Carry;
@@ -19,7 +21,7 @@ fn task(rows: usize, carry: Carry, captured: bool) -> Task {
     Task { shape: [rows, SHAPE[1]], carry, options: OPTIONS, seed: 3, captured }
 }
 
-fn new(model: &LanguageModel, task: Task) -> Box<dyn Learner> {
+fn new(model: &Arc<LanguageModel>, task: Task) -> Box<dyn Learner> {
     let parameters = Parameters::initialize(model.specs(), 1);
     learner(model, parameters, task, &device()).expect("a learner")
 }
@@ -45,10 +47,10 @@ fn bits(learner: &dyn Learner) -> Vec<u32> {
 }
 
 /// Without dropout, which counts by micro-batch.
-fn plain_model() -> LanguageModel {
+fn plain_model() -> Arc<LanguageModel> {
     let mut config = model().config().clone();
     (config.dropout, config.feedforward.dropout, config.add_embedding_dropout) = (0.0, 0.0, false);
-    LanguageModel::new(&config).expect("a model")
+    LanguageModel::new(&config).expect("a model").into()
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! A training step gives the same bits on any number of threads, and again with the same
 //! seed.
 
+use std::sync::Arc;
+
 use xlstm::data::Batch;
 use xlstm::engine::Device;
 use xlstm::model::objective::Carry;
@@ -13,13 +15,13 @@ use xlstm::train::learner::{Learner, Task, learner};
 pub const SHAPE: [usize; 2] = [5, 80];
 
 /// A mix of blocks with every kind of dropout; wide enough to be cut into tasks everywhere.
-pub fn model() -> LanguageModel {
+pub fn model() -> Arc<LanguageModel> {
     let mut config = ModelConfig { vocab_size: 211, num_blocks: 3, ..ModelConfig::default() };
     config.slstm_at = SlstmAt::Positions(vec![1]);
     config.embedding_dim = 96;
     (config.dropout, config.add_embedding_dropout, config.bias) = (0.2, true, true);
     config.feedforward.dropout = 0.1;
-    LanguageModel::new(&config).expect("a model")
+    LanguageModel::new(&config).expect("a model").into()
 }
 
 /// Random tokens, documents and targets.
@@ -44,7 +46,7 @@ pub struct Run {
 }
 
 impl Run {
-    pub fn new(model: &LanguageModel, seed: u64, device: &Device) -> Run {
+    pub fn new(model: &Arc<LanguageModel>, seed: u64, device: &Device) -> Run {
         let parameters = Parameters::initialize(model.specs(), 1);
         let options = AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(0.5) };
         let task = Task { shape: SHAPE, carry: Carry::Marked, options, seed, captured: true };

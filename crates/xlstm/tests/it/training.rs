@@ -61,7 +61,7 @@ fn run(config: &RunConfig, folder: &Path, stop_after: Option<u64>) -> xlstm::Res
             }
         }
     }
-    let texts = Texts::load(&config.data, TEXT)?;
+    let texts = Texts::load(&config.data, TEXT, &mut |_| {})?;
     let stop = AtomicBool::new(false);
     train(config, texts, folder, &stop, &mut StopAfter(stop_after, &stop))
 }
@@ -86,8 +86,18 @@ fn record(folder: &Path) -> Record {
 #[test]
 fn an_interrupted_run_goes_on_bit_for_bit() {
     let folder = Folder::new("resume");
-    for batching in ["windows", "stream"] {
-        let config = config(&[&format!("data.batching={batching}")]);
+    let stages =
+        "data.stages=[{from_step: 3, batch_size: 4, length: 12}, {from_step: 7, batch_size: 2, length: 24}]";
+    for (batching, stages) in [
+        ("windows", None),
+        ("documents", None),
+        ("stream", None),
+        ("windows", Some(stages)),
+        ("stream", Some(stages)),
+    ] {
+        let sets = [format!("data.batching={batching}")];
+        let config = config(&sets.iter().map(String::as_str).chain(stages).collect::<Vec<_>>());
+        let batching = format!("{batching}{}", if stages.is_some() { "-stages" } else { "" });
         let whole = folder.run(&format!("{batching}-whole"));
         let outcome = run(&config, &whole, None).expect("a run");
         assert_eq!((outcome.end, outcome.steps), (End::Finished, 12));
@@ -164,7 +174,7 @@ fn a_diverging_run_names_the_step_and_the_block() {
 fn another_text_or_model_is_not_resumed() {
     let folder = Folder::new("other");
     run(&config(&[]), &folder.0, Some(3)).expect("a run");
-    let texts = Texts::load(&config(&[]).data, &TEXT.to_uppercase()).expect("texts");
+    let texts = Texts::load(&config(&[]).data, &TEXT.to_uppercase(), &mut |_| {}).expect("texts");
     let other =
         train(&config(&[]), texts, &folder.0, &AtomicBool::new(false), &mut Silent).expect_err("refused");
     assert!(other.hint_text().is_some(), "{other}");
@@ -180,7 +190,7 @@ fn sessions_fork_save_and_load() {
     let device = Device::cpu(1).expect("a thread");
     let weights = Weights::new(model.parameters.clone(), &device).expect("weights");
     let runner = || Runner::new(model.model.clone(), weights.clone(), device.clone());
-    let sampling = Sampling { temperature: 1.0, top_k: None, top_p: None };
+    let sampling = Sampling::default();
     let draw = |session: &mut Session, count: usize| {
         let mut ids = Vec::new();
         let mut sampler = Sampler::new(sampling, model.model.config().vocab_size, 7);
