@@ -118,6 +118,15 @@ fn from_text_to_text() {
     let second = greedy(&["-n", "6", "--state-in", "s.safetensors"]);
     assert_eq!(whole, first.trim_end_matches('\n').to_owned() + &second);
 
+    // Three at once, each as it is alone.
+    let drawn = |extra: &[&str]| {
+        let base = ["generate", "--model", "out/1", "--prompt", "To be", "-n", "12", "--json"];
+        folder.ok(&[&base[..], extra].concat()).0
+    };
+    let three = drawn(&["--seed", "5", "--samples", "3"]);
+    let alone: String = ["5", "6", "7"].iter().map(|seed| drawn(&["--seed", seed])).collect();
+    assert_eq!(three, alone);
+
     let (json, _) = folder.ok(&["eval", "--model", "out/1", "--data", "text.txt", "--json"]);
     let report: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
     let keys = ["loss", "token_perplexity", "word_perplexity", "bits_per_byte", "tokens", "words", "bytes"];

@@ -52,13 +52,17 @@ pub struct GenerateArgs {
     /// Seed of the draws (default: a new one each time, printed to stderr)
     #[arg(long, value_name = "S")]
     pub seed: Option<u64>,
+    /// Continue N times, all at once; the texts come one after the other at the end
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "state_out",
+          value_parser = clap::value_parser!(u16).range(1..))]
+    pub samples: u16,
     /// Start from the state in this file instead of an empty one; needs no prompt
     #[arg(long, value_name = "FILE")]
     pub state_in: Option<PathBuf>,
     /// Save the state after the last token to this file
     #[arg(long, value_name = "FILE")]
     pub state_out: Option<PathBuf>,
-    /// Print one JSON object at the end instead of the text as it arises
+    /// Print one JSON object a sample at the end instead of the text as it arises
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
@@ -67,13 +71,50 @@ pub struct GenerateArgs {
 
 /// The `--json` object.
 #[derive(Serialize)]
-struct Generated {
-    prompt_ids: Vec<u32>,
-    ids: Vec<u32>,
+struct Generated<'a> {
+    prompt_ids: &'a [u32],
+    ids: &'a [u32],
     /// Absent where the model has no tokenizer.
     #[serde(skip_serializing_if = "Option::is_none")]
-    text: Option<String>,
+    text: Option<&'a str>,
     finish_reason: &'static str,
+}
+
+/// A continuation as it arises.
+struct Sample {
+    ids: Vec<u32>,
+    text: String,
+    decoder: Option<Decoder>,
+    stop: StopStrings,
+}
+
+impl Sample {
+    fn new(tokenizer: Option<&Tokenizer>, stop: &[String]) -> Sample {
+        let stop = StopStrings::new(stop.iter().cloned());
+        Sample { ids: Vec::new(), text: String::new(), decoder: tokenizer.map(Tokenizer::decoder), stop }
+    }
+
+    /// Takes the next token; returns the text that it adds, and whether to go on.
+    fn push(&mut self, id: u32) -> Result<(&str, bool)> {
+        self.ids.push(id);
+        let (fresh, ended) = match &mut self.decoder {
+            Some(decoder) => self.stop.push(&decoder.push(id)?),
+            None => (format!("{id} "), false),
+        };
+        self.text.push_str(&fresh);
+        Ok((&self.text[self.text.len() - fresh.len()..], !ended))
+    }
+
+    /// What was held back, where no stop string ended the text.
+    fn finish(&mut self, finish: Finish) -> String {
+        if finish == Finish::Stopped {
+            return String::new();
+        }
+        let rest = self.decoder.as_mut().map(Decoder::finish).unwrap_or_default();
+        let rest = self.stop.push(&rest).0 + &self.stop.finish();
+        self.text.push_str(&rest);
+        rest
+    }
 }
 
 /// Runs the verb.
@@ -108,61 +149,58 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         min_p: args.min_p,
         repetition_penalty: args.repetition_penalty,
     };
-    let mut sampler = Sampler::new(sampling, vocabulary, seed);
-    sampler.observe(&prompt_ids);
-    let mut stop = StopStrings::new(args.stop.iter().cloned());
-    let mut text = String::new();
+    // Sample i is drawn with seed + i.
+    let mut samplers: Vec<Sampler> = (0..u64::from(args.samples))
+        .map(|i| Sampler::new(sampling, vocabulary, seed.wrapping_add(i)))
+        .collect();
+    samplers.iter_mut().for_each(|sampler| sampler.observe(&prompt_ids));
     let end = folder.tokenizer.as_ref().and_then(Tokenizer::end_of_text);
-    let mut decoder = folder.tokenizer.as_ref().map(Tokenizer::decoder);
-    let mut ids = Vec::new();
-    if !args.json {
-        output::data(args.prompt.as_deref().unwrap_or_default())?;
+    let mut samples: Vec<Sample> =
+        samplers.iter().map(|_| Sample::new(folder.tokenizer.as_ref(), &args.stop)).collect();
+    let prompt = args.prompt.as_deref().unwrap_or_default();
+    let streams = !args.json && args.samples == 1;
+    if streams {
+        output::data(prompt)?;
     }
     let started = Instant::now();
-    let finish = session.generate(args.tokens, &mut sampler, end, |id| {
-        ids.push(id);
-        let (fresh, ended) = match &mut decoder {
-            Some(decoder) => stop.push(&decoder.push(id)?),
-            None => (format!("{id} "), false),
-        };
-        text.push_str(&fresh);
-        if !args.json {
-            output::data(&fresh)?;
+    let finished = session.generate_samples(args.tokens, &mut samplers, end, |i, id| {
+        let (fresh, goes_on) = samples[i].push(id)?;
+        if streams {
+            output::data(fresh)?;
         }
-        Ok(!ended)
+        Ok(goes_on)
     })?;
-    if finish != Finish::Stopped {
-        let rest = decoder.as_mut().map(Decoder::finish).unwrap_or_default();
-        let rest = stop.push(&rest).0 + &stop.finish();
-        text.push_str(&rest);
-        if !args.json {
-            output::data(&rest)?;
-        }
-    }
     let decode = started.elapsed().as_secs_f64();
-    if args.json {
-        let text = folder.tokenizer.is_some().then_some(text);
-        let generated = Generated {
-            prompt_ids: prompt_ids.clone(),
-            ids: ids.clone(),
-            text,
-            finish_reason: finish.name(),
-        };
-        output::data(&(serde_json::to_string(&generated).map_err(|e| Error::data(e.to_string()))? + "\n"))?;
-    } else {
-        output::data("\n")?;
+    for (i, (sample, finish)) in samples.iter_mut().zip(finished).enumerate() {
+        let rest = sample.finish(finish);
+        if args.json {
+            let generated = Generated {
+                prompt_ids: &prompt_ids,
+                ids: &sample.ids,
+                text: folder.tokenizer.is_some().then_some(sample.text.as_str()),
+                finish_reason: finish.name(),
+            };
+            let line = serde_json::to_string(&generated).map_err(|e| Error::data(e.to_string()))?;
+            output::data(&(line + "\n"))?;
+        } else if streams {
+            output::data(&(rest + "\n"))?;
+        } else {
+            let line = if i == 0 { "" } else { "---\n" };
+            output::data(&format!("{line}{prompt}{}\n", sample.text))?;
+        }
     }
     if let Some(path) = &args.state_out {
         session.save(path, &fingerprint)?;
         output::note(&format!("state after {} tokens: {}", session.state()?.tokens(), path.display()));
     }
+    let drawn: usize = samples.iter().map(|sample| sample.ids.len()).sum();
     let speed = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);
     output::note(&format!(
         "prefill {} tokens at {:.0} tokens/s, decode {} tokens at {:.0} tokens/s, seed {seed}",
         prompt_ids.len(),
         speed(prompt_ids.len(), prefill),
-        ids.len(),
-        speed(ids.len(), decode)
+        drawn,
+        speed(drawn, decode)
     ));
     Ok(())
 }

@@ -96,20 +96,57 @@ impl Session {
         end: Option<u32>,
         mut listen: impl FnMut(u32) -> Result<bool>,
     ) -> Result<Finish> {
-        if self.logits.is_empty() {
+        let finished =
+            self.generate_samples(count, std::slice::from_mut(sampler), end, |_, token| listen(token))?;
+        Ok(finished[0])
+    }
+
+    /// Continues the sequence once for every sampler, all at once as one batch; `listen` hears
+    /// the number of the sampler and its token, and returns whether that sample goes on. Several
+    /// samples end the session: it stands at the end of one sequence only.
+    ///
+    /// # Errors
+    /// When nothing was read yet, or there is no sampler.
+    pub fn generate_samples(
+        &mut self,
+        count: usize,
+        samplers: &mut [Sampler],
+        end: Option<u32>,
+        mut listen: impl FnMut(usize, u32) -> Result<bool>,
+    ) -> Result<Vec<Finish>> {
+        if self.logits.is_empty() || samplers.is_empty() {
             return Err(Error::data("there is nothing to continue: the prompt has no tokens")
                 .hint("give a prompt of at least one token"));
         }
+        let (vocabulary, rows) = (self.logits.len(), samplers.len());
+        if rows > 1 {
+            let layout = self.runner.model().state_layout(rows);
+            let state = self.runner.state()?.repeat(&layout, rows);
+            self.runner.set_state(&state)?;
+            self.logits = self.logits.repeat(rows);
+        }
+        let mut finished = vec![None; rows];
+        let mut tokens = vec![0; rows];
         for _ in 0..count {
-            let token = sampler.draw(&self.logits)?;
-            self.read(&[token])?;
-            if !listen(token)? {
-                return Ok(Finish::Stopped);
+            // A sample that has ended reads on, and nobody hears of it.
+            for (i, sampler) in samplers.iter_mut().enumerate().filter(|(i, _)| finished[*i].is_none()) {
+                tokens[i] = sampler.draw(&self.logits[i * vocabulary..][..vocabulary])?;
             }
-            if Some(token) == end {
-                return Ok(Finish::EndOfText);
+            self.read(&tokens)?;
+            for (i, finish) in finished.iter_mut().enumerate().filter(|(_, finish)| finish.is_none()) {
+                if !listen(i, tokens[i])? {
+                    *finish = Some(Finish::Stopped);
+                } else if Some(tokens[i]) == end {
+                    *finish = Some(Finish::EndOfText);
+                }
+            }
+            if finished.iter().all(Option::is_some) {
+                break;
             }
         }
-        Ok(Finish::Length)
+        if rows > 1 {
+            self.logits.clear();
+        }
+        Ok(finished.into_iter().map(|finish| finish.unwrap_or(Finish::Length)).collect())
     }
 }

@@ -48,6 +48,12 @@ impl<T: Scalar> State<T> {
         self.data.iter().map(|part| 4 * part.len()).sum()
     }
 
+    /// The state of one sequence as that of `count` sequences; `layout` is theirs.
+    pub(crate) fn repeat(&self, layout: &[(String, Shape)], count: usize) -> State<T> {
+        let data = self.data.iter().map(|part| part.repeat(count)).collect();
+        State { layout: layout.to_vec(), data, tokens: self.tokens }
+    }
+
     /// Forgets everything: the state of sequences that have not begun.
     pub fn reset(&mut self) {
         self.data.iter_mut().for_each(|part| part.fill(T::ZERO));
