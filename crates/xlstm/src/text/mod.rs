@@ -111,7 +111,7 @@ impl Tokenizer {
             ))
             .hint("a SentencePiece .model must first be converted to a Hugging Face tokenizer.json")
         })?;
-        if !path.extension().is_some_and(|ending| ending == "json")
+        if path.extension().is_none_or(|ending| ending != "json")
             && !json.trim_start().starts_with(['{', '['])
         {
             return Ok(Tokenizer(Kind::Words(Arc::new(Words::from_lines(&json, path)?))));
