@@ -14,6 +14,7 @@ use crate::ops::activation::Activation;
 
 /// A language model of mLSTM and sLSTM blocks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelConfig {
     /// Number of token ids; 0 takes it from the tokenizer. Default 0.
@@ -48,6 +49,7 @@ pub struct ModelConfig {
 
 /// The mLSTM layer: matrix memory between an up- and a down-projection.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct MlstmConfig {
     /// Heads, each with a matrix memory of its own. Default 4.
@@ -72,6 +74,7 @@ pub struct MlstmConfig {
 
 /// The sLSTM layer: scalar memories with recurrent connections within each head.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct SlstmConfig {
     /// Heads; memories mix within a head only. Default 4.
@@ -97,6 +100,7 @@ pub struct SlstmConfig {
 
 /// The gated feed-forward layer that follows each sLSTM layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct FeedforwardConfig {
     /// Inner width over `embedding_dim`. Default 1.3.
@@ -113,6 +117,7 @@ pub struct FeedforwardConfig {
 
 /// The start of an sLSTM layer's gate biases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum BiasInit {
     /// Forget-gate biases from 5 down to -7 on a power law within each head:
@@ -128,6 +133,7 @@ pub enum BiasInit {
 
 /// The start of an sLSTM layer's recurrent weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum RecurrentWeightInit {
     /// All zero.

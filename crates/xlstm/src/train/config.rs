@@ -17,6 +17,7 @@ use crate::optim::{Decay, Schedule};
 
 /// A training run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
     /// Seed of the initial weights, the order of the data, dropout and samples. Default 1.
@@ -43,6 +44,7 @@ pub struct RunConfig {
 
 /// The text and how it is cut into batches.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct DataConfig {
     /// The training text: `shakespeare` (embedded), a path or a list of paths, each a file (.txt,
@@ -80,6 +82,7 @@ pub struct DataConfig {
 
 /// A batch size and a length from a step on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct StageConfig {
     /// The steps before the first one of this shape; at least 1.
@@ -92,6 +95,7 @@ pub struct StageConfig {
 
 /// AdamW and gradient clipping.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct OptimizerConfig {
     /// The highest learning rate, reached at the end of the warm-up. Default 1e-3.
@@ -108,6 +112,7 @@ pub struct OptimizerConfig {
 
 /// The learning rate over time.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct ScheduleConfig {
     /// Steps of linear warm-up from 0. Default 100.
@@ -122,6 +127,7 @@ pub struct ScheduleConfig {
 
 /// The loop.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainingConfig {
     /// Optimizer steps. Default 1000.
@@ -142,6 +148,7 @@ pub struct TrainingConfig {
 
 /// The sample that is drawn after each validation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct SampleConfig {
     /// The text that the sample continues. Default a line break.
@@ -154,6 +161,10 @@ pub struct SampleConfig {
     pub top_k: Option<usize>,
     /// Draw from the likeliest tokens that hold this much probability, in (0, 1]; null = all. Default null.
     pub top_p: Option<f64>,
+    /// Draw from tokens at least this share as likely as the likeliest, in [0, 1]; null = all. Default null.
+    pub min_p: Option<f64>,
+    /// Divides the logits above 0 of tokens that occurred, and multiplies those below; 1 = off. Default 1.
+    pub repetition_penalty: f64,
 }
 
 impl Default for RunConfig {
@@ -227,7 +238,15 @@ impl Default for TrainingConfig {
 
 impl Default for SampleConfig {
     fn default() -> Self {
-        SampleConfig { prompt: "\n".into(), tokens: 200, temperature: 0.8, top_k: None, top_p: None }
+        SampleConfig {
+            prompt: "\n".into(),
+            tokens: 200,
+            temperature: 0.8,
+            top_k: None,
+            top_p: None,
+            min_p: None,
+            repetition_penalty: 1.0,
+        }
     }
 }
 
@@ -355,6 +374,11 @@ impl SampleConfig {
     fn validate(&self) -> Result<()> {
         not_negative("sample.temperature", self.temperature)?;
         at_least_one("sample.top_k", self.top_k.unwrap_or(1))?;
+        positive("sample.repetition_penalty", self.repetition_penalty)?;
+        if let Some(min_p) = self.min_p.filter(|min_p| !(0.0..=1.0).contains(min_p)) {
+            return Err(Error::config(format!("sample.min_p is {min_p}"))
+                .hint("sample.min_p is at least 0 and at most 1"));
+        }
         match self.top_p {
             Some(top_p) if !(top_p > 0.0 && top_p <= 1.0) => {
                 Err(Error::config(format!("sample.top_p is {top_p}"))
@@ -386,7 +410,7 @@ mod tests {
     #[test]
     fn every_bad_number_is_named() {
         type Change = fn(&mut RunConfig);
-        let cases: [(Change, &str); 17] = [
+        let cases: [(Change, &str); 19] = [
             (|c| c.data.batch_size = 0, "data.batch_size is 0"),
             (|c| c.data.length = 0, "data.length is 0"),
             (
@@ -409,6 +433,8 @@ mod tests {
             ),
             (|c| c.sample.top_k = Some(0), "sample.top_k is 0"),
             (|c| c.sample.top_p = Some(1.5), "sample.top_p is 1.5"),
+            (|c| c.sample.min_p = Some(-0.1), "sample.min_p is -0.1"),
+            (|c| c.sample.repetition_penalty = 0.0, "sample.repetition_penalty is 0"),
             (|c| c.model.mlstm.num_heads = 7, "model.mlstm.num_heads is 7"),
         ];
         for (change, message) in cases {

@@ -8,6 +8,8 @@ pub mod learner;
 pub mod load;
 pub mod metrics;
 pub mod progress;
+#[cfg(test)]
+mod schema;
 pub mod sources;
 pub mod texts;
 pub mod trainer;

@@ -340,7 +340,8 @@ impl<'a> Run<'a> {
             temperature: config.temperature,
             top_k: config.top_k,
             top_p: config.top_p,
-            ..Sampling::default()
+            min_p: config.min_p,
+            repetition_penalty: config.repetition_penalty,
         };
         let mut sampler = Sampler::new(sampling, self.texts.tokenizer.vocabulary_size(), self.config.seed);
         let mut ids = prompt;
