@@ -344,6 +344,7 @@ impl<'a> Run<'a> {
             repetition_penalty: config.repetition_penalty,
         };
         let mut sampler = Sampler::new(sampling, self.texts.tokenizer.vocabulary_size(), self.config.seed);
+        sampler.observe(&prompt);
         let mut ids = prompt;
         session.generate(config.tokens, &mut sampler, self.texts.tokenizer.end_of_text(), |id| {
             ids.push(id);
