@@ -5,7 +5,6 @@
 // Up to PARTS parts x_i (rows, w_i), those not given of width 0: element_t. W (outer, sum w_i):
 // element_t. b, y and their gradients, dW: f32. Outputs are taken OUTPUTS at a time.
 
-#define ROWS 64
 #define PARTS 4
 #define OUTPUTS 8
 /// Rows whose loads are under way at once.
@@ -105,14 +104,14 @@ extern "C" __global__ void __launch_bounds__(128) concat_linear_inputs(
     }
 }
 
-/// sums (tiles, outer, total) = dy^T [x_1; x_2; ...] of each tile of ROWS rows. A thread takes eight
+/// sums (tiles, outer, total) = dy^T [x_1; x_2; ...] of each tile of TILE_ROWS rows. A thread takes eight
 /// columns, which may lie in two parts, and OUTPUTS outputs.
 /// grid (ceil(total / 1024), tiles, ceil(outer / OUTPUTS)), block 128.
 extern "C" __global__ void __launch_bounds__(128) concat_linear_weights(
     GIVEN, const float *dy, float *sums, int rows, int outer
 ) {
     int total = w0 + w1 + w2 + w3, column = (blockIdx.x * 128 + threadIdx.x) * WIDE, o0 = blockIdx.z * OUTPUTS;
-    int row0 = blockIdx.y * ROWS, end = min(rows, row0 + ROWS), count = total - column;
+    int row0 = blockIdx.y * TILE_ROWS, end = min(rows, row0 + TILE_ROWS), count = total - column;
     int outputs = min(OUTPUTS, outer - o0);
     if (count <= 0) return;
     Part part = part_at(column, x0, x1, x2, x3, w0, w1, w2, w3);

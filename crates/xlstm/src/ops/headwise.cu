@@ -1,8 +1,6 @@
 // y_h = W_h x_h + b_h for small blocks; W (heads, outer, inner). Outputs and their gradients are
 // elements, or f32 in the kernels called `full`.
 
-#define ROWS 64
-
 // ---- Blocks of any size ----
 
 template <class T> __device__ __forceinline__ void forward(
@@ -46,17 +44,17 @@ extern "C" __global__ void headwise_backward(
     add(dx + i, sum);
 }
 
-/// parts (tiles, heads outer inner) = the sums of dy x^T over tiles of ROWS rows.
+/// parts (tiles, heads outer inner) = the sums of dy x^T over tiles of TILE_ROWS rows.
 /// grid (ceil(heads outer inner / 128), tiles), block 128.
 extern "C" __global__ void headwise_parts(
     const element_t *dy, const element_t *x, float *parts, int rows, int heads, int outer, int inner
 ) {
-    int element = blockIdx.x * 128 + threadIdx.x, count = heads * outer * inner, first = blockIdx.y * ROWS;
+    int element = blockIdx.x * 128 + threadIdx.x, count = heads * outer * inner, first = blockIdx.y * TILE_ROWS;
     if (element >= count) return;
     int row_out = element / inner, column_in = row_out / outer * inner + element % inner;
     float sum = 0.0f;
 #pragma unroll 4
-    for (int row = first; row < min(rows, first + ROWS); row++)
+    for (int row = first; row < min(rows, first + TILE_ROWS); row++)
         sum = fmaf(
             load(dy + (long long)row * heads * outer + row_out), load(x + (long long)row * heads * inner + column_in),
             sum
@@ -141,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(128) headwise_parts_4(
 ) {
     int column = (blockIdx.x * 128 + threadIdx.x) * WIDE, count = width - column;
     if (count <= 0) return;
-    int row = blockIdx.y * ROWS, end = min(rows, row + ROWS);
+    int row = blockIdx.y * TILE_ROWS, end = min(rows, row + TILE_ROWS);
     Blocks sums = {};
     for (; row < end; row += TOGETHER) {
         Wide in[TOGETHER] = {}, out[TOGETHER] = {};

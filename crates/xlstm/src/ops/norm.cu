@@ -1,8 +1,6 @@
 // Layer norm and root-mean-square norm of groups of a row; a warp a group.
 // saved (rows, groups, 2): mean and 1 / std.
 
-#define ROWS 64
-
 /// grid (ceil(rows groups / 8)), block 256. offset: 1 where the scale is 1 + w.
 extern "C" __global__ void __launch_bounds__(256) norm_forward(
     const element_t *x, const float *w, element_t *y, float *saved, long long count, int groups, int size,
@@ -77,20 +75,14 @@ extern "C" __global__ void __launch_bounds__(256) norm_backward(
     }
 }
 
-/// parts (tiles, width) = the sums of dy n over tiles of ROWS rows. grid (ceil(width / 128), tiles),
+/// parts (tiles, width) = the sums of dy n over tiles of rows. grid (ceil(width / 128), tiles),
 /// block 128.
 extern "C" __global__ void norm_parts(
     const element_t *dy, const element_t *x, const float *saved, float *parts, int rows, int width, int groups,
     int size
 ) {
-    int column = blockIdx.x * 128 + threadIdx.x, first = blockIdx.y * ROWS;
-    if (column >= width) return;
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int row = first; row < min(rows, first + ROWS); row++) {
-        long long i = (long long)row * width + column;
+    sum_tile(parts, rows, width, [=](int row, int column, long long i) {
         const float *s = saved + 2 * ((long long)row * groups + column / size);
-        sum = fmaf(load(dy + i) * s[1], load(x + i) - s[0], sum);
-    }
-    parts[(long long)blockIdx.y * width + column] = sum;
+        return load(dy + i) * s[1] * (load(x + i) - s[0]);
+    });
 }

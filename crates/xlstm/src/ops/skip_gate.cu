@@ -1,7 +1,5 @@
 // y = (h + s x) silu(z), s one number a column.
 
-#define ROWS 64
-
 /// The skip's columns of elements i and on.
 __device__ __forceinline__ Wide columns(const float *skip, long long i, int width, int count) {
     int column = (int)(i % width);
@@ -45,19 +43,13 @@ extern "C" __global__ void skip_gate_backward(
     if (dz) add_wide(dz + i, gates, count);
 }
 
-/// parts (tiles, width) = the sums of a x over tiles of ROWS rows. grid (ceil(width / 128), tiles),
+/// parts (tiles, width) = the sums of a x over tiles of rows. grid (ceil(width / 128), tiles),
 /// block 128.
 extern "C" __global__ void skip_gate_parts(
     const element_t *dy, const element_t *x, const element_t *z, float *parts, int rows, int width
 ) {
-    int column = blockIdx.x * 128 + threadIdx.x, first = blockIdx.y * ROWS;
-    if (column >= width) return;
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int row = first; row < min(rows, first + ROWS); row++) {
-        long long i = (long long)row * width + column;
+    sum_tile(parts, rows, width, [=](int, int, long long i) {
         float gate = load(z + i);
-        sum = fmaf(load(dy + i) * (gate * sigmoid(gate)), load(x + i), sum);
-    }
-    parts[(long long)blockIdx.y * width + column] = sum;
+        return load(dy + i) * (gate * sigmoid(gate)) * load(x + i);
+    });
 }

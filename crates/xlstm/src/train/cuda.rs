@@ -135,13 +135,14 @@ impl Learner for CudaLearner {
         })
     }
 
-    fn restore(&mut self, snapshot: Snapshot<'_>, steps: u64) -> Result<()> {
+    fn restore(&mut self, snapshot: Snapshot<'_>, steps: u64) -> Result<Option<String>> {
         self.parameters.upload(&snapshot.parameters.values)?;
         self.optimizer.restore(&snapshot.first, &snapshot.second, steps)?;
-        if let Some(algorithms) = &snapshot.algorithms {
-            self.gpu.import_algorithms(algorithms)?;
+        self.objective.set_state(&snapshot.carried)?;
+        match &snapshot.algorithms {
+            Some(algorithms) => self.gpu.import_algorithms(algorithms),
+            None => Ok(Some(String::from("the run was on the processor before"))),
         }
-        self.objective.set_state(&snapshot.carried)
     }
 
     fn profile(&mut self) -> Result<Vec<OperationTime>> {

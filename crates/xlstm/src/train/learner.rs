@@ -63,11 +63,12 @@ pub trait Learner {
     /// When a GPU fails.
     fn snapshot(&self) -> Result<Snapshot<'_>>;
 
-    /// Goes on from a snapshot that was taken after `steps` steps.
+    /// Goes on from a snapshot that was taken after `steps` steps; returns why that may not be
+    /// bit for bit, where it may not: on another card, or with another version of its libraries.
     ///
     /// # Errors
     /// When it belongs to another model or batch size, or a GPU fails.
-    fn restore(&mut self, snapshot: Snapshot<'_>, steps: u64) -> Result<()>;
+    fn restore(&mut self, snapshot: Snapshot<'_>, steps: u64) -> Result<Option<String>>;
 
     /// Takes the last batch forward and backward again, operation by operation; returns the
     /// time of each, the most expensive first.
@@ -197,12 +198,13 @@ impl Learner for CpuLearner {
         })
     }
 
-    fn restore(&mut self, snapshot: Snapshot<'_>, steps: u64) -> Result<()> {
+    fn restore(&mut self, snapshot: Snapshot<'_>, steps: u64) -> Result<Option<String>> {
         self.parameters = Arc::new(snapshot.parameters.into_owned());
         self.optimizer.first = snapshot.first.into_owned();
         self.optimizer.second = snapshot.second.into_owned();
         self.optimizer.steps = steps;
-        self.objective.set_state(&snapshot.carried)
+        self.objective.set_state(&snapshot.carried)?;
+        Ok(snapshot.algorithms.map(|_| String::from("the run was on a GPU before")))
     }
 
     fn profile(&mut self) -> Result<Vec<OperationTime>> {

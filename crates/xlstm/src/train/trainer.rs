@@ -68,7 +68,7 @@ pub fn train(
 ) -> Result<Outcome> {
     let (device, line) = Device::choose(config.device, config.dtype, config.threads)?;
     observer.on_message(&line);
-    let mut run = Run::new(config, texts, folder, &device)?;
+    let mut run = Run::new(config, texts, folder, &device, observer)?;
     observer.on_start(&run.summary());
     let (steps, every) = (config.training.steps, &config.training);
     let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
@@ -133,7 +133,13 @@ impl Speed {
 }
 
 impl<'a> Run<'a> {
-    fn new(config: &'a RunConfig, texts: Texts, folder: &Path, device: &Device) -> Result<Run<'a>> {
+    fn new(
+        config: &'a RunConfig,
+        texts: Texts,
+        folder: &Path,
+        device: &Device,
+        observer: &mut dyn Observer,
+    ) -> Result<Run<'a>> {
         let mut model_config = config.model.clone();
         model_config.vocab_size = texts.vocabulary(model_config.vocab_size)?;
         let model = Arc::new(LanguageModel::new(&model_config)?);
@@ -183,8 +189,10 @@ impl<'a> Run<'a> {
         let shape = batches.shape(first.saturating_sub(1));
         let task = Task { shape, carry, options, seed: config.seed, captured: true };
         let mut learner = learner(&model, parameters, task, device)?;
-        if let Some(snapshot) = resumed {
-            learner.restore(snapshot, run_standing.step)?;
+        if let Some(snapshot) = resumed
+            && let Some(reason) = learner.restore(snapshot, run_standing.step)?
+        {
+            observer.on_message(&format!("going on, but not bit for bit: {reason}"));
         }
         let batches = Prefetch::new(batches, first, 2 * count)?;
         // With the device by name, so that going on does not depend on what is chosen then.

@@ -16,9 +16,10 @@ use xlstm::rng::Rng;
 
 use crate::pass::{Pass, device, on_gpu};
 
-/// In f64; a GPU computes in f32.
 const TOLERANCE: f64 = 1e-10;
-const TOLERANCE_ON_GPU: f64 = 1e-3;
+/// A GPU computes in f32, in which the processor too loses up to 2.3e-2 of a gradient in the worst
+/// of 1,500 random models (5e-7 in the median): some are ill-conditioned. A mistake is of order one.
+const TOLERANCE_ON_GPU: f64 = 5e-2;
 /// Gradients of the loss are this times those of the sum of the token losses.
 const SCALE: f64 = 0.7;
 const VOCABULARY: usize = 7;

@@ -5,7 +5,7 @@ use super::{BIAS, CellFunction, LAST, Layout, RECURRENT, STATE, Slstm};
 use crate::cell::{ForgetGate, InputGate};
 use crate::engine::cuda::blas::{Operand, Product};
 use crate::engine::cuda::launch::Queue;
-use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::Argument, context::arguments};
 use crate::error::{Error, Result};
 
 const SOURCE: Source = Source::new("slstm", include_str!("slstm.cu"));
@@ -35,6 +35,19 @@ fn flags(slstm: &Slstm, dim: usize, queue: &Queue) -> Result<(u32, usize)> {
     }
     let fits = own + matrix <= available;
     Ok(if fits { (flags | R_SHARED, own + matrix) } else { (flags, own) })
+}
+
+/// Launches a kernel that walks along the sequences: a block for a head of [`ROWS`] of them.
+fn walk(
+    queue: &Queue,
+    name: &'static str,
+    layout: &Layout,
+    shared: usize,
+    arguments: &[Argument],
+) -> Result<()> {
+    let grid = [layout.batch.div_ceil(ROWS), layout.heads, 1];
+    let block = (4 * layout.dim).next_multiple_of(32).min(1024);
+    queue.launch_shared(&SOURCE, name, grid, block, shared, arguments)
 }
 
 /// See [`Kernel::forward_cuda`](crate::engine::Kernel::forward_cuda).
@@ -77,15 +90,7 @@ pub(super) fn forward(slstm: &Slstm, io: &mut CudaForward<'_>) -> Result<()> {
         dim,
         flags
     ];
-    let block = (4 * dim).next_multiple_of(32).min(1024);
-    io.queue.launch_shared(
-        &SOURCE,
-        "slstm_forward",
-        [batch.div_ceil(ROWS), heads, 1],
-        block,
-        shared,
-        arguments,
-    )
+    walk(io.queue, "slstm_forward", &layout, shared, arguments)
 }
 
 /// See [`Kernel::backward_cuda`](crate::engine::Kernel::backward_cuda).
@@ -130,15 +135,7 @@ pub(super) fn backward(slstm: &Slstm, io: &mut CudaBackward<'_>) -> Result<()> {
         dim,
         flags
     ];
-    let block = (4 * dim).next_multiple_of(32).min(1024);
-    io.queue.launch_shared(
-        &SOURCE,
-        "slstm_backward",
-        [batch.div_ceil(ROWS), heads, 1],
-        block,
-        shared,
-        arguments,
-    )?;
+    walk(io.queue, "slstm_backward", &layout, shared, arguments)?;
     if let Some(db) = io.input_gradients[BIAS] {
         let arguments = arguments![draw, db, batch * steps, heads, dim];
         let grid = [(heads * 4 * dim).div_ceil(32), 1, 1];

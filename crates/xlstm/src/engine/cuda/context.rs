@@ -81,6 +81,21 @@ impl Gpu {
             )
             .hint("CUDA 12.8 or newer is needed: update the driver"));
         }
+        // SAFETY: the libraries are there.
+        let (nvrtc, blas) = unsafe {
+            let (mut major, mut minor) = (0, 0);
+            let code = cudarc::nvrtc::sys::nvrtcVersion(&raw mut major, &raw mut minor);
+            code.result().map_err(|e| {
+                Error::new(ErrorKind::Device, format!("NVRTC does not tell its version: {e:?}"))
+            })?;
+            (major, lt::cublasLtGetVersion() / 10_000)
+        };
+        for (library, found) in [("NVRTC", i64::from(nvrtc)), ("cuBLASLt", blas as i64)] {
+            if found < OLDEST {
+                return Err(Error::new(ErrorKind::Device, format!("{library} is of CUDA {found}"))
+                    .hint(format!("CUDA {OLDEST} or newer is needed; {toolkit}")));
+            }
+        }
         result::init().map_err(|e| driver("start", e))?;
         let count = result::device::get_count().map_err(|e| driver("count devices", e))?;
         if ordinal as i64 >= i64::from(count) {
@@ -296,6 +311,9 @@ impl Gpu {
 
 /// A pattern that is NaN as one f32 and as two bf16.
 pub(super) const NAN: u32 = 0x7fc0_7fc0;
+
+/// The oldest major version of CUDA's libraries.
+const OLDEST: i64 = 12;
 
 /// Bytes of shared memory that a kernel gets without asking.
 const SHARED_BY_DEFAULT: usize = 48 << 10;

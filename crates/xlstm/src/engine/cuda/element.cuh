@@ -100,3 +100,20 @@ __device__ __forceinline__ float warp_sum(float x) {
     for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
 }
+
+// ---- Sums over rows, in fixed tiles ----
+
+/// Rows of a tile.
+#define TILE_ROWS 64
+
+/// parts (tiles, width) = the sums of value(row, column, place) over each tile of the rows, with
+/// place = row width + column. A thread a column: grid (ceil(width / 128), tiles), block 128.
+template <class F> __device__ __forceinline__ void sum_tile(float *parts, int rows, int width, F value) {
+    int column = blockIdx.x * 128 + threadIdx.x, first = blockIdx.y * TILE_ROWS;
+    if (column >= width) return;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int row = first; row < min(rows, first + TILE_ROWS); row++)
+        sum += value(row, column, (long long)row * width + column);
+    parts[(long long)blockIdx.y * width + column] = sum;
+}

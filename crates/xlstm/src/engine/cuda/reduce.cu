@@ -1,24 +1,13 @@
-// Sums over rows in two stages: fixed tiles of ROWS rows, then the tiles in order; and rows that
+// Sums over rows in two stages: fixed tiles of rows, then the tiles in order; and rows that
 // start as a bias.
-
-#define ROWS 64
-
-template <class T> __device__ __forceinline__ void sum_rows(const T *x, float *parts, int rows, int width) {
-    int column = blockIdx.x * 128 + threadIdx.x, first = blockIdx.y * ROWS;
-    if (column >= width) return;
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int row = first; row < min(rows, first + ROWS); row++) sum += load(x + (long long)row * width + column);
-    parts[(long long)blockIdx.y * width + column] = sum;
-}
 
 /// parts (tiles, width) = the sum of each tile of rows of x (rows, width).
 /// grid (ceil(width / 128), tiles), block 128.
 extern "C" __global__ void row_parts(const element_t *x, float *parts, int rows, int width) {
-    sum_rows(x, parts, rows, width);
+    sum_tile(parts, rows, width, [=](int, int, long long i) { return load(x + i); });
 }
 extern "C" __global__ void row_parts_full(const float *x, float *parts, int rows, int width) {
-    sum_rows(x, parts, rows, width);
+    sum_tile(parts, rows, width, [=](int, int, long long i) { return load(x + i); });
 }
 
 /// sums (width) += the sum over parts (count, width): 32 threads a column take every 32nd part,
