@@ -27,6 +27,7 @@ pub mod positions;
 pub mod rotary;
 pub mod skip_gate;
 pub mod window;
+pub mod soft_cap;
 
 #[cfg(test)]
 pub(crate) mod check;
