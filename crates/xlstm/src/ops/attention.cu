@@ -87,7 +87,7 @@ __device__ __forceinline__ void add_rows(float sums[OWN][PARTS], const float *we
 }
 
 /// grid (ceil(S / 32), B H); shared: 2 tiles.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
     const element_t *q, const element_t *k, const element_t *v, const float *cache_k, const float *cache_v,
     const float *first, element_t *y, float *logs, int S, int C, int H, int N
 ) {
@@ -157,7 +157,7 @@ extern "C" __global__ void attention_shares(
 }
 
 /// dq += dS k. grid (ceil(S / 32), B H); shared: 4 tiles.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_queries(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_queries(
     const element_t *q, const element_t *k, const element_t *v, const float *cache_k, const float *cache_v,
     const float *first, const float *logs, const float *shares, const element_t *dy, element_t *dq, int S, int C,
     int H, int N
@@ -216,7 +216,7 @@ __device__ __forceinline__ void add_gradient(T *to, long long at, const float *r
 
 /// dk += dS^T q, dv += P^T dy, of tokens and of the cache. grid (ceil(C / 32) + ceil(S / 32), B H),
 /// the cache's tiles first; shared: 4 tiles. Here a warp has four keys and a lane a query.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_keys(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_keys(
     const element_t *q, const element_t *k, const element_t *v, const float *cache_k, const float *cache_v,
     const float *first, const float *logs, const float *shares, const element_t *dy, element_t *dk, element_t *dv,
     float *dcache_k, float *dcache_v, int S, int C, int H, int N

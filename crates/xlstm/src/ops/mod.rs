@@ -26,8 +26,8 @@ pub mod norm;
 pub mod positions;
 pub mod rotary;
 pub mod skip_gate;
-pub mod window;
 pub mod soft_cap;
+pub mod window;
 
 #[cfg(test)]
 pub(crate) mod check;

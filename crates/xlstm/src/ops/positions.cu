@@ -10,7 +10,7 @@ extern "C" __global__ void positions(
     int b = blockIdx.x, lane = threadIdx.x;
     unsigned below = (1u << lane) - 1u;
     // Real tokens so far, those of the document that still goes on, and whether it began earlier.
-    int count = 0, seen = before ? (int)before[b] : 0, outside = seen;
+    int count = 0, seen = before ? __float2int_rn(before[b]) : 0, outside = seen;
     tokens += (long long)b * S;
     for (int start = 0; start < S; start += 32) {
         int t = start + lane;

@@ -9,7 +9,9 @@ use xlstm::data::Batch;
 use xlstm::engine::{Mode, Tape, Var};
 use xlstm::marks::{IGNORE, PAD, RESET};
 use xlstm::model::objective::Carry;
-use xlstm::model::{LanguageModel, Logits, ModelConfig, Objective, Runner, SlstmAt};
+use xlstm::model::{Family, LanguageModel, Logits, ModelConfig, Objective, Runner, SlstmAt};
+use xlstm::nn::lstm::LstmConfig;
+use xlstm::nn::transformer::{PositionKind, TransformerConfig};
 use xlstm::nn::{Context, Parameters, Weights};
 use xlstm::ops::cross_entropy::cross_entropy;
 use xlstm::rng::Rng;
@@ -68,7 +70,43 @@ fn chance(rng: &mut Rng, probability: f64) -> bool {
     rng.uniform() < probability
 }
 
+/// A model of the small family, or one of the baselines.
 fn model(rng: &mut Rng) -> LanguageModel {
+    let config = match below(rng, 5) {
+        0 => lstm(rng),
+        1 | 2 => transformer(rng),
+        _ => small(rng),
+    };
+    LanguageModel::new(&config).expect("a model")
+}
+
+fn lstm(rng: &mut Rng) -> ModelConfig {
+    let (embedding_dim, num_blocks) = (1 + below(rng, 8), 1 + below(rng, 3));
+    let tie_weights = chance(rng, 0.3);
+    let hidden_dim = if tie_weights { 0 } else { below(rng, 9) };
+    let lstm = LstmConfig { hidden_dim, forget_bias: chance(rng, 0.5).then_some(1.0) };
+    let base = ModelConfig { family: Family::Lstm, vocab_size: VOCABULARY, ..ModelConfig::default() };
+    ModelConfig { embedding_dim, num_blocks, tie_weights, lstm, ..base }
+}
+
+/// With windows shorter and longer than the sequences; learned positions need longer ones.
+fn transformer(rng: &mut Rng) -> ModelConfig {
+    let learned = chance(rng, 0.3);
+    let num_heads = 1 + below(rng, 3);
+    let transformer = TransformerConfig {
+        num_heads,
+        context_length: if learned { 21 } else { 1 + below(rng, 24) },
+        positions: if learned { PositionKind::Learned } else { PositionKind::Rotary },
+        rotary_base: [10.0, 10_000.0][below(rng, 2)],
+        ffn_factor: 1 + below(rng, 3),
+        bias: chance(rng, 0.5),
+    };
+    let (embedding_dim, tie_weights) = (num_heads * 2 * (1 + below(rng, 3)), chance(rng, 0.5));
+    let base = ModelConfig { family: Family::Transformer, vocab_size: VOCABULARY, ..ModelConfig::default() };
+    ModelConfig { embedding_dim, num_blocks: 1 + below(rng, 2), tie_weights, transformer, ..base }
+}
+
+fn small(rng: &mut Rng) -> ModelConfig {
     let mut config = ModelConfig { vocab_size: VOCABULARY, num_blocks: 3, ..ModelConfig::default() };
     let heads = 1 + below(rng, 3);
     config.embedding_dim = heads * (2 + below(rng, 5));
@@ -91,7 +129,7 @@ fn model(rng: &mut Rng) -> LanguageModel {
     slstm.gradient_recurrent_cut = chance(rng, 0.2);
     slstm.gradient_recurrent_clipval = chance(rng, 0.2).then_some(1e-2);
     config.feedforward.round_proj_up_to_multiple_of = 1;
-    LanguageModel::new(&config).expect("a model")
+    config
 }
 
 fn row(rng: &mut Rng, length: usize) -> Row {
@@ -340,7 +378,7 @@ impl Piece {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 80, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn a_sequence_may_be_cut_anywhere(seed: u64) {
@@ -384,6 +422,8 @@ proptest! {
     #[test]
     fn recorded_passes_agree(seed: u64) {
         let Case { model, parameters, mut rng, .. } = Case::new(seed, 1);
+        // A state that ends is not carried.
+        prop_assume!(model.most_tokens().is_none());
         let row = row(&mut rng, 12);
         let batch = |places: &[Place]| Batch {
             batch_size: 1,
@@ -427,4 +467,32 @@ proptest! {
             prop_assert_eq!(fork.tokens(), 12);
         }
     }
+}
+
+/// Learned positions end: whoever goes on is told so.
+#[test]
+fn learned_positions_end() {
+    let transformer = TransformerConfig {
+        context_length: 6,
+        positions: PositionKind::Learned,
+        ..TransformerConfig::default()
+    };
+    let base = ModelConfig { family: Family::Transformer, vocab_size: VOCABULARY, ..ModelConfig::default() };
+    let model =
+        LanguageModel::new(&ModelConfig { embedding_dim: 8, transformer, ..base }).expect("a model");
+    let device = device();
+    let record = |length, carry| Objective::<f64>::new(&model, Mode::Train, [1, length], carry, &device);
+    assert!(record(6, Carry::Fresh).is_ok() && record(6, Carry::Marked).is_ok());
+    for (length, carry, word) in [(7, Carry::Fresh, "7 tokens"), (6, Carry::Carried, "carried")] {
+        let error = record(length, carry).expect_err("an end");
+        assert!(error.to_string().contains(word), "{error}");
+        assert!(error.hint_text().is_some_and(|hint| hint.contains("rotary")), "{error}");
+    }
+    let parameters = Parameters::<f64>::initialize(model.specs(), 1);
+    let values = Weights::new(parameters.into(), &device).expect("weights");
+    let mut runner = Runner::new(model.into(), values, device);
+    runner.read(&[1, 2, 3, 4], Logits::Last).expect("logits");
+    runner.read(&[5, 6], Logits::Last).expect("logits");
+    let error = runner.read(&[1], Logits::Last).expect_err("an end").to_string();
+    assert!(error.contains("7 tokens") && error.contains("context of 6"), "{error}");
 }
