@@ -69,13 +69,13 @@ impl LanguageModel {
                     builder.parameter_with_decay("embedding.weight", &shape, Init::Normal(1.0), decay);
                 backbone = Box::new(builder.scope("lstm", |b| LstmStack::new(config, b)));
                 let hidden = config.lstm.hidden_dim(config.embedding_dim);
-                let (shape, last) = ([config.vocab_size, hidden], Init::Uniform(1.0 / (hidden as f64).sqrt()));
+                let (shape, last) =
+                    ([config.vocab_size, hidden], Init::Uniform(1.0 / (hidden as f64).sqrt()));
                 [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, last))]
             }
             Family::Transformer => {
                 let (first, last) = (Init::Normal(GPT_DEVIATION), Init::Normal(GPT_DEVIATION));
-                let embedding =
-                    builder.parameter_with_decay("transformer.wte.weight", &shape, first, decay);
+                let embedding = builder.parameter_with_decay("transformer.wte.weight", &shape, first, decay);
                 backbone = Box::new(builder.scope("transformer", |b| TransformerStack::new(config, b)));
                 [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, last))]
             }

@@ -49,8 +49,7 @@ pub fn attention(
     cache: Option<[Var; 2]>,
     places: Places,
 ) -> Result<Var> {
-    let inputs =
-        [Some(q), Some(k), Some(v), cache.map(|c| c[0]), cache.map(|c| c[1]), Some(places.first)];
+    let inputs = [Some(q), Some(k), Some(v), cache.map(|c| c[0]), cache.map(|c| c[1]), Some(places.first)];
     Ok(tape.record(Attention { heads }, &inputs, &[])?[0])
 }
 
@@ -111,9 +110,7 @@ impl<'a, T: Scalar> Seen<'a, T> {
     fn rows(&self, tile: &Range<isize>) -> MatRef<'a, T> {
         let count = (tile.end - tile.start) as usize;
         match self.cache {
-            Some(cache) if tile.start < 0 => {
-                cache.rows_at(self.cached - tile.start.unsigned_abs(), count)
-            }
+            Some(cache) if tile.start < 0 => cache.rows_at(self.cached - tile.start.unsigned_abs(), count),
             _ => self.tokens.rows_at(tile.start.unsigned_abs(), count),
         }
     }
@@ -373,7 +370,10 @@ impl Kernel for Attention {
         let first = Shape::from([batch, length]);
         for (i, want) in [(1, q), (2, q), (CACHE, cache), (CACHE + 1, cache), (FIRST, first)] {
             if inputs[i].is_some_and(|found| found != want) {
-                return Err(Error::shape(format!("input {i} beside q {q:?} is {:?}, not {want:?}", inputs[i])));
+                return Err(Error::shape(format!(
+                    "input {i} beside q {q:?} is {:?}, not {want:?}",
+                    inputs[i]
+                )));
             }
         }
         Ok(vec![q, [batch, self.heads, length].into()])
@@ -424,8 +424,7 @@ impl Kernel for Attention {
         let (y, logs, dy) = (io.output(0), io.output(1), io.gradient());
         let cache = [io.inputs[CACHE], io.inputs[CACHE + 1]];
         let [dq, dk, dv] = [0, 1, 2].map(|i| head_blocks(io.input_gradient(i), sizes, length, tasks));
-        let [dck, dcv] =
-            [CACHE, CACHE + 1].map(|i| head_blocks(io.input_gradient(i), sizes, cached, tasks));
+        let [dck, dcv] = [CACHE, CACHE + 1].map(|i| head_blocks(io.input_gradient(i), sizes, cached, tasks));
         let keys = dk.into_par_iter().zip(dck);
         let values = dv.into_par_iter().zip(dcv);
         dq.into_par_iter().zip(keys).zip(values).enumerate().for_each(|(task, ((dq, keys), values))| {
@@ -467,9 +466,8 @@ impl Kernel for Attention {
         let arguments = arguments![y, dy, shares, n as u64, length, heads, size];
         io.queue.launch(&SOURCE, "attention_shares", [n.div_ceil(8), 1, 1], 256, arguments)?;
         if dq.is_some() {
-            let arguments = arguments![
-                q, k, v, ck, cv, first, logs, shares, dy, dq, length, cached, heads, size
-            ];
+            let arguments =
+                arguments![q, k, v, ck, cv, first, logs, shares, dy, dq, length, cached, heads, size];
             let grid = [tiles, tasks, 1];
             io.queue.launch_shared(&SOURCE, "attention_queries", grid, 256, shared(4, size), arguments)?;
         }

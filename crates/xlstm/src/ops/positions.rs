@@ -143,8 +143,7 @@ impl Kernel for Positions {
         let marks = self.marked.then_some(io.ids[0]);
         let tokens = io.queue.scratch(batch * length)?;
         let [position, first, after, ..] = io.outputs;
-        let arguments =
-            arguments![io.inputs[0], marks, position, first, after, tokens, length, self.window];
+        let arguments = arguments![io.inputs[0], marks, position, first, after, tokens, length, self.window];
         io.queue.launch(&SOURCE, "positions", [batch, 1, 1], 32, arguments)
     }
 

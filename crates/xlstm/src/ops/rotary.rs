@@ -56,12 +56,13 @@ impl Kernel for Angles {
             return Err(Error::shape("positions are (batch, length)"));
         };
         if self.size == 0 || !self.size.is_multiple_of(2) {
-            return Err(Error::shape(format!("a head of {} features does not consist of pairs", self.size))
-                .hint("rotary positions need an even head size"));
+            return Err(Error::shape(format!(
+                "rotary positions turn pairs, of which a head of {} features does not consist",
+                self.size
+            )));
         }
         if self.base.is_nan() || self.base <= 0.0 {
-            return Err(Error::config(format!("the base of rotary positions is {}", self.base))
-                .hint("a positive number is expected, such as 10000"));
+            return Err(Error::shape(format!("the base of rotary positions is {}, not positive", self.base)));
         }
         Ok(vec![[position.dims()[0], position.dims()[1], self.size].into()])
     }
@@ -244,9 +245,8 @@ mod tests {
             executor.forward(&[]);
             executor.value(y).to_vec()
         };
-        let score = |p: f64, q: f64| -> f64 {
-            turned(1, p).iter().zip(turned(2, q)).map(|(a, b)| a * b).sum()
-        };
+        let score =
+            |p: f64, q: f64| -> f64 { turned(1, p).iter().zip(turned(2, q)).map(|(a, b)| a * b).sum() };
         assert!((score(5.0, 2.0) - score(1005.0, 1002.0)).abs() < 1e-9);
         assert!((score(5.0, 2.0) - score(5.0, 3.0)).abs() > 1e-3);
         let (x, y) = (noise(1, SIZE), turned(1, 3.0));
@@ -263,7 +263,7 @@ mod tests {
     fn odd_heads_are_refused() {
         let mut tape = Tape::new(Mode::Train);
         let position = tape.input([2, 3]);
-        let error = angles(&mut tape, position, 5, 10_000.0).unwrap_err();
-        assert!(error.to_string().contains('5') && error.hint_text().is_some(), "{error}");
+        let message = angles(&mut tape, position, 5, 10_000.0).unwrap_err().to_string();
+        assert!(message.contains("a head of 5 features"), "{message}");
     }
 }

@@ -82,7 +82,10 @@ impl Kernel for Window {
         let places = Shape::from([batch, length]);
         for (i, want) in [(1, cache), (2, places), (3, places)] {
             if inputs[i].is_some_and(|found| found != want) {
-                return Err(Error::shape(format!("input {i} beside x {x:?} is {:?}, not {want:?}", inputs[i])));
+                return Err(Error::shape(format!(
+                    "input {i} beside x {x:?} is {:?}, not {want:?}",
+                    inputs[i]
+                )));
             }
         }
         Ok(vec![cache])

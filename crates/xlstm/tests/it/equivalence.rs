@@ -321,6 +321,8 @@ struct Piece {
     pass: Pass<f64>,
     before: Vec<Var>,
     after: Vec<Var>,
+    /// Which parts of the state have a gradient; a count of tokens has none.
+    smooth: Vec<bool>,
     logits: Var,
     loss: Var,
     losses: Var,
@@ -333,17 +335,26 @@ impl Piece {
         let mut tape = Tape::new(Mode::Train);
         let (tokens, targets, scale) = (tape.ids(count), tape.ids(count), tape.input([1]));
         let marks = marked.then(|| tape.ids(count));
-        let layout = if state.is_some() { case.model.state_layout(shape[0]) } else { Vec::new() };
-        let before: Vec<Var> = layout.iter().map(|(_, s)| tape.input_with_gradient(s.dims())).collect();
+        let layout = case.model.state_layout(shape[0]);
+        let smooth: Vec<bool> = layout.iter().map(|(name, _)| name != "position").collect();
+        let given = layout.iter().zip(&smooth).filter(|_| state.is_some());
+        let before: Vec<Var> = given
+            .map(|((_, s), smooth)| match smooth {
+                true => tape.input_with_gradient(s.dims()),
+                false => tape.input(s.dims()),
+            })
+            .collect();
         let mut context = Context::new(marks, None);
         let features =
             case.model.features(&mut tape, tokens, shape, state.map(|_| &before[..]), &mut context);
         let (features, after) = features.expect("features");
         let logits = case.model.logits(&mut tape, features).expect("logits");
         let (loss, losses) = cross_entropy(&mut tape, logits, targets, scale).expect("a loss");
-        for &var in after.iter().chain([&loss]) {
+        for (&var, smooth) in after.iter().zip(&smooth).chain([(&loss, &true)]) {
             tape.keep(var);
-            tape.seed_gradient(var);
+            if *smooth {
+                tape.seed_gradient(var);
+            }
         }
         tape.keep(logits);
         tape.keep(losses);
@@ -357,13 +368,13 @@ impl Piece {
             pass.set(var, part);
         }
         pass.forward();
-        Piece { pass, before, after, logits, loss, losses }
+        Piece { pass, before, after, smooth, logits, loss, losses }
     }
 
     /// From the gradient of the state after the piece to that of the state before it.
     fn backward(&mut self, after: Option<&Parts>, gradients: &mut Parts) -> Parts {
         self.pass.seed(self.loss, &[1.0]);
-        for (i, &var) in self.after.iter().enumerate() {
+        for (i, &var) in self.after.iter().enumerate().filter(|(i, _)| self.smooth[*i]) {
             match after {
                 Some(parts) => self.pass.seed(var, &parts[i]),
                 None => self.pass.seed(var, &vec![0.0; self.pass.value(var).len()]),
@@ -373,7 +384,12 @@ impl Piece {
         for (sum, own) in gradients.iter_mut().zip(self.pass.gradients()) {
             sum.iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
         }
-        self.before.iter().map(|&var| self.pass.gradient(var)).collect()
+        let parts = self.before.iter().zip(&self.smooth);
+        let gradient = |(&var, smooth): (&Var, &bool)| match smooth {
+            true => self.pass.gradient(var),
+            false => vec![0.0; self.pass.value(var).len()],
+        };
+        parts.map(gradient).collect()
     }
 }
 
@@ -478,8 +494,7 @@ fn learned_positions_end() {
         ..TransformerConfig::default()
     };
     let base = ModelConfig { family: Family::Transformer, vocab_size: VOCABULARY, ..ModelConfig::default() };
-    let model =
-        LanguageModel::new(&ModelConfig { embedding_dim: 8, transformer, ..base }).expect("a model");
+    let model = LanguageModel::new(&ModelConfig { embedding_dim: 8, transformer, ..base }).expect("a model");
     let device = device();
     let record = |length, carry| Objective::<f64>::new(&model, Mode::Train, [1, length], carry, &device);
     assert!(record(6, Carry::Fresh).is_ok() && record(6, Carry::Marked).is_ok());
