@@ -10,5 +10,5 @@ pub use crate::nn::config::{BlockKind, ModelConfig};
 pub use crate::nn::slstm_at::SlstmAt;
 pub use language_model::LanguageModel;
 pub use objective::Objective;
-pub use runner::{Logits, Runner};
+pub use runner::{Logits, Runner, narrow_parameters};
 pub use stack::Stack;
