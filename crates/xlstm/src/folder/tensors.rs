@@ -331,6 +331,10 @@ impl TensorFiles {
             Error::checkpoint(format!("{} is no index of tensors: {e}", path.display()))
                 .hint("expected a weight_map from tensors to files")
         })?;
+        if index.weight_map.is_empty() {
+            return Err(Error::checkpoint(format!("{} names no tensor", path.display()))
+                .hint("expected a weight_map from tensors to files"));
+        }
         let mut names: Vec<String> = index.weight_map.values().cloned().collect();
         names.sort();
         names.dedup();
