@@ -7,6 +7,7 @@
 //!
 //! A folder is written beside its place and renamed, so it is whole or not there.
 
+mod initial;
 pub mod tensors;
 pub mod weights;
 pub mod writer;
@@ -24,6 +25,7 @@ use crate::model::{LanguageModel, ModelConfig, narrow_parameters};
 use crate::nn::{ParameterSpec, Parameters, Weights};
 use crate::rng::mix;
 use crate::text::Tokenizer;
+pub use initial::initialize;
 use tensors::TensorFiles;
 use weights::{Recipe, WeightFiles};
 use writer::{Entry, write_tensors};
