@@ -35,7 +35,8 @@ pub fn initialize(
         if drawn.is_empty() {
             let end = specs.len().min(index + device.threads());
             let draw = |index: usize| specs[index].draw(seed, index);
-            drawn.extend(device.install(|| (index..end).into_par_iter().map(draw).collect::<Vec<Vec<f32>>>()));
+            drawn
+                .extend(device.install(|| (index..end).into_par_iter().map(draw).collect::<Vec<Vec<f32>>>()));
         }
         Cow::Owned(drawn.pop_front().unwrap_or_default())
     })?;
