@@ -8,7 +8,6 @@ use clap::Args;
 use xlstm::data::{Corpus, Origin, Split};
 use xlstm::eval::{Reading, evaluate};
 use xlstm::folder::ModelFolder;
-use xlstm::nn::Weights;
 use xlstm::text::Tokenizer;
 use xlstm::{Error, Result};
 
@@ -46,7 +45,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let folder = ModelFolder::load(&args.model)?;
     let device = args.device.choose()?;
     let corpus = Arc::new(device.install(|| corpus(args, folder.tokenizer()?))?);
-    let weights = Weights::new(folder.parameters.clone(), &device)?;
+    let weights = folder.weights(&device)?;
     note_skipped(corpus.skipped());
     let tokens = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
     let reading = match (args.window, args.stride) {

@@ -8,7 +8,6 @@ use serde::Serialize;
 use xlstm::folder::ModelFolder;
 use xlstm::generate::{Finish, Sampler, Sampling, Session, StopStrings};
 use xlstm::model::Runner;
-use xlstm::nn::Weights;
 use xlstm::text::{Decoder, Tokenizer};
 use xlstm::{Error, Result};
 
@@ -127,12 +126,11 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         Some(prompt) => folder.tokenizer()?.encode(prompt)?,
         None => args.prompt_ids.clone(),
     };
-    let fingerprint = folder.fingerprint();
     let device = args.device.choose()?;
-    let weights = Weights::new(folder.parameters.clone(), &device)?;
+    let weights = folder.weights(&device)?;
     let runner = Runner::new(folder.model.clone(), weights, device);
     let mut session = match &args.state_in {
-        Some(path) => Session::load(runner, path, &fingerprint)?,
+        Some(path) => Session::load(runner, path, &folder.fingerprint())?,
         None => Session::new(runner),
     };
     let started = Instant::now();
@@ -190,7 +188,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         }
     }
     if let Some(path) = &args.state_out {
-        session.save(path, &fingerprint)?;
+        session.save(path, &folder.fingerprint())?;
         output::note(&format!("state after {} tokens: {}", session.state()?.tokens(), path.display()));
     }
     let drawn: usize = samples.iter().map(|sample| sample.ids.len()).sum();

@@ -51,6 +51,7 @@ fn describe(folder: &ModelFolder) -> Result<String> {
         "folder        {}\n\
          blocks        {} mLSTM, {slstm} sLSTM\n\
          parameters    {}\n\
+         weights       {} bytes, {}\n\
          state         {} bytes a sequence, whatever its length\n\
          forward       {:.3} MFLOP a token\n\
          training      {:.3} MFLOP a token\n\
@@ -58,7 +59,9 @@ fn describe(folder: &ModelFolder) -> Result<String> {
          fingerprint   {}\n\n",
         folder.path.display(),
         kinds.len() - slstm,
-        folder.parameters.count(),
+        model.parameter_count(),
+        folder.files.bytes(),
+        folder.files.format().name(),
         state.bytes(),
         model.flops_per_token() as f64 / 1e6,
         3.0 * model.flops_per_token() as f64 / 1e6,

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod doctor;
 pub mod eval;
 pub mod generate;
+pub mod init;
 pub mod inspect;
 pub mod prepare;
 pub mod text;

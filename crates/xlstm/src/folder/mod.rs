@@ -2,28 +2,37 @@
 //!
 //! - `config.json`: `{"format": "xlstm-model", "version": 1, "family": "small", "model": {…}}`,
 //!   the model's configuration with every key that its family has;
-//! - `model.safetensors`: the parameters under their official names, f32;
+//! - `model.safetensors`: the parameters under their official names, in f32, bf16 or f16;
 //! - `tokenizer.json`: our own format or Hugging Face's; absent for a model of bare ids.
 //!
 //! A folder is written beside its place and renamed, so it is whole or not there.
 
+mod initial;
+pub mod tensors;
+pub mod weights;
+pub mod writer;
+
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
+use crate::engine::{Device, Format};
 use crate::error::{Error, Result};
 use crate::files::recover_folder;
-use crate::model::{LanguageModel, ModelConfig};
-use crate::nn::Parameters;
+use crate::model::{LanguageModel, ModelConfig, narrow_parameters};
+use crate::nn::{ParameterSpec, Parameters, Weights};
 use crate::rng::mix;
 use crate::text::Tokenizer;
+pub use initial::initialize;
+use tensors::TensorFiles;
+use weights::{Recipe, WeightFiles};
+use writer::{Entry, write_tensors};
 
 const FORMAT: &str = "xlstm-model";
 const VERSION: u32 = 1;
 const CONFIG: &str = "config.json";
-const WEIGHTS: &str = "model.safetensors";
 const TOKENIZER: &str = "tokenizer.json";
 
 #[derive(Serialize, Deserialize)]
@@ -34,7 +43,8 @@ struct ConfigFile {
     model: serde_json::Value,
 }
 
-/// A model as loaded from a folder.
+/// A model in a folder. Its weights are read where they are needed, from the files that
+/// were there when it was opened.
 #[derive(Debug)]
 pub struct ModelFolder {
     /// Where it was loaded from.
@@ -42,7 +52,7 @@ pub struct ModelFolder {
     /// The model.
     pub model: Arc<LanguageModel>,
     /// Its numbers.
-    pub parameters: Arc<Parameters<f32>>,
+    pub files: WeightFiles,
     /// Its tokenizer, where it has one.
     pub tokenizer: Option<Tokenizer>,
 }
@@ -57,13 +67,29 @@ pub fn write(
     parameters: &Parameters<f32>,
     tokenizer: Option<&Tokenizer>,
 ) -> Result<()> {
-    let (family, model) = (model.config().family, model.config().to_json()?);
-    let config = ConfigFile { format: FORMAT.into(), version: VERSION, family: family.name().into(), model };
+    write_with(path, model, tokenizer, Format::F32, |index, _| Cow::Borrowed(&parameters.values[index]))
+}
+
+/// The same in any number format, with the numbers of one parameter at a time.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn write_with<'a>(
+    path: &Path,
+    model: &LanguageModel,
+    tokenizer: Option<&Tokenizer>,
+    format: Format,
+    mut values: impl FnMut(usize, &ParameterSpec) -> Cow<'a, [f32]>,
+) -> Result<()> {
+    let (family, config) = (model.config().family, model.config().to_json()?);
+    let config =
+        ConfigFile { format: FORMAT.into(), version: VERSION, family: family.name().into(), model: config };
     let text = serde_json::to_string_pretty(&config).map_err(|e| Error::config(e.to_string()))?;
     write_file(&path.join(CONFIG), (text + "\n").as_bytes())?;
-    let tensors = parameters.specs().iter().zip(&parameters.values);
-    let tensors = tensors.map(|(spec, values)| (spec.name.clone(), spec.shape.clone(), values.as_slice()));
-    write_tensors(&path.join(WEIGHTS), tensors)?;
+    let specs = model.specs();
+    let entry = |spec: &ParameterSpec| Entry { name: spec.name.clone(), shape: spec.shape.clone(), format };
+    let entries: Vec<Entry> = specs.iter().map(entry).collect();
+    write_tensors(&path.join(tensors::SINGLE), &entries, &[], |index| Ok(values(index, &specs[index])))?;
     match tokenizer {
         Some(tokenizer) => write_file(&path.join(TOKENIZER), tokenizer.to_json()?.as_bytes()),
         None => Ok(()),
@@ -71,7 +97,8 @@ pub fn write(
 }
 
 impl ModelFolder {
-    /// Loads the model in `path`; of a run's folder, its best one.
+    /// Opens the model in `path`; of a run's folder, its best one. Of the weights only names,
+    /// shapes and formats are read.
     ///
     /// # Errors
     /// When a file is missing, damaged, foreign, or does not belong to the others.
@@ -79,16 +106,14 @@ impl ModelFolder {
         let path = locate(path)?;
         let config = read_config(&path.join(CONFIG))?;
         let model = LanguageModel::new(&config)?;
-        let mut parameters = Parameters::zeros(model.specs());
-        let weights = path.join(WEIGHTS);
-        let mut missing: Vec<&str> = model.specs().iter().map(|spec| spec.name.as_str()).collect();
-        read_tensors(&weights, |name, shape, values| {
-            missing.retain(|other| *other != name);
-            parameters.set(name, shape, values)
-        })?;
-        if let Some(name) = missing.first() {
-            return Err(Error::checkpoint(format!("{} lacks the parameter {name}", weights.display()))
-                .hint("the file belongs to another model than the config.json beside it"));
+        let tensors = TensorFiles::open(&path)?;
+        let files = WeightFiles::new(&path, &tensors, model.specs(), |spec| Recipe::tensor(&spec.name))?;
+        if let Some(name) = files.unused().first() {
+            return Err(Error::checkpoint(format!(
+                "{} holds the tensor {name}, but the model has no such parameter",
+                path.display()
+            ))
+            .hint("the weights belong to another model than the config.json beside them"));
         }
         let file = path.join(TOKENIZER);
         let tokenizer = if file.exists() { Some(Tokenizer::from_file(&file)?) } else { None };
@@ -103,7 +128,7 @@ impl ModelFolder {
             ))
             .hint("the tokenizer does not belong to this model"));
         }
-        Ok(ModelFolder { path, model: Arc::new(model), parameters: Arc::new(parameters), tokenizer })
+        Ok(ModelFolder { path, model: Arc::new(model), files, tokenizer })
     }
 
     /// The tokenizer, for uses that cannot do without.
@@ -117,19 +142,31 @@ impl ModelFolder {
         })
     }
 
-    /// A number that tells models apart: of the configuration and all parameters.
-    pub fn fingerprint(&self) -> String {
-        fingerprint(self.model.config(), &self.parameters)
+    /// The weights for inference on `device`: on the processor as they are stored, mapped where
+    /// that is possible, so that memory holds no more than them; on a GPU in its precision.
+    ///
+    /// # Errors
+    /// When a GPU's memory runs out.
+    pub fn weights(&self, device: &Device) -> Result<Weights<f32>> {
+        match device {
+            Device::Cpu(_) => Ok(Weights::Stored(self.files.stored(&narrow_parameters(&self.model)?).into())),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(..) => Weights::new(Arc::new(self.parameters()), device),
+        }
     }
-}
 
-/// The fingerprint of a model with these parameters.
-pub fn fingerprint(config: &ModelConfig, parameters: &Parameters<f32>) -> String {
-    let mut hash = 0;
-    let mut add = |x: u64| hash = mix(hash ^ x);
-    format!("{config:?}").bytes().for_each(|byte| add(u64::from(byte)));
-    parameters.values.iter().flatten().for_each(|x| add(u64::from(x.to_bits())));
-    format!("{hash:016x}")
+    /// All parameters in f32: what training starts from.
+    pub fn parameters(&self) -> Parameters<f32> {
+        self.files.parameters()
+    }
+
+    /// A number that tells models apart: of the configuration and of all parameters as they are
+    /// stored. It reads them all.
+    pub fn fingerprint(&self) -> String {
+        let config = format!("{:?}", self.model.config());
+        let hash = config.bytes().fold(self.files.hash(), |hash, byte| mix(hash ^ u64::from(byte)));
+        format!("{hash:016x}")
+    }
 }
 
 /// The folder itself, or the best model in the folder of a run.
@@ -179,43 +216,4 @@ fn read_config(path: &Path) -> Result<ModelConfig> {
 
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     std::fs::write(path, bytes).map_err(|e| Error::io("write", path, &e))
-}
-
-/// Writes f32 tensors (name, shape, values) to a safetensors file.
-pub(crate) fn write_tensors<'a>(
-    path: &Path,
-    tensors: impl Iterator<Item = (String, Vec<usize>, &'a [f32])>,
-) -> Result<()> {
-    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
-        .map(|(name, shape, values)| (name, shape, values.iter().flat_map(|x| x.to_le_bytes()).collect()))
-        .collect();
-    let invalid =
-        |e: safetensors::SafeTensorError| Error::checkpoint(format!("cannot write {}: {e}", path.display()));
-    let mut views = Vec::with_capacity(bytes.len());
-    for (name, shape, bytes) in &bytes {
-        views.push((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(invalid)?));
-    }
-    let file = safetensors::serialize(views, None).map_err(invalid)?;
-    write_file(path, &file)
-}
-
-/// Reads a safetensors file and gives every tensor (name, shape, values) to `take`.
-pub(crate) fn read_tensors(
-    path: &Path,
-    mut take: impl FnMut(&str, &[usize], Vec<f32>) -> Result<()>,
-) -> Result<()> {
-    let file = std::fs::read(path).map_err(|e| Error::io("read", path, &e))?;
-    let damaged = |what: String| {
-        Error::checkpoint(format!("{} is damaged: {what}", path.display()))
-            .hint("the file may be cut short; use another checkpoint of the run")
-    };
-    let tensors = SafeTensors::deserialize(&file).map_err(|e| damaged(e.to_string()))?;
-    for (name, view) in tensors.iter() {
-        if view.dtype() != Dtype::F32 {
-            return Err(damaged(format!("{name} is {:?}, expected F32", view.dtype())));
-        }
-        let values = view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        take(name, view.shape(), values)?;
-    }
-    Ok(())
 }
