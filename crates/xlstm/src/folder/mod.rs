@@ -7,6 +7,10 @@
 //!
 //! A folder is written beside its place and renamed, so it is whole or not there.
 
+#[cfg(feature = "download")]
+pub mod download;
+pub mod hub;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
