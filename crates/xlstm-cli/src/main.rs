@@ -28,6 +28,9 @@ enum Verb {
     Eval(verbs::eval::EvalArgs),
     Generate(verbs::generate::GenerateArgs),
     Inspect(verbs::inspect::InspectArgs),
+    Convert(verbs::convert::ConvertArgs),
+    #[cfg(feature = "download")]
+    Pull(verbs::pull::PullArgs),
     Bench(verbs::bench::BenchArgs),
     Doctor(verbs::doctor::DoctorArgs),
 }
@@ -39,6 +42,9 @@ fn main() -> ExitCode {
         Verb::Eval(args) => verbs::eval::run(&args),
         Verb::Generate(args) => verbs::generate::run(&args),
         Verb::Inspect(args) => verbs::inspect::run(&args),
+        Verb::Convert(args) => verbs::convert::run(&args),
+        #[cfg(feature = "download")]
+        Verb::Pull(args) => verbs::pull::run(&args),
         Verb::Bench(args) => verbs::bench::run(&args),
         Verb::Doctor(args) => verbs::doctor::run(&args),
     };
@@ -78,6 +84,9 @@ mod tests {
             "xlstm generate --model m --prompt a --min-p 0.1 --repetition-penalty 1.2 --stop x --stop y",
             "xlstm inspect --model runs/1",
             "xlstm inspect shakespeare",
+            "xlstm inspect --model NX-AI/xLSTM-7b@main",
+            "xlstm convert --model m --to hugging-face --dtype bf16 --weights fused --out o",
+            "xlstm convert --model m --config c.yaml --set a.b=1 --to nx-ai --out o",
             "xlstm bench train --preset lm-mlstm-128 --threads 2 --json",
             "xlstm doctor",
         ] {
@@ -104,6 +113,8 @@ mod tests {
             "xlstm bench train --preset gpt-5",
             "xlstm bench train --preset lm-mlstm-128 --steps 0",
             "xlstm inspect",
+            "xlstm convert --model m --to onnx --out o",
+            "xlstm convert --model m --to ours --dtype int8 --out o",
             "xlstm inspect shakespeare --model m",
         ] {
             let error = Cli::try_parse_from(line.split(' ')).err().unwrap_or_else(|| panic!("{line}"));

@@ -48,9 +48,19 @@ impl Keys {
         self.map.contains_key(key)
     }
 
+    /// Whether a key is there and null.
+    pub(crate) fn is_null(&self, key: &str) -> bool {
+        self.map.get(key).is_some_and(Value::is_null)
+    }
+
     /// The text at a key that stays where it is.
     pub(crate) fn text(&self, key: &str) -> Option<&str> {
         self.map.get(key).and_then(Value::as_str)
+    }
+
+    /// All keys and values.
+    pub(crate) fn whole(self) -> Value {
+        Value::Object(self.map)
     }
 
     /// The value of a key; None where it is absent or null.

@@ -110,6 +110,9 @@ fn mlstm_block(mut block: Keys, config: &mut ModelConfig) -> Result<Vec<String>>
 }
 
 fn slstm_block(mut block: Keys, config: &mut ModelConfig) -> Result<Vec<String>> {
+    if block.is_null("feedforward") {
+        return Err(block.unfit("feedforward", "a section, as every sLSTM block has one here", &Value::Null));
+    }
     let (layer, feedforward) = (block.section("slstm")?, block.section("feedforward")?);
     let mut warnings = block.finish();
     if let Some(mut keys) = layer {
