@@ -35,7 +35,7 @@ use serde_json::Value;
 use crate::engine::{Device, Format};
 use crate::error::{Error, Result};
 use crate::files::recover_folder;
-use crate::model::{Family, LanguageModel, ModelConfig};
+use crate::model::{Family, LanguageModel, ModelConfig, narrow_parameters};
 use crate::nn::large::WeightMode;
 use crate::nn::{ParameterSpec, Parameters, Weights};
 use crate::rng::mix;
@@ -253,7 +253,7 @@ impl ModelFolder {
     /// When a GPU's memory runs out.
     pub fn weights(&self, device: &Device) -> Result<Weights<f32>> {
         match device {
-            Device::Cpu(_) => Ok(Weights::Stored(self.files.stored(&vec![false; self.model.specs().len()]).into())),
+            Device::Cpu(_) => Ok(Weights::Stored(self.files.stored(&narrow_parameters(&self.model)?).into())),
             #[cfg(feature = "cuda")]
             Device::Cuda(..) => Weights::new(Arc::new(self.parameters()), device),
         }

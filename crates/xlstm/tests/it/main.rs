@@ -26,3 +26,7 @@ mod learner;
 mod memory;
 // Training runs, checkpoints, sessions and model folders.
 mod training;
+// Weights that stay in their files, and in 16 bits.
+mod stored;
+// Files of weights and folders made to mislead.
+mod attacks;
