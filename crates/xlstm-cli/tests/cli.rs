@@ -276,12 +276,25 @@ fn models_of_other_programs() {
     };
     let tiny = golden.canonicalize().expect("golden files").join("hf_tiny");
     let tiny = tiny.to_str().expect("a path");
-    let (prompts, wanted) =
-        (golden_rows("hf_tiny_io.safetensors", "in.prompt"), golden_rows("hf_tiny_io.safetensors", "out.greedy32"));
+    let (prompts, wanted) = (
+        golden_rows("hf_tiny_io.safetensors", "in.prompt"),
+        golden_rows("hf_tiny_io.safetensors", "out.greedy32"),
+    );
     let generates = |model: &str, extra: &[&str]| {
         for (prompt, wanted) in prompts.iter().zip(&wanted) {
             let ids = prompt.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
-            let base = ["generate", "--model", model, "--prompt-ids", &ids, "-n", "32", "--temperature", "0", "--json"];
+            let base = [
+                "generate",
+                "--model",
+                model,
+                "--prompt-ids",
+                &ids,
+                "-n",
+                "32",
+                "--temperature",
+                "0",
+                "--json",
+            ];
             let (json, notes) = folder.ok(&[&base[..], extra].concat());
             let got: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
             assert_eq!(got["ids"], serde_json::json!(wanted), "{model}: {notes}");
@@ -297,7 +310,10 @@ fn models_of_other_programs() {
     let (text, _) = folder.ok(&["inspect", "--model", "hf"]);
     assert!(text.contains("Hugging Face") && text.contains("\"family\": \"large\""), "{text}");
     folder.fails(&["convert", "--model", "hf", "--to", "ours", "--out", "nx"], &["nx is there already"]);
-    folder.fails(&["convert", "--model", "hf", "--to", "ours", "--set", "x", "--out", "o"], &["--set x has no ="]);
+    folder.fails(
+        &["convert", "--model", "hf", "--to", "ours", "--set", "x", "--out", "o"],
+        &["--set x has no ="],
+    );
 
     let commit = "0123abc";
     let cache = folder.0.join("cache");

@@ -15,10 +15,12 @@ use crate::progress::Meter;
 
 /// Write a model as a folder of another kind or in another number format.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  xlstm convert --model out/1 --to hugging-face --dtype bf16 --out hf\n  \
+#[command(
+    after_help = "Examples:\n  xlstm convert --model out/1 --to hugging-face --dtype bf16 --out hf\n  \
                         xlstm convert --model NX-AI/xLSTM-7b --to ours --weights fused --out 7b\n  \
                         xlstm convert --model old --config old.yaml --set slstm_block.slstm.num_heads=4 \
-                        --to ours --out new")]
+                        --to ours --out new"
+)]
 pub struct ConvertArgs {
     #[command(flatten)]
     pub model: ModelArgs,

@@ -93,7 +93,12 @@ pub fn convert(
     Ok(warnings)
 }
 
-fn write_configuration(source: &ModelFolder, target: Target, configuration: &Value, folder: &Path) -> Result<()> {
+fn write_configuration(
+    source: &ModelFolder,
+    target: Target,
+    configuration: &Value,
+    folder: &Path,
+) -> Result<()> {
     match target {
         Target::Ours => write_json(&folder.join(CONFIG), configuration),
         Target::HuggingFace => {

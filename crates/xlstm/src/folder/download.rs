@@ -241,7 +241,8 @@ impl<'a> Client<'a> {
         if status.is_success() || status.is_redirection() {
             return Ok(response);
         }
-        let error = Error::new(ErrorKind::Io, format!("cannot download {}: {url} answers {status}", self.name));
+        let error =
+            Error::new(ErrorKind::Io, format!("cannot download {}: {url} answers {status}", self.name));
         Err(error.hint(match status.as_u16() {
             401 | 403 if self.hub.token.is_none() => {
                 "the model may not exist or not be public; for one that is not, set HF_TOKEN"

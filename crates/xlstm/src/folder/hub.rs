@@ -125,12 +125,16 @@ impl Hub {
         }
         let missing = format!("there is no model folder {}", path.display());
         let Some(Ok(name)) = path.to_str().map(HubName::from_str) else {
-            return Err(Error::checkpoint(missing)
-                .hint("`xlstm train` writes model folders, for instance out/1/best; a model of the Hub is ORG/NAME"));
+            return Err(Error::checkpoint(missing).hint(
+                "`xlstm train` writes model folders, for instance out/1/best; a model of the Hub is ORG/NAME",
+            ));
         };
         self.cached(&name).ok_or_else(|| {
-            Error::checkpoint(format!("{missing}, and no model {name} in the Hub's cache {}", self.cache.display()))
-                .hint(how_to_get(&name))
+            Error::checkpoint(format!(
+                "{missing}, and no model {name} in the Hub's cache {}",
+                self.cache.display()
+            ))
+            .hint(how_to_get(&name))
         })
     }
 }
@@ -158,7 +162,9 @@ mod tests {
         let name: HubName = "NX-AI/xLSTM-7b".parse().unwrap();
         assert_eq!((name.repository.as_str(), name.revision.as_str()), ("NX-AI/xLSTM-7b", "main"));
         assert_eq!("a/b@refs/pr/1".parse::<HubName>().unwrap().revision, "refs/pr/1");
-        for text in ["a", "a/b/c", "../b", "a/..", "/a/b", "a/b@", "a/b@../x", "a/b@x//y", "a b/c", "./a", "a/"] {
+        for text in
+            ["a", "a/b/c", "../b", "a/..", "/a/b", "a/b@", "a/b@../x", "a/b@x//y", "a b/c", "./a", "a/"]
+        {
             assert!(text.parse::<HubName>().unwrap_err().hint_text().is_some(), "{text}");
         }
     }

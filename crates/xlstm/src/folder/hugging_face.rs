@@ -138,12 +138,15 @@ pub(crate) fn describe(folder: &Path, mut keys: Keys, files: &TensorFiles) -> Re
     keys.ignore(&NOTES);
     let mut warnings = keys.finish();
     if !config.large.add_out_norm {
-        warnings.push(format!("{}: add_out_norm is false, but this format always has the norm", path.display()));
+        warnings
+            .push(format!("{}: add_out_norm is false, but this format always has the norm", path.display()));
         config.large.add_out_norm = true;
     }
     if tied && !config.tie_weights {
         let path = path.display();
-        warnings.push(format!("{path}: tie_word_embeddings is true, but there is a head of its own, which is used"));
+        warnings.push(format!(
+            "{path}: tie_word_embeddings is true, but there is a head of its own, which is used"
+        ));
     }
     widths_of_files(&path, &mut config, files, &mut warnings);
     Ok(Description { config, ends, warnings })
@@ -176,9 +179,10 @@ fn widths_of_files(path: &Path, config: &mut ModelConfig, files: &TensorFiles, w
     let dim = config.embedding_dim;
     let [qk, v] = config.large.head_dims(dim);
     let large = &mut config.large;
-    for (name, key, width, factor) in
-        [("q", "qk_dim_factor", qk, &mut large.qk_dim_factor), ("v", "v_dim_factor", v, &mut large.v_dim_factor)]
-    {
+    for (name, key, width, factor) in [
+        ("q", "qk_dim_factor", qk, &mut large.qk_dim_factor),
+        ("v", "v_dim_factor", v, &mut large.v_dim_factor),
+    ] {
         let tensor = files.get(&format!("backbone.blocks.0.mlstm_layer.{name}.weight"));
         let Some(&rows) = tensor.as_ref().and_then(|tensor| tensor.shape.first()) else { continue };
         if rows != width && rows == width.next_multiple_of(ROUNDED_TO) {
@@ -242,7 +246,8 @@ pub(crate) fn config_file(
     if large.use_bias {
         return refuse("use_bias", "true");
     }
-    let (Some(gate_soft_cap), Some(output_logit_soft_cap)) = (large.gate_soft_cap, large.output_logit_soft_cap)
+    let (Some(gate_soft_cap), Some(output_logit_soft_cap)) =
+        (large.gate_soft_cap, large.output_logit_soft_cap)
     else {
         return refuse("gate_soft_cap or output_logit_soft_cap", "null");
     };
@@ -294,7 +299,6 @@ pub(crate) fn config_file(
 pub(crate) fn generation_file(ends: Option<&[u32]>) -> Value {
     json!({"eos_token_id": ends, "use_cache": true})
 }
-
 
 #[cfg(test)]
 mod tests {

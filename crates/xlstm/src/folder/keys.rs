@@ -89,7 +89,12 @@ impl Keys {
     ///
     /// # Errors
     /// When it is not what is `expected`.
-    pub(crate) fn set<T: DeserializeOwned>(&mut self, key: &str, expected: &str, place: &mut T) -> Result<()> {
+    pub(crate) fn set<T: DeserializeOwned>(
+        &mut self,
+        key: &str,
+        expected: &str,
+        place: &mut T,
+    ) -> Result<()> {
         if let Some(value) = self.take(key, expected)? {
             *place = value;
         }
@@ -155,7 +160,9 @@ impl Keys {
     /// When the key is there and is not `only`.
     pub(crate) fn require(&mut self, key: &str, only: &Value) -> Result<()> {
         match self.take::<Value>(key, "a value")? {
-            Some(value) if value != *only => Err(self.unfit(key, &format!("{only}, all that is supported"), &value)),
+            Some(value) if value != *only => {
+                Err(self.unfit(key, &format!("{only}, all that is supported"), &value))
+            }
             _ => Ok(()),
         }
     }
@@ -215,7 +222,8 @@ mod tests {
     fn keys_are_taken_and_the_rest_is_named() {
         let scratch = Scratch::new();
         let file = scratch.0.join("config.yaml");
-        std::fs::write(&file, "heads: 4\neps: 1.0e-06\ncap: null\ninner: {size: x}\nsise: 3\n_note: 1\n").unwrap();
+        std::fs::write(&file, "heads: 4\neps: 1.0e-06\ncap: null\ninner: {size: x}\nsise: 3\n_note: 1\n")
+            .unwrap();
         let mut keys = Keys::read(&file).unwrap();
         let (mut heads, mut eps, mut cap, mut size) = (0, 0.0, Some(1.0), 0);
         keys.count("heads", &mut heads).unwrap();
@@ -225,7 +233,10 @@ mod tests {
         assert_eq!((heads, eps, cap, size), (4, 1e-6, None, 0));
         let mut inner = keys.section("inner").unwrap().unwrap();
         let error = inner.count("size", &mut size).unwrap_err().to_string();
-        assert!(error.ends_with("config.yaml: inner.size: expected a whole number, 0 or greater, found \"x\""), "{error}");
+        assert!(
+            error.ends_with("config.yaml: inner.size: expected a whole number, 0 or greater, found \"x\""),
+            "{error}"
+        );
         let warnings = keys.finish();
         assert_eq!(warnings.len(), 1);
         assert!(warnings[0].contains("unknown key sise is ignored (did you mean size?)"), "{warnings:?}");

@@ -199,8 +199,11 @@ impl ModelFolder {
         }
         let (kind, keys) = kind_of(&file, keys)?;
         if kind == Kind::Ours && !options.sets.is_empty() {
-            return Err(Error::config(format!("{} is our own configuration, whose keys are not set", file.display()))
-                .hint("--set is for the configurations of other programs"));
+            return Err(Error::config(format!(
+                "{} is our own configuration, whose keys are not set",
+                file.display()
+            ))
+            .hint("--set is for the configurations of other programs"));
         }
         let tensors = TensorFiles::open(&path)?;
         let Description { mut config, ends, warnings } = match kind {
@@ -214,7 +217,8 @@ impl ModelFolder {
         }
         let model = modest(&config).and_then(|()| LanguageModel::new(&config));
         let model = model.map_err(|error| in_their_words(error, kind, &file))?;
-        let files = WeightFiles::new(&path, &tensors, model.specs(), |spec| kind.recipe(&config, &tensors, spec))?;
+        let files =
+            WeightFiles::new(&path, &tensors, model.specs(), |spec| kind.recipe(&config, &tensors, spec))?;
         if let Some(name) = files.unused().first() {
             return Err(Error::checkpoint(format!(
                 "{} holds the tensor {name}, but the model of {} has no such parameter",
@@ -329,7 +333,8 @@ fn kind_of(file: &Path, mut keys: Keys) -> Result<(Kind, Keys)> {
         ))
         .hint("this program runs xLSTM models only"));
     }
-    if !small::is(&keys) && !nx_ai::is(&keys)
+    if !small::is(&keys)
+        && !nx_ai::is(&keys)
         && let Some(inner) = keys.section("model")?
     {
         keys = inner;
@@ -365,12 +370,15 @@ fn modest(config: &ModelConfig) -> Result<()> {
         config.mlstm.conv1d_kernel_size,
         config.slstm.conv1d_kernel_size,
     ];
-    for (key, size) in [("model.vocab_size", config.vocab_size), ("model.embedding_dim", config.embedding_dim)]
-        .into_iter()
-        .chain(rounding.map(|size| ("a multiple or kernel size", size)))
+    for (key, size) in
+        [("model.vocab_size", config.vocab_size), ("model.embedding_dim", config.embedding_dim)]
+            .into_iter()
+            .chain(rounding.map(|size| ("a multiple or kernel size", size)))
     {
         if size > 1 << 28 {
-            return Err(Error::config(format!("{key} is {size}")).hint(format!("{key} is at most {}", 1 << 28)));
+            return Err(
+                Error::config(format!("{key} is {size}")).hint(format!("{key} is at most {}", 1 << 28))
+            );
         }
     }
     if widest * config.embedding_dim as f64 > f64::from(1 << 30) {

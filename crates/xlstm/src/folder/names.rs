@@ -68,13 +68,16 @@ mod tests {
         config.large.num_heads = 4;
         let block = |i: usize, name: &str| format!("backbone.blocks.{i}.{name}");
         for i in [1, 10, 11] {
-            let single = |name: &str| name.contains(".q.") || name.contains("proj_up_gate.") || name.contains("igate_preact.");
+            let single = |name: &str| {
+                name.contains(".q.") || name.contains("proj_up_gate.") || name.contains("igate_preact.")
+            };
             let got = recipe(&config, single, &block(i, "mlstm_layer.qkv_opreact.weight"));
             let names: Vec<String> = got.pieces.into_iter().map(|piece| piece.tensor).collect();
             let want = ["q", "k", "v", "ogate_preact"].map(|p| block(i, &format!("mlstm_layer.{p}.weight")));
             assert_eq!(names, want);
 
-            let fused = |name: &str| name.contains("qkv_opreact") || name.contains("_z.") || name.contains("ifgate");
+            let fused =
+                |name: &str| name.contains("qkv_opreact") || name.contains("_z.") || name.contains("ifgate");
             let got = recipe(&config, fused, &block(i, "mlstm_layer.v.weight"));
             assert_eq!(got.pieces[0].tensor, block(i, "mlstm_layer.qkv_opreact.weight"));
             assert_eq!(got.pieces[0].rows, Some(128..256));
@@ -83,7 +86,8 @@ mod tests {
             let got = recipe(&config, fused, &block(i, "ffn.proj_up.weight"));
             assert_eq!(got.pieces[0].tensor, block(i, "ffn.proj_up_gate_z.weight"));
         }
-        for name in ["embedding.weight", "backbone.out_norm.weight", "backbone.blocks.0.ffn.proj_down.weight"] {
+        for name in ["embedding.weight", "backbone.out_norm.weight", "backbone.blocks.0.ffn.proj_down.weight"]
+        {
             assert_eq!(recipe(&config, |_| false, name).pieces[0].tensor, name);
         }
     }

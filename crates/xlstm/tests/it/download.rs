@@ -77,7 +77,8 @@ fn answer(
     let config = b"{\"model_type\": \"xlstm\"}";
     let head = request.method == "HEAD";
     let mut send = |status: &str, headers: &str, body: &[u8], claimed: usize| {
-        let text = format!("HTTP/1.1 {status}\r\ncontent-length: {claimed}\r\nconnection: close\r\n{headers}\r\n");
+        let text =
+            format!("HTTP/1.1 {status}\r\ncontent-length: {claimed}\r\nconnection: close\r\n{headers}\r\n");
         let _ = stream.write_all(text.as_bytes());
         let _ = stream.write_all(if head { b"" } else { body });
     };
@@ -85,7 +86,8 @@ fn answer(
     if request.path.starts_with("/api/") && request.authorization.as_deref() != Some(TOKEN) {
         send("401 Unauthorized", "", b"", 0);
     } else if request.path == "/api/models/org/name/revision/main" {
-        let names = ["config.json", "model.safetensors", "../evil.json", ".gitattributes", "pytorch_model.bin"];
+        let names =
+            ["config.json", "model.safetensors", "../evil.json", ".gitattributes", "pytorch_model.bin"];
         let siblings = names.map(|name| format!("{{\"rfilename\": \"{name}\"}}")).join(", ");
         let body = format!("{{\"sha\": \"{COMMIT}\", \"siblings\": [{siblings}]}}");
         send("200 OK", "", body.as_bytes(), body.len());
@@ -132,7 +134,10 @@ fn a_download_that_breaks_off_goes_on() {
 
     let folder = pull(&hub, &name, &mut |p| told.push((p.file.to_owned(), p.done))).expect("the rest");
     assert_eq!(std::fs::read(folder.join("model.safetensors")).expect("weights"), weights);
-    assert_eq!(std::fs::read_to_string(folder.join("config.json")).expect("text"), "{\"model_type\": \"xlstm\"}");
+    assert_eq!(
+        std::fs::read_to_string(folder.join("config.json")).expect("text"),
+        "{\"model_type\": \"xlstm\"}"
+    );
     assert_eq!(hub.cached(&name), Some(folder.clone()));
     assert_eq!(std::fs::read_dir(&folder).expect("files").count(), 2, "two files are a model's");
     assert!(folder.ends_with(format!("models--org--name/snapshots/{COMMIT}")) && !partial.exists());
@@ -174,7 +179,11 @@ fn downloads_that_are_refused() {
     ] {
         let error = pull(&hub, &name.parse().expect("a name"), &mut |_| {}).expect_err(wanted);
         assert!(error.to_string().contains(wanted), "{error}");
-        assert!(error.hint_text().is_some_and(|text| text.contains(hint)), "{error}: {:?}", error.hint_text());
+        assert!(
+            error.hint_text().is_some_and(|text| text.contains(hint)),
+            "{error}: {:?}",
+            error.hint_text()
+        );
     }
     assert!(!scratch.0.join("hub").exists(), "nothing is left of what was refused");
 }

@@ -198,7 +198,12 @@ fn a_shared_head_is_written_out() {
 fn tokens_that_end_a_text() {
     let scratch = Scratch::new();
     save(&large(|_| ()), &scratch.path("ours"));
-    to(&scratch.path("ours"), &OpenOptions::default(), &Conversion::to(Target::HuggingFace), &scratch.path("hf"));
+    to(
+        &scratch.path("ours"),
+        &OpenOptions::default(),
+        &Conversion::to(Target::HuggingFace),
+        &scratch.path("hf"),
+    );
     let hf = scratch.path("hf");
     let ends = || ModelFolder::load(&hf).expect("a model").end_tokens();
     let change = |file: &str, eos: Option<Value>| {
@@ -242,7 +247,11 @@ slstm_block:
 ";
 
 /// Writes the tensors that `theirs` makes of our small model's, and the official configuration.
-fn write_small(path: &Path, yaml: &str, theirs: impl Fn(&str, &[usize], Vec<f32>) -> (Vec<usize>, Vec<f32>)) -> Parameters<f32> {
+fn write_small(
+    path: &Path,
+    yaml: &str,
+    theirs: impl Fn(&str, &[usize], Vec<f32>) -> (Vec<usize>, Vec<f32>),
+) -> Parameters<f32> {
     let config: ModelConfig = serde_json::from_value(json!({
         "vocab_size": 7, "embedding_dim": 16, "num_blocks": 3, "slstm_at": [1], "bias": true,
         "mlstm": {"num_heads": 2, "conv1d_kernel_size": 3}, "slstm": {"num_heads": 4}
@@ -278,7 +287,8 @@ fn the_small_familys_state_dict_in_both_layouts() {
             for head in 0..heads {
                 for row in 0..4 * size {
                     for column in 0..size {
-                        theirs[(head * size + column) * 4 * size + row] = values[(head * 4 * size + row) * size + column];
+                        theirs[(head * size + column) * 4 * size + row] =
+                            values[(head * 4 * size + row) * size + column];
                     }
                 }
             }
@@ -343,20 +353,32 @@ fn foreign_folders_that_do_not_fit() {
     let both = |first: &str, second: &str, value: u64| json!({first: value, second: value});
     with(json!({"num_heads": 0}), &["config.json", "num_heads is 0"]);
     with(json!({"num_heads": odd}), &["config.json", &format!("num_heads is {odd}")]);
-    with(json!({"num_heads": "four"}), &["config.json: num_heads: expected a whole number", "found \"four\""]);
+    with(
+        json!({"num_heads": "four"}),
+        &["config.json: num_heads: expected a whole number", "found \"four\""],
+    );
     with(json!({"num_heads": -1}), &["num_heads: expected a whole number", "found -1"]);
     with(json!({"ffn_round_up_to_multiple_of": 0}), &["ffn_round_up_to_multiple_of is 0"]);
     with(json!({"qk_dim_factor": 0.0}), &["qk_dim_factor is 0"]);
     with(json!({"norm_eps": "small"}), &["norm_eps: expected a number, found \"small\""]);
     with(json!({"weight_mode": "molten"}), &["weight_mode: expected single or fused, found \"molten\""]);
     with(json!({"model_type": "llama"}), &["model_type: expected \"xlstm\", found \"llama\""]);
-    with(json!({"num_blocks": blocks + 1}), &[&format!("num_blocks: expected {blocks}, as num_hidden_layers")]);
+    with(
+        json!({"num_blocks": blocks + 1}),
+        &[&format!("num_blocks: expected {blocks}, as num_hidden_layers")],
+    );
     with(both("num_hidden_layers", "num_blocks", 0), &["num_blocks is 0"]);
     let beyond = format!("backbone.blocks.{blocks}.");
-    with(both("num_hidden_layers", "num_blocks", blocks + 1), &["model.safetensors lacks the tensor", &beyond]);
+    with(
+        both("num_hidden_layers", "num_blocks", blocks + 1),
+        &["model.safetensors lacks the tensor", &beyond],
+    );
     let last = format!("holds the tensor backbone.blocks.{}.", blocks - 1);
     with(both("num_hidden_layers", "num_blocks", blocks - 1), &[&last]);
-    with(both("hidden_size", "embedding_dim", 2 * dim), &["model.safetensors: expected [", "found backbone."]);
+    with(
+        both("hidden_size", "embedding_dim", 2 * dim),
+        &["model.safetensors: expected [", "found backbone."],
+    );
     with(json!({"vocab_size": 1_u64 << 60}), &["vocab_size is 1152921504606846976"]);
     with(both("hidden_size", "embedding_dim", 1 << 50), &["hidden_size is"]);
     with(json!({"ffn_proj_factor": 1e300}), &["a factor of hidden_size is"]);
@@ -377,14 +399,20 @@ fn foreign_folders_that_do_not_fit() {
 
     let small = |from: &str, with: &str, wanted: &str| {
         assert!(SMALL.contains(from));
-        write_small(&path.join("small"), &SMALL.replace(from, with), |_, shape, values| (shape.to_vec(), values));
+        write_small(&path.join("small"), &SMALL.replace(from, with), |_, shape, values| {
+            (shape.to_vec(), values)
+        });
         let error = ModelFolder::load(&path.join("small")).expect_err(with);
         assert!(error.to_string().contains(wanted) && error.hint_text().is_some(), "{error}");
     };
     small("slstm: {num_heads: 4", "slstm: {num_heads: 3", "config.yaml: slstm_block.slstm.num_heads is 3");
     small("{num_heads: 2", "{num_heads: 0", "mlstm_block.mlstm.num_heads is 0");
     small("act_fn: gelu", "act_fn: tanh", "feedforward.act_fn: expected gelu, relu");
-    small("proj_factor: 1.3", "ff_type: moe", "feedforward.ff_type: expected \"ffn_gated\", all that is supported");
+    small(
+        "proj_factor: 1.3",
+        "ff_type: moe",
+        "feedforward.ff_type: expected \"ffn_gated\", all that is supported",
+    );
     small("slstm_at: [1]", "slstm_at: [9]", "slstm_at holds 9");
     small("slstm_at: [1]", "slstm_at: [0]", "tensor");
     small("num_blocks: 3", "num_blocks: 2", "holds the tensor xlstm_block_stack.blocks.2.");
