@@ -29,6 +29,9 @@ enum Verb {
     Generate(verbs::generate::GenerateArgs),
     Init(verbs::init::InitArgs),
     Inspect(verbs::inspect::InspectArgs),
+    Convert(verbs::convert::ConvertArgs),
+    #[cfg(feature = "download")]
+    Pull(verbs::pull::PullArgs),
     Bench(verbs::bench::BenchArgs),
     Doctor(verbs::doctor::DoctorArgs),
 }
@@ -41,6 +44,9 @@ fn main() -> ExitCode {
         Verb::Generate(args) => verbs::generate::run(&args),
         Verb::Init(args) => verbs::init::run(&args),
         Verb::Inspect(args) => verbs::inspect::run(&args),
+        Verb::Convert(args) => verbs::convert::run(&args),
+        #[cfg(feature = "download")]
+        Verb::Pull(args) => verbs::pull::run(&args),
         Verb::Bench(args) => verbs::bench::run(&args),
         Verb::Doctor(args) => verbs::doctor::run(&args),
     };
@@ -81,6 +87,9 @@ mod tests {
             "xlstm init shakespeare --set model.vocab_size=65 --out m --dtype bf16 --seed 3 --threads 2",
             "xlstm inspect --model runs/1",
             "xlstm inspect shakespeare",
+            "xlstm inspect --model NX-AI/xLSTM-7b@main",
+            "xlstm convert --model m --to hugging-face --dtype bf16 --weights fused --out o",
+            "xlstm convert --model m --config c.yaml --set a.b=1 --to nx-ai --out o",
             "xlstm bench train --preset lm-mlstm-128 --threads 2 --json",
             "xlstm doctor",
         ] {
@@ -109,6 +118,8 @@ mod tests {
             "xlstm init shakespeare",
             "xlstm init shakespeare --out m --dtype int8",
             "xlstm inspect",
+            "xlstm convert --model m --to onnx --out o",
+            "xlstm convert --model m --to ours --dtype int8 --out o",
             "xlstm inspect shakespeare --model m",
         ] {
             let error = Cli::try_parse_from(line.split(' ')).err().unwrap_or_else(|| panic!("{line}"));

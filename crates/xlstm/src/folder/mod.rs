@@ -1,13 +1,28 @@
-//! Model folders: everything that a model is, in three files.
+//! Model folders: a configuration, weights in safetensors files, and where there is one a
+//! tokenizer.
 //!
-//! - `config.json`: `{"format": "xlstm-model", "version": 1, "family": "small", "model": {…}}`,
-//!   the model's configuration with every key that its family has;
-//! - `model.safetensors`: the parameters under their official names, in f32, bf16 or f16;
-//! - `tokenizer.json`: our own format or Hugging Face's; absent for a model of bare ids.
+//! | format | configuration | families |
+//! |---|---|---|
+//! | ours | `config.json` with `"format": "xlstm-model"` | all |
+//! | Hugging Face's | `config.json` with `"model_type": "xlstm"`, `generation_config.json` | large |
+//! | NX-AI's | `config.yaml` | large |
+//! | the small family's official one | `config.yaml` or `config.json` with its keys | small |
 //!
-//! A folder is written beside its place and renamed, so it is whole or not there.
+//! All of them are read; the first three are written. Opening a folder reads its configuration and
+//! the headers of its weights, so that what does not fit is found before a weight is read. A folder
+//! is written beside its place and renamed, so it is whole or not there.
 
+pub mod convert;
+#[cfg(feature = "download")]
+pub mod download;
+pub mod hub;
+mod hugging_face;
 mod initial;
+mod keys;
+mod names;
+mod nx_ai;
+mod ours;
+mod small;
 pub mod tensors;
 pub mod weights;
 pub mod writer;
@@ -16,31 +31,84 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::engine::{Device, Format};
 use crate::error::{Error, Result};
 use crate::files::recover_folder;
-use crate::model::{LanguageModel, ModelConfig, narrow_parameters};
+use crate::model::{Family, LanguageModel, ModelConfig, narrow_parameters};
+use crate::nn::large::WeightMode;
 use crate::nn::{ParameterSpec, Parameters, Weights};
 use crate::rng::mix;
 use crate::text::Tokenizer;
 pub use initial::initialize;
+use keys::Keys;
 use tensors::TensorFiles;
 use weights::{Recipe, WeightFiles};
 use writer::{Entry, write_tensors};
 
-const FORMAT: &str = "xlstm-model";
-const VERSION: u32 = 1;
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 
-#[derive(Serialize, Deserialize)]
-struct ConfigFile {
-    format: String,
-    version: u32,
-    family: String,
-    model: serde_json::Value,
+/// Who writes folders of this kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// This program.
+    Ours,
+    /// `transformers`.
+    HuggingFace,
+    /// NX-AI's program for the large family.
+    NxAi,
+    /// The official program for the small family.
+    Small,
+}
+
+impl Kind {
+    /// Its name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Ours => "ours",
+            Kind::HuggingFace => "Hugging Face",
+            Kind::NxAi => "NX-AI",
+            Kind::Small => "official, small family",
+        }
+    }
+
+    /// How a parameter is made of the tensors of such a folder.
+    fn recipe(self, config: &ModelConfig, files: &TensorFiles, spec: &ParameterSpec) -> Recipe {
+        match (self, config.family) {
+            (Kind::HuggingFace, _) => hugging_face::recipe(config, files, &spec.name),
+            (Kind::Small, _) => small::recipe(config, files, spec),
+            (_, Family::Large) => names::recipe(config, |name| files.get(name).is_some(), &spec.name),
+            _ => Recipe::tensor(&spec.name),
+        }
+    }
+
+    /// Our configuration keys, as an error names them, and this kind's.
+    fn renamed_keys(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Kind::Ours => &[],
+            Kind::HuggingFace => {
+                &[("model.large.", ""), ("model.embedding_dim", "hidden_size"), ("model.", "")]
+            }
+            Kind::NxAi => &[("model.large.", ""), ("model.", "")],
+            Kind::Small => &[
+                ("model.mlstm.", "mlstm_block.mlstm."),
+                ("model.slstm.", "slstm_block.slstm."),
+                ("model.feedforward.", "slstm_block.feedforward."),
+                ("model.", ""),
+            ],
+        }
+    }
+}
+
+/// What a folder's configuration says.
+#[derive(Debug)]
+struct Description {
+    config: ModelConfig,
+    /// Tokens that end a text; None where nothing is said.
+    ends: Option<Vec<u32>>,
+    warnings: Vec<String>,
 }
 
 /// A model in a folder. Its weights are read where they are needed, from the files that
@@ -49,12 +117,28 @@ struct ConfigFile {
 pub struct ModelFolder {
     /// Where it was loaded from.
     pub path: PathBuf,
+    /// Who wrote it.
+    pub kind: Kind,
     /// The model.
     pub model: Arc<LanguageModel>,
     /// Its numbers.
     pub files: WeightFiles,
     /// Its tokenizer, where it has one.
     pub tokenizer: Option<Tokenizer>,
+    /// What the folder says that was not understood or not followed.
+    pub warnings: Vec<String>,
+    ends: Option<Vec<u32>>,
+}
+
+/// What is not in a folder or shall be otherwise.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// The configuration, where it lies elsewhere or has another name.
+    pub config: Option<PathBuf>,
+    /// Keys of another program's configuration and values in YAML, over those of the file.
+    pub sets: Vec<(String, String)>,
+    /// How weights of the large family that read the same input are kept in memory.
+    pub weight_mode: Option<WeightMode>,
 }
 
 /// Writes a model into the folder `path`, which exists.
@@ -81,11 +165,7 @@ pub fn write_with<'a>(
     format: Format,
     mut values: impl FnMut(usize, &ParameterSpec) -> Cow<'a, [f32]>,
 ) -> Result<()> {
-    let (family, config) = (model.config().family, model.config().to_json()?);
-    let config =
-        ConfigFile { format: FORMAT.into(), version: VERSION, family: family.name().into(), model: config };
-    let text = serde_json::to_string_pretty(&config).map_err(|e| Error::config(e.to_string()))?;
-    write_file(&path.join(CONFIG), (text + "\n").as_bytes())?;
+    write_json(&path.join(CONFIG), &ours::config_file(model.config(), None)?)?;
     let specs = model.specs();
     let entry = |spec: &ParameterSpec| Entry { name: spec.name.clone(), shape: spec.shape.clone(), format };
     let entries: Vec<Entry> = specs.iter().map(entry).collect();
@@ -103,32 +183,54 @@ impl ModelFolder {
     /// # Errors
     /// When a file is missing, damaged, foreign, or does not belong to the others.
     pub fn load(path: &Path) -> Result<ModelFolder> {
-        let path = locate(path)?;
-        let config = read_config(&path.join(CONFIG))?;
-        let model = LanguageModel::new(&config)?;
+        ModelFolder::open(path, &OpenOptions::default())
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// As [`load`](ModelFolder::load).
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<ModelFolder> {
+        let (path, file) = match &options.config {
+            Some(file) => (path.to_owned(), file.clone()),
+            None => locate(path)?,
+        };
+        let mut keys = Keys::read(&file)?;
+        for (key, value) in &options.sets {
+            keys.override_with(key, value)?;
+        }
+        let (kind, keys) = kind_of(&file, keys)?;
+        if kind == Kind::Ours && !options.sets.is_empty() {
+            return Err(Error::config(format!(
+                "{} is our own configuration, whose keys are not set",
+                file.display()
+            ))
+            .hint("--set is for the configurations of other programs"));
+        }
         let tensors = TensorFiles::open(&path)?;
-        let files = WeightFiles::new(&path, &tensors, model.specs(), |spec| Recipe::tensor(&spec.name))?;
+        let Description { mut config, ends, warnings } = match kind {
+            Kind::Ours => ours::describe(&file, keys)?,
+            Kind::HuggingFace => hugging_face::describe(&path, keys, &tensors)?,
+            Kind::NxAi => nx_ai::describe(keys)?,
+            Kind::Small => small::describe(keys)?,
+        };
+        if let (Some(mode), Family::Large) = (options.weight_mode, config.family) {
+            config.large.weight_mode = mode;
+        }
+        let model = modest(&config).and_then(|()| LanguageModel::new(&config));
+        let model = model.map_err(|error| in_their_words(error, kind, &file))?;
+        let files =
+            WeightFiles::new(&path, &tensors, model.specs(), |spec| kind.recipe(&config, &tensors, spec))?;
         if let Some(name) = files.unused().first() {
             return Err(Error::checkpoint(format!(
-                "{} holds the tensor {name}, but the model has no such parameter",
-                path.display()
+                "{} holds the tensor {name}, but the model of {} has no such parameter",
+                path.display(),
+                file.display()
             ))
-            .hint("the weights belong to another model than the config.json beside them"));
+            .hint("the weights belong to another model than the configuration"));
         }
-        let file = path.join(TOKENIZER);
-        let tokenizer = if file.exists() { Some(Tokenizer::from_file(&file)?) } else { None };
-        if let Some(tokenizer) = &tokenizer
-            && tokenizer.vocabulary_size() > config.vocab_size
-        {
-            return Err(Error::checkpoint(format!(
-                "{} has {} tokens, the model {}",
-                file.display(),
-                tokenizer.vocabulary_size(),
-                config.vocab_size
-            ))
-            .hint("the tokenizer does not belong to this model"));
-        }
-        Ok(ModelFolder { path, model: Arc::new(model), files, tokenizer })
+        let tokenizer = read_tokenizer(&path, config.vocab_size)?;
+        Ok(ModelFolder { path, kind, model: Arc::new(model), files, tokenizer, warnings, ends })
     }
 
     /// The tokenizer, for uses that cannot do without.
@@ -140,6 +242,14 @@ impl ModelFolder {
             Error::checkpoint(format!("{} has no tokenizer.json", self.path.display()))
                 .hint("give token ids with --prompt-ids")
         })
+    }
+
+    /// The tokens that end a text: those that the folder names, else the tokenizer's.
+    pub fn end_tokens(&self) -> Vec<u32> {
+        match &self.ends {
+            Some(ends) => ends.clone(),
+            None => self.tokenizer.as_ref().and_then(Tokenizer::end_of_text).into_iter().collect(),
+        }
     }
 
     /// The weights for inference on `device`: on the processor as they are stored, mapped where
@@ -169,49 +279,158 @@ impl ModelFolder {
     }
 }
 
-/// The folder itself, or the best model in the folder of a run.
-fn locate(path: &Path) -> Result<PathBuf> {
-    if path.join(CONFIG).exists() {
-        return Ok(path.to_owned());
+/// The folder itself, or the best model in the folder of a run; and its configuration.
+fn locate(path: &Path) -> Result<(PathBuf, PathBuf)> {
+    let here = |path: &Path| {
+        let json = path.join(CONFIG);
+        json.exists().then(|| (path.to_owned(), json))
+    };
+    if let Some(found) = here(path) {
+        return Ok(found);
     }
     for inner in ["best", "last"].map(|name| path.join(name)) {
-        if recover_folder(&inner)? && inner.join(CONFIG).exists() {
-            return Ok(inner);
+        if recover_folder(&inner)?
+            && let Some(found) = here(&inner)
+        {
+            return Ok(found);
         }
     }
-    if recover_folder(path)? && path.join(CONFIG).exists() {
-        return Ok(path.to_owned());
+    if recover_folder(path)?
+        && let Some(found) = here(path)
+    {
+        return Ok(found);
     }
-    let error = match path.exists() {
-        true => Error::checkpoint(format!("{} is no model folder: it has no {CONFIG}", path.display())),
-        false => Error::checkpoint(format!("there is no model folder {}", path.display())),
-    };
-    Err(error.hint("`xlstm train` writes model folders, for instance out/1/best"))
+    // A run's folder has a config.yaml as well, but no weights beside it.
+    let yaml = path.join(nx_ai::CONFIG);
+    if yaml.exists() && tensors::has_weights(path) {
+        return Ok((path.to_owned(), yaml));
+    }
+    if !path.exists() {
+        return Err(Error::checkpoint(format!("there is no model folder {}", path.display()))
+            .hint("`xlstm train` writes model folders, for instance out/1/best"));
+    }
+    Err(Error::checkpoint(format!(
+        "{} is no model folder: it has neither {CONFIG} (ours, Hugging Face's) nor {} beside weights \
+         (NX-AI's, the small family's official one) nor best/ or last/ (a run's)",
+        path.display(),
+        nx_ai::CONFIG
+    ))
+    .hint("`xlstm train` writes model folders, for instance out/1/best"))
 }
 
-fn read_config(path: &Path) -> Result<ModelConfig> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, &e))?;
-    let foreign = |what: String| {
-        Error::checkpoint(format!("{} does not describe an xlstm model: {what}", path.display()))
-            .hint("expected the config.json that `xlstm train` writes")
+/// Whose configuration these keys are, and those that matter: a section `model` where the rest is
+/// about a run.
+fn kind_of(file: &Path, mut keys: Keys) -> Result<(Kind, Keys)> {
+    if ours::is(&keys) {
+        return Ok((Kind::Ours, keys));
+    }
+    if let Some(other) = keys.text("model_type") {
+        if other == hugging_face::MODEL_TYPE {
+            return Ok((Kind::HuggingFace, keys));
+        }
+        return Err(Error::checkpoint(format!(
+            "{}: model_type: expected {:?}, found {other:?}",
+            file.display(),
+            hugging_face::MODEL_TYPE
+        ))
+        .hint("this program runs xLSTM models only"));
+    }
+    if !small::is(&keys)
+        && !nx_ai::is(&keys)
+        && let Some(inner) = keys.section("model")?
+    {
+        keys = inner;
+    }
+    if small::is(&keys) {
+        return Ok((Kind::Small, keys));
+    }
+    if nx_ai::is(&keys) {
+        return Ok((Kind::NxAi, keys));
+    }
+    Err(Error::checkpoint(format!(
+        "{} does not describe a model that we know: it has neither \"format\": {:?} (ours) nor \"model_type\": {:?} \
+         (Hugging Face's) nor embedding_dim, num_heads, num_blocks and vocab_size (NX-AI's) nor mlstm_block, \
+         slstm_block or slstm_at (the small family's official one)",
+        file.display(),
+        ours::FORMAT,
+        hugging_face::MODEL_TYPE
+    ))
+    .hint("expected the folder of an xLSTM language model"))
+}
+
+/// Refuses sizes beyond any model, with which shapes could not be counted.
+fn modest(config: &ModelConfig) -> Result<()> {
+    let large = &config.large;
+    let widest = [large.qk_dim_factor, large.v_dim_factor, large.ffn_proj_factor, config.mlstm.proj_factor]
+        .into_iter()
+        .chain([config.feedforward.proj_factor, 1.0])
+        .fold(0.0, f64::max);
+    let rounding = [
+        large.ffn_round_up_to_multiple_of,
+        config.mlstm.round_proj_up_to_multiple_of,
+        config.feedforward.round_proj_up_to_multiple_of,
+        config.mlstm.conv1d_kernel_size,
+        config.slstm.conv1d_kernel_size,
+    ];
+    for (key, size) in
+        [("model.vocab_size", config.vocab_size), ("model.embedding_dim", config.embedding_dim)]
+            .into_iter()
+            .chain(rounding.map(|size| ("a multiple or kernel size", size)))
+    {
+        if size > 1 << 28 {
+            return Err(
+                Error::config(format!("{key} is {size}")).hint(format!("{key} is at most {}", 1 << 28))
+            );
+        }
+    }
+    if widest * config.embedding_dim as f64 > f64::from(1 << 30) {
+        return Err(Error::config(format!("a factor of model.embedding_dim is {widest}"))
+            .hint("widths are at most a thousand million"));
+    }
+    Ok(())
+}
+
+/// An error about our configuration, as one about theirs.
+fn in_their_words(error: Error, kind: Kind, file: &Path) -> Error {
+    if kind == Kind::Ours {
+        return error;
+    }
+    let renamed = |text: &str| {
+        kind.renamed_keys().iter().fold(text.to_owned(), |text, (ours, theirs)| text.replace(ours, theirs))
     };
-    let file: ConfigFile = serde_json::from_str(&text).map_err(|e| foreign(e.to_string()))?;
-    if file.format != FORMAT {
-        return Err(foreign(format!("its format is {:?}", file.format)));
+    let theirs = Error::checkpoint(format!("{}: {}", file.display(), renamed(&error.to_string())));
+    theirs.hint(renamed(error.hint_text().unwrap_or("the configuration is damaged")))
+}
+
+fn read_tokenizer(folder: &Path, vocabulary: usize) -> Result<Option<Tokenizer>> {
+    let file = folder.join(TOKENIZER);
+    if !file.exists() {
+        return Ok(None);
     }
-    if file.version > VERSION {
-        return Err(foreign(format!("version {}, but this program knows {VERSION}", file.version))
-            .hint("use a newer version of xlstm"));
+    let tokenizer = Tokenizer::from_file(&file)?;
+    if tokenizer.vocabulary_size() > vocabulary {
+        return Err(Error::checkpoint(format!(
+            "{} has {} tokens, the model {vocabulary}",
+            file.display(),
+            tokenizer.vocabulary_size(),
+        ))
+        .hint("the tokenizer does not belong to this model"));
     }
-    let model: ModelConfig = serde_json::from_value(file.model).map_err(|e| foreign(e.to_string()))?;
-    if model.family.name() != file.family {
-        return Err(foreign(format!(
-            "family {:?}, but its model is of {}",
-            file.family,
-            model.family.name()
-        )));
+    Ok(Some(tokenizer))
+}
+
+/// What other programs call a number format.
+fn readable(format: Format) -> &'static str {
+    match format {
+        Format::F32 => "float32",
+        Format::Bf16 => "bfloat16",
+        Format::F16 => "float16",
     }
-    Ok(model)
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::config(e.to_string()))?;
+    write_file(path, (text + "\n").as_bytes())
 }
 
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -120,6 +120,11 @@ impl WeightFiles {
         self.places.iter().flat_map(|place| &place.pieces).map(|(_, bytes)| bytes.len()).sum()
     }
 
+    /// The parameter of this number in f32.
+    pub fn values(&self, index: usize) -> Vec<f32> {
+        self.places[index].wide(&self.specs[index])
+    }
+
     /// All parameters in f32.
     pub fn parameters(&self) -> Parameters<f32> {
         let mut parameters = Parameters::zeros(&self.specs);

@@ -30,3 +30,8 @@ mod training;
 mod stored;
 // Files of weights and folders made to mislead.
 mod attacks;
+// Folders of other programs: the same results, nothing lost, clear errors.
+mod folders;
+// Downloads that break off, redirect, or are refused.
+#[cfg(feature = "download")]
+mod download;

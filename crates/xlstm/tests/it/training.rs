@@ -197,12 +197,12 @@ fn sessions_fork_save_and_load() {
             ids.push(id);
             Ok(true)
         };
-        session.generate(count, &mut sampler, None, listen).expect("tokens");
+        session.generate(count, &mut sampler, &[], listen).expect("tokens");
         ids
     };
     let mut session = Session::new(runner());
     assert!(
-        session.generate(1, &mut Sampler::new(sampling, 3, 1), None, |_| Ok(true)).is_err(),
+        session.generate(1, &mut Sampler::new(sampling, 3, 1), &[], |_| Ok(true)).is_err(),
         "nothing read"
     );
     session.read(&[1, 2, 3, 4, 5]).expect("a prompt");
