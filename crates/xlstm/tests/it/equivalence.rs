@@ -10,6 +10,7 @@ use xlstm::engine::{Mode, Tape, Var};
 use xlstm::marks::{IGNORE, PAD, RESET};
 use xlstm::model::objective::Carry;
 use xlstm::model::{Family, LanguageModel, Logits, ModelConfig, Objective, Runner, SlstmAt};
+use xlstm::nn::large::WeightMode;
 use xlstm::nn::lstm::LstmConfig;
 use xlstm::nn::transformer::{PositionKind, TransformerConfig};
 use xlstm::nn::{Context, Parameters, Weights};
@@ -70,11 +71,12 @@ fn chance(rng: &mut Rng, probability: f64) -> bool {
     rng.uniform() < probability
 }
 
-/// A model of the small family, or one of the baselines.
+/// A random model of a random family.
 fn model(rng: &mut Rng) -> LanguageModel {
-    let config = match below(rng, 5) {
-        0 => lstm(rng),
-        1 | 2 => transformer(rng),
+    let config = match below(rng, 6) {
+        0 => large(rng),
+        1 => lstm(rng),
+        2 | 3 => transformer(rng),
         _ => small(rng),
     };
     LanguageModel::new(&config).expect("a model")
@@ -104,6 +106,22 @@ fn transformer(rng: &mut Rng) -> ModelConfig {
     let (embedding_dim, tie_weights) = (num_heads * 2 * (1 + below(rng, 3)), chance(rng, 0.5));
     let base = ModelConfig { family: Family::Transformer, vocab_size: VOCABULARY, ..ModelConfig::default() };
     ModelConfig { embedding_dim, num_blocks: 1 + below(rng, 2), tie_weights, transformer, ..base }
+}
+
+fn large(rng: &mut Rng) -> ModelConfig {
+    let heads = 1 + below(rng, 3);
+    let mut config = ModelConfig { family: Family::Large, vocab_size: VOCABULARY, ..ModelConfig::default() };
+    (config.embedding_dim, config.num_blocks) = (2 * heads * (1 + below(rng, 4)), 2);
+    let large = &mut config.large;
+    (large.num_heads, large.chunk_size) = (heads, 1 + below(rng, 6));
+    large.qk_dim_factor = [0.5, 1.0][below(rng, 2)];
+    large.ffn_round_up_to_multiple_of = 1 + below(rng, 5);
+    (large.use_bias, large.add_out_norm) = (chance(rng, 0.5), chance(rng, 0.5));
+    large.weight_mode = [WeightMode::Single, WeightMode::Fused][below(rng, 2)];
+    large.gate_soft_cap = [None, Some(5.0)][below(rng, 2)];
+    large.output_logit_soft_cap = [None, Some(3.0)][below(rng, 2)];
+    large.eps = [1e-6, 1e-2][below(rng, 2)];
+    config
 }
 
 fn small(rng: &mut Rng) -> ModelConfig {
