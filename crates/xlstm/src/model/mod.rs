@@ -5,13 +5,16 @@ pub mod backbone;
 pub mod language_model;
 mod large;
 pub mod objective;
+pub mod original;
 pub mod runner;
 pub mod stack;
 
 pub use crate::nn::config::{BlockKind, Family, ModelConfig};
+pub use crate::nn::original::{BlockForm, LstmType, OriginalConfig};
 pub use crate::nn::slstm_at::SlstmAt;
 pub use backbone::Backbone;
 pub use language_model::LanguageModel;
 pub use objective::Objective;
+pub use original::OriginalStack;
 pub use runner::{Logits, Runner};
 pub use stack::Stack;

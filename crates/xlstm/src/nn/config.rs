@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::large::LargeConfig;
+use super::original::OriginalConfig;
 use super::slstm_at::SlstmAt;
 use crate::cell::slstm::CellFunction;
 use crate::cell::{ForgetGate, InputGate};
@@ -24,6 +25,8 @@ pub enum Family {
     Small,
     /// The blocks of the published 7B model.
     Large,
+    /// The blocks of the Python original.
+    Original,
 }
 
 impl Family {
@@ -32,6 +35,7 @@ impl Family {
         match self {
             Family::Small => "small",
             Family::Large => "large",
+            Family::Original => "original",
         }
     }
 
@@ -51,6 +55,7 @@ impl Family {
                 "feedforward",
             ],
             Family::Large => &["tie_weights", "weight_decay_on_embedding", "large"],
+            Family::Original => &["dropout", "weight_decay_on_embedding", "original"],
         }
     }
 }
@@ -60,7 +65,8 @@ impl Family {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelConfig {
-    /// `small` (mLSTM and sLSTM blocks) or `large` (those of the published 7B model). Default `small`.
+    /// `small` (mLSTM and sLSTM blocks), `large` (those of the published 7B model) or `original` (those
+    /// of the Python original). Default `small`.
     pub family: Family,
     /// Number of token ids; 0 takes it from the tokenizer. Default 0.
     pub vocab_size: usize,
@@ -72,7 +78,8 @@ pub struct ModelConfig {
     /// mLSTM:sLSTM such as `7:1`. Default `none`.
     pub slstm_at: SlstmAt,
     /// Dropout after each mLSTM and sLSTM layer and, with `add_embedding_dropout`, after the
-    /// embedding; a probability in [0, 1). Default 0.
+    /// embedding; in the original family between the cells of a block and before what it adds to
+    /// the residual stream; a probability in [0, 1). Default 0.
     pub dropout: f64,
     /// Whether the mLSTM layers' projections have biases. Default false.
     pub bias: bool,
@@ -92,6 +99,8 @@ pub struct ModelConfig {
     pub feedforward: FeedforwardConfig,
     /// What the large family has.
     pub large: LargeConfig,
+    /// What the original family has.
+    pub original: OriginalConfig,
 }
 
 /// The mLSTM layer: matrix memory between an up- and a down-projection.
@@ -219,6 +228,7 @@ impl Default for ModelConfig {
             slstm: SlstmConfig::default(),
             feedforward: FeedforwardConfig::default(),
             large: LargeConfig::default(),
+            original: OriginalConfig::default(),
         }
     }
 }
@@ -304,7 +314,28 @@ impl ModelConfig {
         match self.family {
             Family::Small => self.validate_small(),
             Family::Large => self.large.validate(self.embedding_dim),
+            Family::Original => {
+                probability("model.dropout", self.dropout)?;
+                self.original.validate()
+            }
         }
+    }
+
+    /// Checks that the numbers fit together and make a model that predicts each token from those
+    /// before it.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate), and where blocks read from both ends.
+    pub fn validate_causal(&self) -> Result<()> {
+        self.validate()?;
+        if self.family == Family::Original && self.original.bidirectional {
+            return Err(Error::config(
+                "model.original.bidirectional is true, but a language model predicts each token from those before \
+                 it: read from both ends, a sequence shows it the tokens that it is to predict",
+            )
+            .hint("set bidirectional: false; encoders and classifiers (model::OriginalStack) may read both ways"));
+        }
+        Ok(())
     }
 
     /// The configuration as JSON, without the keys of other families.

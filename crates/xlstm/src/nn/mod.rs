@@ -5,6 +5,7 @@ pub mod config;
 pub mod feed_forward;
 pub mod large;
 pub mod mlstm_layer;
+pub mod original;
 pub mod parameters;
 pub mod slstm_at;
 pub mod slstm_layer;

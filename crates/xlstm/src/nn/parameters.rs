@@ -90,6 +90,13 @@ impl Parameter {
         dims[0] = count;
         tape.parameter(self.index, first * row, Shape::from(&dims[..]))
     }
+
+    /// `count` rows of a matrix from `first`, as a view with one block: what maps all of its input
+    /// where others have a block a head.
+    pub fn block(self, tape: &mut Tape, first: usize, count: usize) -> Var {
+        let row = self.shape.last();
+        tape.parameter(self.index, first * row, [1, count, row].into())
+    }
 }
 
 /// Collects the parameters of a model while its layers are made.

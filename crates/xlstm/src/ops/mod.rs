@@ -21,6 +21,7 @@ pub mod headwise;
 pub mod last_token;
 pub mod linear;
 pub mod norm;
+pub mod reverse;
 pub mod skip_gate;
 pub mod soft_cap;
 

@@ -9,7 +9,7 @@ use xlstm::data::Batch;
 use xlstm::engine::{Mode, Tape, Var};
 use xlstm::marks::{IGNORE, PAD, RESET};
 use xlstm::model::objective::Carry;
-use xlstm::model::{LanguageModel, Logits, ModelConfig, Objective, Runner, SlstmAt};
+use xlstm::model::{BlockForm, LanguageModel, Logits, LstmType, ModelConfig, Objective, Runner, SlstmAt};
 use xlstm::nn::{Context, Parameters, Weights};
 use xlstm::ops::cross_entropy::cross_entropy;
 use xlstm::rng::Rng;
@@ -68,7 +68,25 @@ fn chance(rng: &mut Rng, probability: f64) -> bool {
     rng.uniform() < probability
 }
 
+/// A model of the small or of the original family.
 fn model(rng: &mut Rng) -> LanguageModel {
+    let config = if chance(rng, 0.6) { small(rng) } else { original(rng) };
+    LanguageModel::new(&config).expect("a model")
+}
+
+fn original(rng: &mut Rng) -> ModelConfig {
+    let heads = 1 + below(rng, 3);
+    let (embedding, hidden) = (2 + below(rng, 9), heads * (1 + below(rng, 5)));
+    let cell = if chance(rng, 0.5) { LstmType::Slstm } else { LstmType::Mlstm };
+    let (layers, blocks) = (1 + below(rng, 2), 1 + below(rng, 2));
+    let mut config = ModelConfig::original(VOCABULARY, embedding, hidden, layers, blocks, 0.0, false, cell);
+    let original = &mut config.original;
+    original.block = [None, Some(BlockForm::Pre), Some(BlockForm::Post)][below(rng, 3)];
+    (original.num_heads, original.chunk_size) = (heads, 1 + below(rng, 6));
+    config
+}
+
+fn small(rng: &mut Rng) -> ModelConfig {
     let mut config = ModelConfig { vocab_size: VOCABULARY, num_blocks: 3, ..ModelConfig::default() };
     let heads = 1 + below(rng, 3);
     config.embedding_dim = heads * (2 + below(rng, 5));
@@ -91,7 +109,7 @@ fn model(rng: &mut Rng) -> LanguageModel {
     slstm.gradient_recurrent_cut = chance(rng, 0.2);
     slstm.gradient_recurrent_clipval = chance(rng, 0.2).then_some(1e-2);
     config.feedforward.round_proj_up_to_multiple_of = 1;
-    LanguageModel::new(&config).expect("a model")
+    config
 }
 
 fn row(rng: &mut Rng, length: usize) -> Row {
