@@ -8,6 +8,7 @@ use xlstm::model::BlockKind;
 use xlstm::state::State;
 use xlstm::{Error, Result};
 
+use super::model;
 use crate::builtin::load_config;
 use crate::output;
 
@@ -17,8 +18,8 @@ pub struct InspectArgs {
     /// A YAML file or the name of a built-in configuration (shakespeare)
     #[arg(value_name = "CONFIG", required_unless_present = "model", conflicts_with = "model")]
     pub config: Option<String>,
-    /// The folder of the model or of a run
-    #[arg(long, value_name = "DIR")]
+    /// A folder of a model or of a run; or ORG/NAME[@revision] of the Hub's cache
+    #[arg(long, value_name = "MODEL")]
     pub model: Option<PathBuf>,
     /// Change one key of the configuration; may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "model")]
@@ -32,7 +33,7 @@ pub struct InspectArgs {
 pub fn run(args: &InspectArgs) -> Result<()> {
     match (&args.config, &args.model) {
         (Some(config), _) => output::data(&load_config(config, &args.sets)?.to_yaml()?),
-        (None, Some(path)) => output::data(&describe(&ModelFolder::load(path)?)?),
+        (None, Some(path)) => output::data(&describe(&model::open(path)?)?),
         (None, None) => Err(Error::config("there is neither a configuration nor a model to inspect")),
     }
 }
@@ -48,17 +49,21 @@ fn describe(folder: &ModelFolder) -> Result<String> {
         None => "none".into(),
     };
     let mut text = format!(
-        "folder        {}\n\
+        "folder        {} ({})\n\
          blocks        {} mLSTM, {slstm} sLSTM\n\
          parameters    {}\n\
+         weights       {} bytes, {}\n\
          state         {} bytes a sequence, whatever its length\n\
          forward       {:.3} MFLOP a token\n\
          training      {:.3} MFLOP a token\n\
          tokenizer     {tokenizer}\n\
          fingerprint   {}\n\n",
         folder.path.display(),
+        folder.kind.name(),
         kinds.len() - slstm,
-        folder.parameters.count(),
+        model.parameter_count(),
+        folder.files.bytes(),
+        folder.files.format().name(),
         state.bytes(),
         model.flops_per_token() as f64 / 1e6,
         3.0 * model.flops_per_token() as f64 / 1e6,

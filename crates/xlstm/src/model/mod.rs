@@ -4,10 +4,12 @@
 pub mod backbone;
 pub mod language_model;
 mod large;
+mod lstm;
 pub mod objective;
 pub mod original;
 pub mod runner;
 pub mod stack;
+mod transformer;
 
 pub use crate::nn::config::{BlockKind, Family, ModelConfig};
 pub use crate::nn::original::{BlockForm, LstmType, OriginalConfig};
@@ -16,5 +18,5 @@ pub use backbone::Backbone;
 pub use language_model::LanguageModel;
 pub use objective::Objective;
 pub use original::OriginalStack;
-pub use runner::{Logits, Runner};
+pub use runner::{Logits, Runner, narrow_parameters};
 pub use stack::Stack;

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::language_model::LanguageModel;
-use super::objective::check_tokens;
+use super::objective::{check_length, check_tokens};
 use crate::engine::operation::Element;
 use crate::engine::{Device, Ids, Mode, Program, Tape, Var};
 use crate::error::{Error, Result};
@@ -107,8 +107,8 @@ impl<T: Element> Runner<T> {
     /// Reads tokens (B S, row by row) after those read so far; returns the logits asked for.
     ///
     /// # Errors
-    /// When tokens lie outside the vocabulary or are not a whole number of rows, or a GPU
-    /// fails.
+    /// When tokens lie outside the vocabulary or are not a whole number of rows, or go beyond the
+    /// end of learned positions, or a GPU fails.
     pub fn read(&mut self, tokens: &[u32], logits: Logits) -> Result<Vec<T>> {
         let batch = self.batch;
         check_tokens(tokens, self.model.config().vocab_size)?;
@@ -116,6 +116,9 @@ impl<T: Element> Runner<T> {
             return Err(Error::shape(format!("{} tokens for a batch of {batch} sequences", tokens.len())));
         }
         let length = tokens.len() / batch;
+        if let Some(most) = self.model.most_tokens() {
+            check_length(self.tokens as usize + length, most)?;
+        }
         if length <= PIECE {
             return self.piece(tokens, length, logits, true);
         }
@@ -177,6 +180,21 @@ impl<T: Element> Runner<T> {
 
 impl<T: Element> Pass<T> {
     fn record(model: &LanguageModel, shape: [usize; 2], logits: Logits, device: &Device) -> Result<Pass<T>> {
+        let Recording { tape, tokens, state, logits } = Recording::new(model, shape, logits)?;
+        Ok(Pass { program: Program::new(tape, device)?, tokens, state, logits })
+    }
+}
+
+/// A pass before it is on a device.
+struct Recording {
+    tape: Tape,
+    tokens: Ids,
+    state: Vec<(Var, Var)>,
+    logits: Var,
+}
+
+impl Recording {
+    fn new(model: &LanguageModel, shape: [usize; 2], logits: Logits) -> Result<Recording> {
         let mut tape = Tape::new(Mode::Evaluate);
         let tokens = tape.ids(shape[0] * shape[1]);
         let layout = model.state_layout(shape[0]);
@@ -190,6 +208,16 @@ impl<T: Element> Pass<T> {
         let logits = model.logits(&mut tape, features)?;
         after.iter().chain([&logits]).for_each(|&var| tape.keep(var));
         let state = after.into_iter().zip(before).collect();
-        Ok(Pass { program: Program::new(tape, device)?, tokens, state, logits })
+        Ok(Recording { tape, tokens, state, logits })
     }
+}
+
+/// Whether each parameter of `model` may be in 16 bits where it runs on the processor: see
+/// [`Tape::narrow_parameters`].
+///
+/// # Errors
+/// When the model's shapes do not fit.
+pub fn narrow_parameters(model: &LanguageModel) -> Result<Vec<bool>> {
+    let recording = Recording::new(model, [1, 1], Logits::Last)?;
+    Ok(recording.tape.narrow_parameters(model.specs().len()))
 }

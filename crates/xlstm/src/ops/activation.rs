@@ -1,4 +1,4 @@
-//! Activation functions: y = act(x), and the gated feed-forward's y = act(gate) ∘ up.
+//! Activation functions: act(x), and the gated feed-forward's act(gate) ∘ up.
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -191,23 +191,23 @@ impl Kernel for Gated {
 
 /// x (…) -> y (…).
 #[derive(Debug)]
-struct Activate(Activation);
+struct Activated(Activation);
 
-/// Records act(x).
+/// Records act(x), element by element.
 ///
 /// # Errors
-/// None but those of the tape.
-pub fn activate(tape: &mut Tape, x: Var, activation: Activation) -> Result<Var> {
-    Ok(tape.record(Activate(activation), &[Some(x)], &[])?[0])
+/// None: every shape fits.
+pub fn activated(tape: &mut Tape, x: Var, activation: Activation) -> Result<Var> {
+    Ok(tape.record(Activated(activation), &[Some(x)], &[])?[0])
 }
 
-impl Kernel for Activate {
+impl Kernel for Activated {
     fn name(&self) -> &'static str {
-        "activate"
+        "activated"
     }
 
     fn outputs(&self, inputs: &[Option<Shape>]) -> Result<Vec<Shape>> {
-        inputs[0].map(|x| vec![x]).ok_or_else(|| Error::shape("x is needed"))
+        Ok(vec![inputs[0].ok_or_else(|| Error::shape("x is needed"))?])
     }
 
     fn reads(&self) -> Slots {
@@ -229,9 +229,9 @@ impl Kernel for Activate {
     /// dx += dy ∘ act'(x).
     fn backward<T: Scalar>(&self, io: &mut Backward<'_, T>) {
         let tile = (TILE * io.shapes.outputs[0].last()).max(1);
-        let (dy, x) = (io.gradient(), io.input(0));
         let Some(dx) = io.input_gradient(0) else { return };
-        dx.tiles(tile).zip(dy.par_chunks(tile).zip(x.par_chunks(tile))).for_each(|(dx, (dy, x))| {
+        let given = io.gradient().par_chunks(tile).zip(io.input(0).par_chunks(tile));
+        dx.tiles(tile).zip(given).for_each(|(dx, (dy, x))| {
             with_fixed!(self.0, ACT => vectorize!(|| {
                 for (dx, (dy, x)) in dx.iter_mut().zip(dy.iter().zip(x)) {
                     *dx = dy.mul_add(ACT.value_and_derivative(*x).1, *dx);
@@ -244,7 +244,7 @@ impl Kernel for Activate {
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let n = io.shapes.outputs[0].len();
         let arguments = arguments![io.input(0), io.outputs[0], n as u64, self.0 as u32];
-        io.queue.launch_wide(&SOURCE, "activate_forward", n, arguments)
+        io.queue.launch_wide(&SOURCE, "activated_forward", n, arguments)
     }
 
     #[cfg(feature = "cuda")]
@@ -252,7 +252,7 @@ impl Kernel for Activate {
         let Some(dx) = io.input_gradients[0] else { return Ok(()) };
         let n = io.shapes.outputs[0].len();
         let arguments = arguments![io.gradient(), io.input(0), dx, n as u64, self.0 as u32];
-        io.queue.launch_wide(&SOURCE, "activate_backward", n, arguments)
+        io.queue.launch_wide(&SOURCE, "activated_backward", n, arguments)
     }
 }
 
@@ -277,7 +277,8 @@ mod tests {
                 .input([2, 35, 5])
                 .input([2, 35, 5])
                 .run(|tape, v, _| Ok(vec![gated(tape, v[0], v[1], activation)?]));
-            Check::new().input([2, 35, 5]).run(|tape, v, _| Ok(vec![activate(tape, v[0], activation)?]));
+            let check = Check::new().input([2, 35, 5]);
+            check.run(|tape, v, _| Ok(vec![activated(tape, v[0], activation)?]));
         }
     }
 

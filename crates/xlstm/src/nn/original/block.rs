@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::nn::Context;
 use crate::nn::config::ModelConfig;
 use crate::nn::parameters::{Builder, Init, Parameter};
-use crate::ops::activation::{Activation, activate};
+use crate::ops::activation::{Activation, activated};
 use crate::ops::add::add;
 use crate::ops::norm::{Norm, NormKind, norm};
 use crate::ops::reverse::reverse;
@@ -81,14 +81,13 @@ impl OriginalBlock {
             BlockForm::Pre => {
                 let u = self.up.forward(tape, x)?;
                 let u = self.normalize(tape, u)?;
-                let (h, after) = self.read(tape, u, state, context)?;
-                (h, after)
+                self.read(tape, u, state, context)?
             }
             BlockForm::Post => {
                 let (h, after) = self.read(tape, x, state, context)?;
                 let u = self.normalize(tape, h)?;
                 let u = self.up.forward(tape, u)?;
-                (activate(tape, u, Activation::Gelu)?, after)
+                (activated(tape, u, Activation::Gelu)?, after)
             }
         };
         let y = self.down.forward(tape, y)?;
