@@ -1,13 +1,16 @@
 //! Models: blocks stacked into features -> features, the language model around them, and
 //! its recorded passes: training and scoring ([`Objective`]), and running ([`Runner`]).
 
+pub mod backbone;
 pub mod language_model;
+mod large;
 pub mod objective;
 pub mod runner;
 pub mod stack;
 
-pub use crate::nn::config::{BlockKind, ModelConfig};
+pub use crate::nn::config::{BlockKind, Family, ModelConfig};
 pub use crate::nn::slstm_at::SlstmAt;
+pub use backbone::Backbone;
 pub use language_model::LanguageModel;
 pub use objective::Objective;
 pub use runner::{Logits, Runner};

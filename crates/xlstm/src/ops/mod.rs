@@ -22,6 +22,7 @@ pub mod last_token;
 pub mod linear;
 pub mod norm;
 pub mod skip_gate;
+pub mod soft_cap;
 
 #[cfg(test)]
 pub(crate) mod check;
