@@ -273,6 +273,94 @@ fn bad_models_and_prompts() {
     folder.fails(&["inspect", "--model", "out/1/best"], &["config.json"]);
 }
 
+/// Whole numbers of a golden file, in rows.
+fn golden_rows(file: &str, tensor: &str) -> Vec<Vec<u64>> {
+    let folder = match std::env::var_os("XLSTM_GOLDEN") {
+        Some(folder) => PathBuf::from(folder),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../xlstm/tests/golden"),
+    };
+    let file = xlstm::folder::tensors::TensorFile::open(&folder.join(file)).expect("a golden file");
+    let view = file.get(tensor).expect("a tensor");
+    let numbers: Vec<u64> = view.bytes().as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)).collect();
+    numbers.chunks(view.shape[1]).map(<[u64]>::to_vec).collect()
+}
+
+/// A Hugging Face folder gives the tokens that `transformers` gave; so does what it is converted to,
+/// and so does its name in the Hub's cache.
+#[test]
+fn models_of_other_programs() {
+    let folder = Folder::new("folders");
+    let golden = match std::env::var_os("XLSTM_GOLDEN") {
+        Some(golden) => PathBuf::from(golden),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../xlstm/tests/golden"),
+    };
+    let tiny = golden.canonicalize().expect("golden files").join("hf_tiny");
+    let tiny = tiny.to_str().expect("a path");
+    let (prompts, wanted) = (
+        golden_rows("hf_tiny_io.safetensors", "in.prompt"),
+        golden_rows("hf_tiny_io.safetensors", "out.greedy32"),
+    );
+    let generates = |model: &str, extra: &[&str]| {
+        for (prompt, wanted) in prompts.iter().zip(&wanted) {
+            let ids = prompt.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
+            let base = [
+                "generate",
+                "--model",
+                model,
+                "--prompt-ids",
+                &ids,
+                "-n",
+                "32",
+                "--temperature",
+                "0",
+                "--json",
+            ];
+            let (json, notes) = folder.ok(&[&base[..], extra].concat());
+            let got: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
+            assert_eq!(got["ids"], serde_json::json!(wanted), "{model}: {notes}");
+        }
+    };
+    generates(tiny, &[]);
+    folder.ok(&["convert", "--model", tiny, "--to", "ours", "--weights", "fused", "--out", "ours"]);
+    folder.ok(&["convert", "--model", "ours", "--to", "nx-ai", "--weights", "single", "--out", "nx"]);
+    folder.ok(&["convert", "--model", "nx", "--to", "hugging-face", "--out", "hf"]);
+    for name in ["ours", "nx", "hf"] {
+        generates(name, &[]);
+    }
+    let (text, _) = folder.ok(&["inspect", "--model", "hf"]);
+    assert!(text.contains("Hugging Face") && text.contains("\"family\": \"large\""), "{text}");
+    folder.fails(&["convert", "--model", "hf", "--to", "ours", "--out", "nx"], &["nx is there already"]);
+    folder.fails(
+        &["convert", "--model", "hf", "--to", "ours", "--set", "x", "--out", "o"],
+        &["--set x has no ="],
+    );
+
+    let commit = "0123abc";
+    let cache = folder.0.join("cache");
+    let repository = cache.join("models--org--tiny");
+    std::fs::create_dir_all(repository.join("refs")).expect("a cache");
+    std::fs::create_dir_all(repository.join("snapshots")).expect("a cache");
+    std::fs::write(repository.join("refs/main"), commit).expect("written");
+    std::fs::rename(folder.0.join("hf"), repository.join("snapshots").join(commit)).expect("moved");
+    let named = |model: &str| {
+        Command::new(env!("CARGO_BIN_EXE_xlstm"))
+            .args(["inspect", "--model", model])
+            .env("HF_HUB_CACHE", &cache)
+            .current_dir(&folder.0)
+            .output()
+            .expect("the program runs")
+    };
+    for name in ["org/tiny", "org/tiny@main", "org/tiny@0123abc"] {
+        assert!(named(name).status.success(), "{name}");
+    }
+    let missing = named("org/other@v2");
+    let stderr = String::from_utf8_lossy(&missing.stderr).into_owned();
+    assert_eq!(missing.status.code(), Some(1));
+    for part in ["no model org/other@v2 in the Hub's cache", "hf download org/other --revision v2"] {
+        assert!(stderr.contains(part), "{stderr}");
+    }
+}
+
 /// GPU 99 is nowhere: with or without support for GPUs, with or without one, that is an error.
 #[test]
 fn devices_that_are_not_there() {

@@ -1,17 +1,14 @@
 //! `xlstm eval`: the loss of a model on a text.
 
-use std::path::PathBuf;
-
 use std::sync::Arc;
 
 use clap::Args;
 use xlstm::data::{Corpus, Origin, Split};
 use xlstm::eval::{Reading, evaluate};
-use xlstm::folder::ModelFolder;
-use xlstm::nn::Weights;
 use xlstm::text::Tokenizer;
 use xlstm::{Error, Result};
 
+use super::model::ModelArgs;
 use super::text::{TextArgs, note_skipped};
 use crate::device::DeviceArgs;
 use crate::output;
@@ -20,9 +17,8 @@ use crate::progress::Meter;
 /// Measure a model's loss on a text: nats a token, perplexity, bits a byte.
 #[derive(Debug, Args)]
 pub struct EvalArgs {
-    /// The folder of the model or of a run
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    #[command(flatten)]
+    pub model: ModelArgs,
     #[command(flatten)]
     pub text: TextArgs,
     /// Print one JSON object instead of lines for people
@@ -47,10 +43,10 @@ pub struct EvalArgs {
 /// # Errors
 /// Those of reading the model and the text.
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let folder = ModelFolder::load(&args.model)?;
+    let folder = args.model.open()?;
     let device = args.device.choose()?;
     let corpus = Arc::new(device.install(|| corpus(args, folder.tokenizer()?))?);
-    let weights = Weights::new(folder.parameters.clone(), &device)?;
+    let weights = folder.weights(&device)?;
     note_skipped(corpus.skipped());
     let tokens = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
     let reading = match (args.window, args.stride) {

@@ -10,6 +10,7 @@ use xlstm::model::BlockKind;
 use xlstm::state::State;
 use xlstm::{Error, Result};
 
+use super::model;
 use super::prepare::counts;
 use crate::builtin::load_config;
 use crate::output;
@@ -21,8 +22,8 @@ pub struct InspectArgs {
     /// A YAML file or the name of a built-in configuration (shakespeare)
     #[arg(value_name = "CONFIG", required_unless_present_any = ["model", "data"], conflicts_with_all = ["model", "data"])]
     pub config: Option<String>,
-    /// The folder of the model or of a run
-    #[arg(long, value_name = "DIR")]
+    /// A folder of a model or of a run; or ORG/NAME[@revision] of the Hub's cache
+    #[arg(long, value_name = "MODEL")]
     pub model: Option<PathBuf>,
     /// Folders that `xlstm prepare` made; all of their tokens are read and checked
     #[arg(long, value_name = "DIR", num_args = 1.., conflicts_with = "model")]
@@ -39,7 +40,7 @@ pub struct InspectArgs {
 pub fn run(args: &InspectArgs) -> Result<()> {
     match (&args.config, &args.model) {
         (Some(config), _) => output::data(&load_config(config, &args.sets)?.to_yaml()?),
-        (None, Some(path)) => output::data(&describe(&ModelFolder::load(path)?)?),
+        (None, Some(path)) => output::data(&describe(&model::open(path)?)?),
         (None, None) => inspect_data(&args.data),
     }
 }
@@ -70,17 +71,21 @@ fn describe(folder: &ModelFolder) -> Result<String> {
         None => "none".into(),
     };
     let mut text = format!(
-        "folder        {}\n\
+        "folder        {} ({})\n\
          blocks        {} mLSTM, {slstm} sLSTM\n\
          parameters    {}\n\
+         weights       {} bytes, {}\n\
          state         {} bytes a sequence, whatever its length\n\
          forward       {:.3} MFLOP a token\n\
          training      {:.3} MFLOP a token\n\
          tokenizer     {tokenizer}\n\
          fingerprint   {}\n\n",
         folder.path.display(),
+        folder.kind.name(),
         kinds.len() - slstm,
-        folder.parameters.count(),
+        model.parameter_count(),
+        folder.files.bytes(),
+        folder.files.format().name(),
         state.bytes(),
         model.flops_per_token() as f64 / 1e6,
         3.0 * model.flops_per_token() as f64 / 1e6,

@@ -112,6 +112,14 @@ impl<'a, T: Scalar> MatMut<'a, T> {
         MatMut { data, rows: count, marker: PhantomData, ..*self }
     }
 
+    /// `count` columns from `first`, borrowed.
+    pub fn columns_at(&mut self, first: usize, count: usize) -> MatMut<'_, T> {
+        assert!(first + count <= self.columns);
+        // SAFETY: inside the allocation by the check above (one past its end when empty).
+        let data = unsafe { self.data.add(if self.rows == 0 { 0 } else { first }) };
+        MatMut { data, columns: count, marker: PhantomData, ..*self }
+    }
+
     /// The matrix cut into blocks of `rows` x `columns`, row blocks outermost: for
     /// (batch x length, heads x size) data, one block a (sequence, head).
     pub fn blocks(self, rows: usize, columns: usize) -> Vec<MatMut<'a, T>> {

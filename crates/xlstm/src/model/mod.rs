@@ -13,5 +13,5 @@ pub use crate::nn::slstm_at::SlstmAt;
 pub use backbone::Backbone;
 pub use language_model::LanguageModel;
 pub use objective::Objective;
-pub use runner::{Logits, Runner};
+pub use runner::{Logits, Runner, narrow_parameters};
 pub use stack::Stack;

@@ -177,6 +177,21 @@ impl<T: Element> Runner<T> {
 
 impl<T: Element> Pass<T> {
     fn record(model: &LanguageModel, shape: [usize; 2], logits: Logits, device: &Device) -> Result<Pass<T>> {
+        let Recording { tape, tokens, state, logits } = Recording::new(model, shape, logits)?;
+        Ok(Pass { program: Program::new(tape, device)?, tokens, state, logits })
+    }
+}
+
+/// A pass before it is on a device.
+struct Recording {
+    tape: Tape,
+    tokens: Ids,
+    state: Vec<(Var, Var)>,
+    logits: Var,
+}
+
+impl Recording {
+    fn new(model: &LanguageModel, shape: [usize; 2], logits: Logits) -> Result<Recording> {
         let mut tape = Tape::new(Mode::Evaluate);
         let tokens = tape.ids(shape[0] * shape[1]);
         let layout = model.state_layout(shape[0]);
@@ -190,6 +205,16 @@ impl<T: Element> Pass<T> {
         let logits = model.logits(&mut tape, features)?;
         after.iter().chain([&logits]).for_each(|&var| tape.keep(var));
         let state = after.into_iter().zip(before).collect();
-        Ok(Pass { program: Program::new(tape, device)?, tokens, state, logits })
+        Ok(Recording { tape, tokens, state, logits })
     }
+}
+
+/// Whether each parameter of `model` may be in 16 bits where it runs on the processor: see
+/// [`Tape::narrow_parameters`].
+///
+/// # Errors
+/// When the model's shapes do not fit.
+pub fn narrow_parameters(model: &LanguageModel) -> Result<Vec<bool>> {
+    let recording = Recording::new(model, [1, 1], Logits::Last)?;
+    Ok(recording.tape.narrow_parameters(model.specs().len()))
 }

@@ -354,7 +354,8 @@ impl<'a> Run<'a> {
         let mut sampler = Sampler::new(sampling, self.texts.tokenizer.vocabulary_size(), self.config.seed);
         sampler.observe(&prompt);
         let mut ids = prompt;
-        session.generate(config.tokens, &mut sampler, self.texts.tokenizer.end_of_text(), |id| {
+        let ends = self.texts.tokenizer.end_of_text();
+        session.generate(config.tokens, &mut sampler, ends.as_slice(), |id| {
             ids.push(id);
             Ok(true)
         })?;

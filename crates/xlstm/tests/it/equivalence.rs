@@ -9,7 +9,8 @@ use xlstm::data::Batch;
 use xlstm::engine::{Mode, Tape, Var};
 use xlstm::marks::{IGNORE, PAD, RESET};
 use xlstm::model::objective::Carry;
-use xlstm::model::{LanguageModel, Logits, ModelConfig, Objective, Runner, SlstmAt};
+use xlstm::model::{Family, LanguageModel, Logits, ModelConfig, Objective, Runner, SlstmAt};
+use xlstm::nn::large::WeightMode;
 use xlstm::nn::{Context, Parameters, Weights};
 use xlstm::ops::cross_entropy::cross_entropy;
 use xlstm::rng::Rng;
@@ -68,7 +69,32 @@ fn chance(rng: &mut Rng, probability: f64) -> bool {
     rng.uniform() < probability
 }
 
+/// A random model of a random family.
 fn model(rng: &mut Rng) -> LanguageModel {
+    let config = match below(rng, 3) {
+        0 => large(rng),
+        _ => small(rng),
+    };
+    LanguageModel::new(&config).expect("a model")
+}
+
+fn large(rng: &mut Rng) -> ModelConfig {
+    let heads = 1 + below(rng, 3);
+    let mut config = ModelConfig { family: Family::Large, vocab_size: VOCABULARY, ..ModelConfig::default() };
+    (config.embedding_dim, config.num_blocks) = (2 * heads * (1 + below(rng, 4)), 2);
+    let large = &mut config.large;
+    (large.num_heads, large.chunk_size) = (heads, 1 + below(rng, 6));
+    large.qk_dim_factor = [0.5, 1.0][below(rng, 2)];
+    large.ffn_round_up_to_multiple_of = 1 + below(rng, 5);
+    (large.use_bias, large.add_out_norm) = (chance(rng, 0.5), chance(rng, 0.5));
+    large.weight_mode = [WeightMode::Single, WeightMode::Fused][below(rng, 2)];
+    large.gate_soft_cap = [None, Some(5.0)][below(rng, 2)];
+    large.output_logit_soft_cap = [None, Some(3.0)][below(rng, 2)];
+    large.eps = [1e-6, 1e-2][below(rng, 2)];
+    config
+}
+
+fn small(rng: &mut Rng) -> ModelConfig {
     let mut config = ModelConfig { vocab_size: VOCABULARY, num_blocks: 3, ..ModelConfig::default() };
     let heads = 1 + below(rng, 3);
     config.embedding_dim = heads * (2 + below(rng, 5));
@@ -91,7 +117,7 @@ fn model(rng: &mut Rng) -> LanguageModel {
     slstm.gradient_recurrent_cut = chance(rng, 0.2);
     slstm.gradient_recurrent_clipval = chance(rng, 0.2).then_some(1e-2);
     config.feedforward.round_proj_up_to_multiple_of = 1;
-    LanguageModel::new(&config).expect("a model")
+    config
 }
 
 fn row(rng: &mut Rng, length: usize) -> Row {

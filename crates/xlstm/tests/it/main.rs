@@ -26,3 +26,12 @@ mod learner;
 mod memory;
 // Training runs, checkpoints, sessions and model folders.
 mod training;
+// Weights that stay in their files, and in 16 bits.
+mod stored;
+// Files of weights and folders made to mislead.
+mod attacks;
+// Folders of other programs: the same results, nothing lost, clear errors.
+mod folders;
+// Downloads that break off, redirect, or are refused.
+#[cfg(feature = "download")]
+mod download;

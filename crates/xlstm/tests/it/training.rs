@@ -8,7 +8,6 @@ use xlstm::engine::Device;
 use xlstm::folder::ModelFolder;
 use xlstm::generate::{Sampler, Sampling, Session};
 use xlstm::model::Runner;
-use xlstm::nn::Weights;
 use xlstm::train::{End, MetricsLog, Observer, Outcome, Progress, Row, RunConfig, Silent, Texts, train};
 
 const TEXT: &str = include_str!("training.rs");
@@ -215,7 +214,7 @@ fn sessions_fork_save_and_load() {
     run(&config(&[]), &folder.0, Some(2)).expect("a run");
     let model = ModelFolder::load(&folder.0).expect("a model");
     let device = Device::cpu(1).expect("a thread");
-    let weights = Weights::new(model.parameters.clone(), &device).expect("weights");
+    let weights = model.weights(&device).expect("weights");
     let runner = || Runner::new(model.model.clone(), weights.clone(), device.clone());
     let sampling = Sampling::default();
     let draw = |session: &mut Session, count: usize| {
@@ -225,12 +224,12 @@ fn sessions_fork_save_and_load() {
             ids.push(id);
             Ok(true)
         };
-        session.generate(count, &mut sampler, None, listen).expect("tokens");
+        session.generate(count, &mut sampler, &[], listen).expect("tokens");
         ids
     };
     let mut session = Session::new(runner());
     assert!(
-        session.generate(1, &mut Sampler::new(sampling, 3, 1), None, |_| Ok(true)).is_err(),
+        session.generate(1, &mut Sampler::new(sampling, 3, 1), &[], |_| Ok(true)).is_err(),
         "nothing read"
     );
     session.read(&[1, 2, 3, 4, 5]).expect("a prompt");
@@ -264,8 +263,8 @@ fn damaged_model_folders_are_refused() {
         std::fs::write(&path, before).expect("restored");
     };
     let weights = std::fs::read(last.join("model.safetensors")).expect("weights");
-    check("model.safetensors", &weights[..weights.len() - 9], "damaged");
-    check("model.safetensors", b"not weights", "damaged");
+    check("model.safetensors", &weights[..weights.len() - 9], "no sound safetensors file");
+    check("model.safetensors", b"not weights", "no sound safetensors file");
     check("config.json", b"{\"model_type\": \"gpt2\"}", "does not describe an xlstm model");
     check("config.json", b"{", "does not describe an xlstm model");
     ModelFolder::load(&last).expect("whole again");
