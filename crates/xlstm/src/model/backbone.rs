@@ -26,6 +26,16 @@ pub trait Backbone: Debug + Send + Sync {
 
     /// Multiplications that a token costs besides those with weight matrices.
     fn cell_products(&self) -> usize;
+
+    /// Numbers in matrices that are looked up, not multiplied by.
+    fn looked_up(&self) -> usize {
+        0
+    }
+
+    /// The most tokens of a document, where there is such a limit.
+    fn most_tokens(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// Runs blocks one after the other, each with its part of the state: `forward` takes a block,

@@ -4,10 +4,13 @@ use std::sync::Arc;
 
 use super::backbone::Backbone;
 use super::large::LargeStack;
+use super::lstm::LstmStack;
 use super::stack::Stack;
+use super::transformer::TransformerStack;
 use crate::engine::{Ids, Shape, Tape, Var};
 use crate::error::{Error, Result};
 use crate::nn::large::Initialization;
+use crate::nn::transformer::GPT_DEVIATION;
 use crate::nn::{Builder, Context, Family, Init, ModelConfig, Parameter, ParameterSpec};
 use crate::ops::embedding::embedding;
 use crate::ops::linear::linear;
@@ -58,6 +61,22 @@ impl LanguageModel {
                 let embedding = builder.parameter_with_decay("embedding.weight", &shape, first, decay);
                 backbone = Box::new(builder.scope("backbone", |b| LargeStack::new(config, b)));
                 logit_soft_cap = config.large.output_logit_soft_cap;
+                [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, last))]
+            }
+            Family::Lstm => {
+                // As in PyTorch's layers.
+                let embedding =
+                    builder.parameter_with_decay("embedding.weight", &shape, Init::Normal(1.0), decay);
+                backbone = Box::new(builder.scope("lstm", |b| LstmStack::new(config, b)));
+                let hidden = config.lstm.hidden_dim(config.embedding_dim);
+                let (shape, last) =
+                    ([config.vocab_size, hidden], Init::Uniform(1.0 / (hidden as f64).sqrt()));
+                [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, last))]
+            }
+            Family::Transformer => {
+                let (first, last) = (Init::Normal(GPT_DEVIATION), Init::Normal(GPT_DEVIATION));
+                let embedding = builder.parameter_with_decay("transformer.wte.weight", &shape, first, decay);
+                backbone = Box::new(builder.scope("transformer", |b| TransformerStack::new(config, b)));
                 [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, last))]
             }
         };
@@ -127,7 +146,14 @@ impl LanguageModel {
         let weights: usize = matrices.map(|spec| spec.shape.iter().product::<usize>()).sum();
         // Of the embedding a row is read; a head that shares its weights multiplies by all of them.
         let read_only = if self.config.tie_weights { 0 } else { self.embedding.len() };
+        let read_only = read_only + self.backbone.looked_up();
         2 * (weights - read_only + self.backbone.cell_products()) as u64
+    }
+
+    /// The most tokens that a document may have, where the model has such a limit: learned
+    /// positions end.
+    pub fn most_tokens(&self) -> Option<usize> {
+        self.backbone.most_tokens()
     }
 }
 

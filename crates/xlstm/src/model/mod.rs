@@ -4,9 +4,11 @@
 pub mod backbone;
 pub mod language_model;
 mod large;
+mod lstm;
 pub mod objective;
 pub mod runner;
 pub mod stack;
+mod transformer;
 
 pub use crate::nn::config::{BlockKind, Family, ModelConfig};
 pub use crate::nn::slstm_at::SlstmAt;

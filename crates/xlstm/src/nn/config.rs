@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::large::LargeConfig;
+use super::lstm::LstmConfig;
 use super::slstm_at::SlstmAt;
+use super::transformer::TransformerConfig;
 use crate::cell::slstm::CellFunction;
 use crate::cell::{ForgetGate, InputGate};
 use crate::error::{Error, Result};
@@ -24,6 +26,10 @@ pub enum Family {
     Small,
     /// The blocks of the published 7B model.
     Large,
+    /// Layers of the classic LSTM: a baseline.
+    Lstm,
+    /// A GPT-style Transformer: a baseline.
+    Transformer,
 }
 
 impl Family {
@@ -32,6 +38,8 @@ impl Family {
         match self {
             Family::Small => "small",
             Family::Large => "large",
+            Family::Lstm => "lstm",
+            Family::Transformer => "transformer",
         }
     }
 
@@ -51,6 +59,8 @@ impl Family {
                 "feedforward",
             ],
             Family::Large => &["tie_weights", "weight_decay_on_embedding", "large"],
+            Family::Lstm => &["dropout", "tie_weights", "weight_decay_on_embedding", "lstm"],
+            Family::Transformer => &["dropout", "tie_weights", "weight_decay_on_embedding", "transformer"],
         }
     }
 }
@@ -60,19 +70,21 @@ impl Family {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelConfig {
-    /// `small` (mLSTM and sLSTM blocks) or `large` (those of the published 7B model). Default `small`.
+    /// `small` (mLSTM and sLSTM blocks), `large` (those of the published 7B model), or one of the
+    /// baselines `lstm` and `transformer`. Default `small`.
     pub family: Family,
     /// Number of token ids; 0 takes it from the tokenizer. Default 0.
     pub vocab_size: usize,
     /// Width D of the residual stream. Default 128.
     pub embedding_dim: usize,
-    /// Number of residual blocks. Default 4.
+    /// Number of residual blocks, or of LSTM layers. Default 4.
     pub num_blocks: usize,
     /// Which blocks are sLSTM blocks: positions counted from 0, `all`, `none`, or a ratio
     /// mLSTM:sLSTM such as `7:1`. Default `none`.
     pub slstm_at: SlstmAt,
     /// Dropout after each mLSTM and sLSTM layer and, with `add_embedding_dropout`, after the
-    /// embedding; a probability in [0, 1). Default 0.
+    /// embedding; between LSTM layers; after a Transformer's embedding, attention and
+    /// feed-forward layers. A probability in [0, 1). Default 0.
     pub dropout: f64,
     /// Whether the mLSTM layers' projections have biases. Default false.
     pub bias: bool,
@@ -92,6 +104,10 @@ pub struct ModelConfig {
     pub feedforward: FeedforwardConfig,
     /// What the large family has.
     pub large: LargeConfig,
+    /// What the LSTM has.
+    pub lstm: LstmConfig,
+    /// What the Transformer has.
+    pub transformer: TransformerConfig,
 }
 
 /// The mLSTM layer: matrix memory between an up- and a down-projection.
@@ -219,6 +235,8 @@ impl Default for ModelConfig {
             slstm: SlstmConfig::default(),
             feedforward: FeedforwardConfig::default(),
             large: LargeConfig::default(),
+            lstm: LstmConfig::default(),
+            transformer: TransformerConfig::default(),
         }
     }
 }
@@ -304,6 +322,14 @@ impl ModelConfig {
         match self.family {
             Family::Small => self.validate_small(),
             Family::Large => self.large.validate(self.embedding_dim),
+            Family::Lstm => {
+                probability("model.dropout", self.dropout)?;
+                self.lstm.validate(self.embedding_dim, self.tie_weights)
+            }
+            Family::Transformer => {
+                probability("model.dropout", self.dropout)?;
+                self.transformer.validate(self.embedding_dim)
+            }
         }
     }
 
