@@ -138,6 +138,16 @@ fn from_text_to_text() {
             .0
             .contains("bits per byte")
     );
+    let (json, _) = folder.ok(&["eval", "--model", "out/1", "--data", "text.txt", "--positions", "--json"]);
+    let by_position: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
+    let positions = by_position["positions"].as_array().expect("a list");
+    let tokens: u64 = positions.iter().filter_map(|bucket| bucket["tokens"].as_u64()).sum();
+    assert_eq!((positions.len(), tokens), (11, 43 * 40 - 1), "up to position 1,719: {json}");
+    assert!(report["positions"].is_null(), "only where they are asked for");
+    let table =
+        folder.ok(&["eval", "--model", "out/1", "--data", "text.txt", "--positions", "--window", "8"]).0;
+    let last = table.lines().last().expect("a line").split_whitespace().collect::<Vec<_>>();
+    assert_eq!((last[0], last[1], last.len()), ("8-15", "214", 4), "{table}");
     assert!(folder.ok(&["inspect", "--model", "out/1"]).0.contains("bytes a sequence"));
     assert!(folder.ok(&["inspect", "tiny.yaml"]).0.contains("embedding_dim: 16"));
     assert!(folder.ok(&["doctor"]).0.contains("threads"));
@@ -204,6 +214,16 @@ fn from_files_to_tokens_to_a_model() {
     let index: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
     assert_eq!((index["documents"].as_u64(), index["skipped"]["count"].as_u64()), (Some(201), Some(1)));
     assert_eq!(index["vocabulary_size"], 300);
+
+    let (stdout, _) = folder.ok(&["inspect", "--data", "bytes", "tokens"]);
+    assert_eq!(stdout.matches("documents  201").count(), 2, "{stdout}");
+    assert_eq!(stdout.matches("checksums  match").count(), 2, "{stdout}");
+    folder.fails(&["inspect", "--data", "b.txt"], &["b.txt holds no prepared data"]);
+    let shard = folder.0.join("bytes/tokens-00000.safetensors");
+    let mut content = std::fs::read(&shard).expect("a shard");
+    *content.last_mut().expect("bytes") ^= 1;
+    std::fs::write(&shard, content).expect("damaged");
+    folder.fails(&["inspect", "--data", "bytes"], &["bytes/tokens-00000.safetensors is damaged"]);
 
     folder.write("tiny.yaml", TINY.replace("text.txt", "tokens"));
     folder.ok(&["train", "tiny.yaml"]);

@@ -74,6 +74,15 @@ impl RunConfig {
         let typed: RunConfig = serde_saphyr::from_str(&document.to_string()).map_err(refused)?;
         let mut typed = serde_json::to_value(typed).map_err(internal)?;
         overlay(current, &given, find_mut(&mut typed, &keys, set)?);
+        // A length in the one unit replaces one in the other.
+        let other = match keys[..] {
+            ["training", "steps"] => "epochs",
+            ["training", "epochs"] => "steps",
+            _ => "",
+        };
+        if !other.is_empty() && !given.is_null() {
+            resolved["training"][other] = Value::Null;
+        }
         serde_json::from_value(resolved).map_err(internal)
     }
 }
@@ -493,9 +502,24 @@ mod tests {
         expected.data.train = TextSource::Files(Paths(vec!["a.txt".into(), "b.txt".into()]));
         expected.sample.prompt = "007".into();
         expected.sample.top_k = Some(5);
-        expected.training.steps = 50;
+        expected.training.steps = Some(50);
         expected.training.log_every = 5;
         assert_eq!(config, expected);
+    }
+
+    #[test]
+    fn a_run_has_one_length() {
+        let both = "training:\n  steps: 5\n  epochs: 2\n";
+        refused(both, &[], "run.yaml: training.steps is 5 and training.epochs is 2", "one of the two");
+        refused("", &["training={steps: 5, epochs: 2}"], "training.steps is 5 and", "one of the two");
+        let length = |text: &str, sets: &[&str]| {
+            let training = load(text, sets).unwrap().training;
+            (training.steps, training.epochs)
+        };
+        assert_eq!(length("training: {steps: 5}", &["training.epochs=0.5"]), (None, Some(0.5)));
+        assert_eq!(length("training: {epochs: 3}", &["training.steps=7"]), (Some(7), None));
+        assert_eq!(length("training: {epochs: 3}", &["training.steps=null"]), (None, Some(3.0)));
+        assert_eq!(length("", &[]), (None, None));
     }
 
     #[test]
