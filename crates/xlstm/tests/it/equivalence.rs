@@ -9,7 +9,9 @@ use xlstm::data::Batch;
 use xlstm::engine::{Mode, Tape, Var};
 use xlstm::marks::{IGNORE, PAD, RESET};
 use xlstm::model::objective::Carry;
-use xlstm::model::{Family, LanguageModel, Logits, ModelConfig, Objective, Runner, SlstmAt};
+use xlstm::model::{
+    BlockForm, Family, LanguageModel, Logits, LstmType, ModelConfig, Objective, Runner, SlstmAt,
+};
 use xlstm::nn::large::WeightMode;
 use xlstm::nn::lstm::LstmConfig;
 use xlstm::nn::transformer::{PositionKind, TransformerConfig};
@@ -73,13 +75,30 @@ fn chance(rng: &mut Rng, probability: f64) -> bool {
 
 /// A random model of a random family.
 fn model(rng: &mut Rng) -> LanguageModel {
-    let config = match below(rng, 6) {
-        0 => large(rng),
-        1 => lstm(rng),
-        2 | 3 => transformer(rng),
+    let config = match below(rng, 9) {
+        0 => lstm(rng),
+        1 | 2 => transformer(rng),
+        3 => large(rng),
+        4 | 5 => original(rng),
         _ => small(rng),
     };
     LanguageModel::new(&config).expect("a model")
+}
+
+fn large(rng: &mut Rng) -> ModelConfig {
+    let heads = 1 + below(rng, 3);
+    let mut config = ModelConfig { family: Family::Large, vocab_size: VOCABULARY, ..ModelConfig::default() };
+    (config.embedding_dim, config.num_blocks) = (2 * heads * (1 + below(rng, 4)), 2);
+    let large = &mut config.large;
+    (large.num_heads, large.chunk_size) = (heads, 1 + below(rng, 6));
+    large.qk_dim_factor = [0.5, 1.0][below(rng, 2)];
+    large.ffn_round_up_to_multiple_of = 1 + below(rng, 5);
+    (large.use_bias, large.add_out_norm) = (chance(rng, 0.5), chance(rng, 0.5));
+    large.weight_mode = [WeightMode::Single, WeightMode::Fused][below(rng, 2)];
+    large.gate_soft_cap = [None, Some(5.0)][below(rng, 2)];
+    large.output_logit_soft_cap = [None, Some(3.0)][below(rng, 2)];
+    large.eps = [1e-6, 1e-2][below(rng, 2)];
+    config
 }
 
 fn lstm(rng: &mut Rng) -> ModelConfig {
@@ -108,19 +127,15 @@ fn transformer(rng: &mut Rng) -> ModelConfig {
     ModelConfig { embedding_dim, num_blocks: 1 + below(rng, 2), tie_weights, transformer, ..base }
 }
 
-fn large(rng: &mut Rng) -> ModelConfig {
+fn original(rng: &mut Rng) -> ModelConfig {
     let heads = 1 + below(rng, 3);
-    let mut config = ModelConfig { family: Family::Large, vocab_size: VOCABULARY, ..ModelConfig::default() };
-    (config.embedding_dim, config.num_blocks) = (2 * heads * (1 + below(rng, 4)), 2);
-    let large = &mut config.large;
-    (large.num_heads, large.chunk_size) = (heads, 1 + below(rng, 6));
-    large.qk_dim_factor = [0.5, 1.0][below(rng, 2)];
-    large.ffn_round_up_to_multiple_of = 1 + below(rng, 5);
-    (large.use_bias, large.add_out_norm) = (chance(rng, 0.5), chance(rng, 0.5));
-    large.weight_mode = [WeightMode::Single, WeightMode::Fused][below(rng, 2)];
-    large.gate_soft_cap = [None, Some(5.0)][below(rng, 2)];
-    large.output_logit_soft_cap = [None, Some(3.0)][below(rng, 2)];
-    large.eps = [1e-6, 1e-2][below(rng, 2)];
+    let (embedding, hidden) = (2 + below(rng, 9), heads * (1 + below(rng, 5)));
+    let cell = if chance(rng, 0.5) { LstmType::Slstm } else { LstmType::Mlstm };
+    let (layers, blocks) = (1 + below(rng, 2), 1 + below(rng, 2));
+    let mut config = ModelConfig::original(VOCABULARY, embedding, hidden, layers, blocks, 0.0, false, cell);
+    let original = &mut config.original;
+    original.block = [None, Some(BlockForm::Pre), Some(BlockForm::Post)][below(rng, 3)];
+    (original.num_heads, original.chunk_size) = (heads, 1 + below(rng, 6));
     config
 }
 
