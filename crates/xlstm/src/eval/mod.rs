@@ -132,7 +132,7 @@ impl<T: Element> Scorer<T> {
             let (objective, batch) = (&mut self.objective, &self.batch);
             device.install(|| objective.forward(weights.values(), batch, 1.0))?;
             // Summed in f64: over a long text f32 would run out of digits.
-            nats += self.objective.token_losses()?.iter().map(|x| x.to_f64()).sum::<f64>();
+            nats += self.objective.losses()?.iter().map(|x| x.to_f64()).sum::<f64>();
             targets += self.batch.target_count as u64;
             self.objective.carry_state()?;
             progress((index + 1) as f64 / self.limit as f64);

@@ -2,11 +2,15 @@
 
 use std::sync::Arc;
 
+use super::model::{Inputs, Model};
+use super::runner::Logits;
 use super::stack::Stack;
 use crate::engine::{Ids, Shape, Tape, Var};
 use crate::error::{Error, Result};
 use crate::nn::{BlockKind, Builder, Context, Init, ModelConfig, Parameter, ParameterSpec};
+use crate::ops::cross_entropy::cross_entropy;
 use crate::ops::embedding::embedding;
+use crate::ops::last_token::last_token;
 use crate::ops::linear::linear;
 
 /// A language model: what it computes. Its numbers are [`Parameters`](crate::nn::Parameters).
@@ -117,5 +121,49 @@ impl LanguageModel {
             })
             .sum();
         2 * (matrices + head + cells) as u64
+    }
+}
+
+impl Model for LanguageModel {
+    fn specs(&self) -> &Arc<[ParameterSpec]> {
+        &self.specs
+    }
+
+    fn state_layout(&self, batch: usize) -> Vec<(String, Shape)> {
+        self.state_layout(batch)
+    }
+
+    fn inputs(&self) -> Inputs {
+        Inputs::Tokens { vocabulary: self.config.vocab_size }
+    }
+
+    fn output_width(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    fn target_len(&self, shape: [usize; 2]) -> usize {
+        shape[0] * shape[1]
+    }
+
+    /// Logits.
+    fn outputs(
+        &self,
+        tape: &mut Tape,
+        tokens: Ids,
+        shape: [usize; 2],
+        wanted: Logits,
+        state: Option<&[Var]>,
+        context: &mut Context,
+    ) -> Result<(Var, Vec<Var>)> {
+        let (features, after) = self.features(tape, tokens, shape, state, context)?;
+        let features = match wanted {
+            Logits::All => features,
+            Logits::Last => last_token(tape, features, context.marks)?,
+        };
+        Ok((self.logits(tape, features)?, after))
+    }
+
+    fn loss(&self, tape: &mut Tape, logits: Var, targets: Ids, scale: Var) -> Result<(Var, Var)> {
+        cross_entropy(tape, logits, targets, scale)
     }
 }

@@ -1,14 +1,22 @@
-//! Models: blocks stacked into features -> features, the language model around them, and
-//! its recorded passes: training and scoring ([`Objective`]), and running ([`Runner`]).
+//! Models: blocks stacked into features -> features, the models of words and of other sequences
+//! around them, and their recorded passes: training and scoring ([`Objective`]), and running
+//! ([`Runner`]).
 
+pub mod block_stack;
+pub mod feature_model;
 pub mod language_model;
+#[allow(clippy::module_inception)]
+pub mod model;
 pub mod objective;
 pub mod runner;
 pub mod stack;
 
 pub use crate::nn::config::{BlockKind, ModelConfig};
 pub use crate::nn::slstm_at::SlstmAt;
+pub use block_stack::BlockStack;
+pub use feature_model::{FeatureConfig, FeatureModel, Head, Pooling};
 pub use language_model::LanguageModel;
+pub use model::{Inputs, Model};
 pub use objective::Objective;
 pub use runner::{Logits, Runner};
 pub use stack::Stack;

@@ -17,11 +17,14 @@ pub mod concat_linear;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
+pub mod from_bits;
 pub mod headwise;
 pub mod last_token;
 pub mod linear;
+pub mod mean_tokens;
 pub mod norm;
 pub mod skip_gate;
+pub mod squared_error;
 
 #[cfg(test)]
 pub(crate) mod check;
