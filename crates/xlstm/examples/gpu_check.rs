@@ -22,6 +22,7 @@ use xlstm::ops::last_token::last_token;
 use xlstm::ops::linear::linear;
 use xlstm::ops::norm::{Norm, NormKind, norm};
 use xlstm::ops::skip_gate::skip_gate;
+use xlstm::ops::soft_cap::{Capped, soft_cap};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 type Record<'a> = &'a dyn Fn(&mut Tape, &[Var], &[Ids]) -> xlstm::Result<Vec<Var>>;
@@ -304,9 +305,15 @@ fn operations(table: &mut Table<'_>) {
         [(NormKind::Layer, 1, 96), (NormKind::Layer, 4, 256), (NormKind::RootMeanSquare, 3, 33)]
     {
         let options = Norm { kind, groups, eps: 1e-5, unit_offset: groups != 3 };
-        let case = new().between(&[3, 67, width], -1.0, 3.0).input(&[width]);
+        let case = new().between(&[3, 67, width], -1.0, 3.0).input(&[width]).input(&[width]);
         table.compare(&format!("norm {kind:?} {groups}"), &case, T, &|t, v, _| {
-            Ok(vec![norm(t, v[0], v[1], options)?])
+            Ok(vec![norm(t, v[0], v[1], None, options)?, norm(t, v[0], v[1], Some(v[2]), options)?])
+        });
+    }
+    for (cap, what) in [(15.0, Capped::Gates), (0.5, Capped::Activations)] {
+        let case = new().between(&[999], -40.0, 40.0);
+        table.compare(&format!("soft_cap {what:?}"), &case, T, &|t, v, _| {
+            Ok(vec![soft_cap(t, v[0], cap, what)?])
         });
     }
     let case = new().input(&[2, 67, 150]).input(&[150]).input(&[2, 67, 150]).input(&[2, 67, 150]);

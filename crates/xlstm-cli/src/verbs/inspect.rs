@@ -64,7 +64,8 @@ fn describe(folder: &ModelFolder) -> Result<String> {
         3.0 * model.flops_per_token() as f64 / 1e6,
         folder.fingerprint()
     );
-    let config = serde_json::to_string_pretty(model.config()).map_err(|e| Error::config(e.to_string()))?;
+    let config =
+        serde_json::to_string_pretty(&model.config().to_json()?).map_err(|e| Error::config(e.to_string()))?;
     text += &format!("{config}\n\n");
     for spec in model.specs().iter() {
         text += &format!("{:<64} {:?}{}\n", spec.name, spec.shape, if spec.decay { "  decays" } else { "" });

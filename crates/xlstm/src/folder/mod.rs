@@ -1,7 +1,7 @@
 //! Model folders: everything that a model is, in three files.
 //!
 //! - `config.json`: `{"format": "xlstm-model", "version": 1, "family": "small", "model": {…}}`,
-//!   the model's configuration with every key;
+//!   the model's configuration with every key that its family has;
 //! - `model.safetensors`: the parameters under their official names, f32;
 //! - `tokenizer.json`: our own format or Hugging Face's; absent for a model of bare ids.
 //!
@@ -22,7 +22,6 @@ use crate::text::Tokenizer;
 
 const FORMAT: &str = "xlstm-model";
 const VERSION: u32 = 1;
-const FAMILY: &str = "small";
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const TOKENIZER: &str = "tokenizer.json";
@@ -58,8 +57,8 @@ pub fn write(
     parameters: &Parameters<f32>,
     tokenizer: Option<&Tokenizer>,
 ) -> Result<()> {
-    let model = serde_json::to_value(model.config()).map_err(|e| Error::config(e.to_string()))?;
-    let config = ConfigFile { format: FORMAT.into(), version: VERSION, family: FAMILY.into(), model };
+    let (family, model) = (model.config().family, model.config().to_json()?);
+    let config = ConfigFile { format: FORMAT.into(), version: VERSION, family: family.name().into(), model };
     let text = serde_json::to_string_pretty(&config).map_err(|e| Error::config(e.to_string()))?;
     write_file(&path.join(CONFIG), (text + "\n").as_bytes())?;
     let tensors = parameters.specs().iter().zip(&parameters.values);
@@ -160,14 +159,22 @@ fn read_config(path: &Path) -> Result<ModelConfig> {
             .hint("expected the config.json that `xlstm train` writes")
     };
     let file: ConfigFile = serde_json::from_str(&text).map_err(|e| foreign(e.to_string()))?;
-    if file.format != FORMAT || file.family != FAMILY {
-        return Err(foreign(format!("format {:?}, family {:?}", file.format, file.family)));
+    if file.format != FORMAT {
+        return Err(foreign(format!("its format is {:?}", file.format)));
     }
     if file.version > VERSION {
         return Err(foreign(format!("version {}, but this program knows {VERSION}", file.version))
             .hint("use a newer version of xlstm"));
     }
-    serde_json::from_value(file.model).map_err(|e| foreign(e.to_string()))
+    let model: ModelConfig = serde_json::from_value(file.model).map_err(|e| foreign(e.to_string()))?;
+    if model.family.name() != file.family {
+        return Err(foreign(format!(
+            "family {:?}, but its model is of {}",
+            file.family,
+            model.family.name()
+        )));
+    }
+    Ok(model)
 }
 
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -1,10 +1,12 @@
 //! Blocks for sequences that are not words: features -> features.
 
+use super::backbone::Backbone;
+use super::large::LargeStack;
 use super::stack::Stack;
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
 use crate::nn::config::at_least_one;
-use crate::nn::{Builder, Context, Init, ModelConfig, Parameter};
+use crate::nn::{Builder, Context, Family, Init, ModelConfig, Parameter};
 use crate::ops::linear::linear;
 
 /// The blocks of a configuration behind an input projection, which is there where the features
@@ -12,7 +14,7 @@ use crate::ops::linear::linear;
 #[derive(Debug)]
 pub struct BlockStack {
     input: Option<(Parameter, Parameter)>,
-    backbone: Stack,
+    backbone: Box<dyn Backbone>,
 }
 
 impl BlockStack {
@@ -26,7 +28,13 @@ impl BlockStack {
         at_least_one("input_size", input_size)?;
         let width = config.embedding_dim;
         let input = (input_size != width).then(|| projection(builder, "input", width, input_size));
-        Ok(BlockStack { input, backbone: builder.scope("stack", |b| Stack::new(config, b)) })
+        let backbone = builder.scope("stack", |b| -> Box<dyn Backbone> {
+            match config.family {
+                Family::Small => Box::new(Stack::new(config, b)),
+                Family::Large => Box::new(LargeStack::new(config, b)),
+            }
+        });
+        Ok(BlockStack { input, backbone })
     }
 
     /// Names and shapes of the state of `batch` sequences.

@@ -1,26 +1,32 @@
-//! The language model of the small family: embedding -> stack -> linear head.
+//! The language model: embedding -> backbone -> linear head, whatever the family.
 
 use std::sync::Arc;
 
+use super::backbone::Backbone;
+use super::large::LargeStack;
 use super::model::{Inputs, Model};
 use super::runner::Logits;
 use super::stack::Stack;
 use crate::engine::{Ids, Shape, Tape, Var};
 use crate::error::{Error, Result};
-use crate::nn::{BlockKind, Builder, Context, Init, ModelConfig, Parameter, ParameterSpec};
+use crate::nn::large::Initialization;
+use crate::nn::{Builder, Context, Family, Init, ModelConfig, Parameter, ParameterSpec};
 use crate::ops::cross_entropy::cross_entropy;
 use crate::ops::embedding::embedding;
 use crate::ops::last_token::last_token;
 use crate::ops::linear::linear;
+use crate::ops::soft_cap::{Capped, soft_cap};
 
 /// A language model: what it computes. Its numbers are [`Parameters`](crate::nn::Parameters).
 #[derive(Debug)]
 pub struct LanguageModel {
     config: ModelConfig,
     specs: Arc<[ParameterSpec]>,
-    stack: Stack,
-    token_embedding: Parameter,
-    lm_head: Parameter,
+    backbone: Box<dyn Backbone>,
+    embedding: Parameter,
+    head: Parameter,
+    /// Logits stay within plus and minus this.
+    logit_soft_cap: Option<f64>,
 }
 
 impl LanguageModel {
@@ -34,17 +40,33 @@ impl LanguageModel {
             return Err(Error::config("model.vocab_size is 0, and there is no tokenizer to take it from"));
         }
         let mut builder = Builder::new();
-        let stack = builder.scope("xlstm_block_stack", |b| Stack::new(config, b));
         let shape = [config.vocab_size, config.embedding_dim];
         let small = Init::Normal((2.0 / (5.0 * config.embedding_dim as f64)).sqrt());
         let decay = config.weight_decay_on_embedding;
-        let token_embedding =
-            builder.parameter_with_decay("token_embedding.weight", &shape, small.clone(), decay);
-        let lm_head = match config.tie_weights {
-            true => token_embedding,
-            false => builder.parameter("lm_head.weight", &shape, small),
+        let mut logit_soft_cap = None;
+        let backbone: Box<dyn Backbone>;
+        let [embedding, head] = match config.family {
+            Family::Small => {
+                backbone = Box::new(builder.scope("xlstm_block_stack", |b| Stack::new(config, b)));
+                let embedding =
+                    builder.parameter_with_decay("token_embedding.weight", &shape, small.clone(), decay);
+                [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, small))]
+            }
+            Family::Large => {
+                let (first, last) = match config.large.initialization {
+                    Initialization::HuggingFace => (small.clone(), small),
+                    Initialization::Pytorch => {
+                        (Init::Normal(1.0), Init::Uniform(1.0 / (config.embedding_dim as f64).sqrt()))
+                    }
+                };
+                let embedding = builder.parameter_with_decay("embedding.weight", &shape, first, decay);
+                backbone = Box::new(builder.scope("backbone", |b| LargeStack::new(config, b)));
+                logit_soft_cap = config.large.output_logit_soft_cap;
+                [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, last))]
+            }
         };
-        Ok(LanguageModel { config: config.clone(), specs: builder.finish(), stack, token_embedding, lm_head })
+        let specs = builder.finish();
+        Ok(LanguageModel { config: config.clone(), specs, backbone, embedding, head, logit_soft_cap })
     }
 
     /// The configuration.
@@ -64,7 +86,7 @@ impl LanguageModel {
 
     /// Names and shapes of the state of `batch` sequences.
     pub fn state_layout(&self, batch: usize) -> Vec<(String, Shape)> {
-        self.stack.state_layout(batch)
+        self.backbone.state_layout(batch)
     }
 
     /// tokens (B S) and the state before them -> features (B, S, D) and the state after them.
@@ -79,13 +101,13 @@ impl LanguageModel {
         state: Option<&[Var]>,
         context: &mut Context,
     ) -> Result<(Var, Vec<Var>)> {
-        tape.scope("token_embedding");
-        let weight = self.token_embedding.var(tape);
+        tape.scope("embedding");
+        let weight = self.embedding.var(tape);
         let mut x = embedding(tape, tokens, weight, shape)?;
         if self.config.add_embedding_dropout {
             x = context.dropout(tape, x, self.config.dropout)?;
         }
-        self.stack.forward(tape, x, state, context)
+        self.backbone.forward(tape, x, state, context)
     }
 
     /// features (…, D) -> logits (…, V).
@@ -93,77 +115,32 @@ impl LanguageModel {
     /// # Errors
     /// When shapes do not fit.
     pub fn logits(&self, tape: &mut Tape, features: Var) -> Result<Var> {
-        tape.scope("lm_head");
-        let weight = self.lm_head.var(tape);
-        linear(tape, features, weight, None)
+        tape.scope("head");
+        let weight = self.head.var(tape);
+        let logits = linear(tape, features, weight, None)?;
+        match self.logit_soft_cap {
+            Some(cap) => soft_cap(tape, logits, cap, Capped::Activations),
+            None => Ok(logits),
+        }
     }
 
     /// Floating-point operations of a forward pass, a token: two for every weight of a
     /// projection and what the cells do with their states. Training takes three times that.
     pub fn flops_per_token(&self) -> u64 {
-        let config = &self.config;
-        let matrices: usize = self
-            .specs
-            .iter()
-            .filter(|s| s.shape.len() >= 2 && s.name != "token_embedding.weight")
-            .map(|s| s.shape.iter().product::<usize>())
-            .sum();
-        let head = if config.tie_weights { config.vocab_size * config.embedding_dim } else { 0 };
-        let inner = config.inner_dim();
-        let size = inner / config.mlstm.num_heads;
-        let cells: usize = config
-            .block_kinds()
-            .iter()
-            .map(|kind| match kind {
-                // C k v^T and q C, and half a chunk of scores and their sums.
-                BlockKind::Mlstm => 2 * inner * size + inner * config.mlstm.chunk_size,
-                BlockKind::Slstm => 0,
-            })
-            .sum();
-        2 * (matrices + head + cells) as u64
+        let matrices = self.specs.iter().filter(|spec| spec.shape.len() >= 2);
+        let weights: usize = matrices.map(|spec| spec.shape.iter().product::<usize>()).sum();
+        // Of the embedding a row is read; a head that shares its weights multiplies by all of them.
+        let read_only = if self.config.tie_weights { 0 } else { self.embedding.len() };
+        2 * (weights - read_only + self.backbone.cell_products()) as u64
     }
 }
 
-impl Model for LanguageModel {
-    fn specs(&self) -> &Arc<[ParameterSpec]> {
-        &self.specs
+/// The embedding itself where the head shares its weights, else what `own` asks for.
+fn tied_or(config: &ModelConfig, embedding: Parameter, own: impl FnOnce() -> Parameter) -> Parameter {
+    if config.tie_weights {
+        embedding
+    } else {
+        own()
     }
-
-    fn state_layout(&self, batch: usize) -> Vec<(String, Shape)> {
-        self.state_layout(batch)
-    }
-
-    fn inputs(&self) -> Inputs {
-        Inputs::Tokens { vocabulary: self.config.vocab_size }
-    }
-
-    fn output_width(&self) -> usize {
-        self.config.vocab_size
-    }
-
-    fn target_len(&self, shape: [usize; 2]) -> usize {
-        shape[0] * shape[1]
-    }
-
-    /// Logits.
-    fn outputs(
-        &self,
-        tape: &mut Tape,
-        tokens: Ids,
-        shape: [usize; 2],
-        wanted: Logits,
-        state: Option<&[Var]>,
-        context: &mut Context,
-    ) -> Result<(Var, Vec<Var>)> {
-        let (features, after) = self.features(tape, tokens, shape, state, context)?;
-        let features = match wanted {
-            Logits::All => features,
-            Logits::Last => last_token(tape, features, context.marks)?,
-        };
-        Ok((self.logits(tape, features)?, after))
-    }
-
-    fn loss(&self, tape: &mut Tape, logits: Var, targets: Ids, scale: Var) -> Result<(Var, Var)> {
-        cross_entropy(tape, logits, targets, scale)
-    }
+    use crate::ops::cross_entropy::cross_entropy;
 }

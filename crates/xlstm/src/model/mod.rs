@@ -2,17 +2,20 @@
 //! around them, and their recorded passes: training and scoring ([`Objective`]), and running
 //! ([`Runner`]).
 
+pub mod backbone;
 pub mod block_stack;
 pub mod feature_model;
 pub mod language_model;
+mod large;
 #[allow(clippy::module_inception)]
 pub mod model;
 pub mod objective;
 pub mod runner;
 pub mod stack;
 
-pub use crate::nn::config::{BlockKind, ModelConfig};
+pub use crate::nn::config::{BlockKind, Family, ModelConfig};
 pub use crate::nn::slstm_at::SlstmAt;
+pub use backbone::Backbone;
 pub use block_stack::BlockStack;
 pub use feature_model::{FeatureConfig, FeatureModel, Head, Pooling};
 pub use language_model::LanguageModel;

@@ -1,15 +1,17 @@
 //! Residual blocks in a row, and the norm after the last: features -> features.
 
+use super::backbone::{Backbone, in_a_row, numbered};
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
 use crate::nn::block::layer_norm;
-use crate::nn::{Block, Builder, Context, Init, ModelConfig, Parameter};
+use crate::nn::{Block, BlockKind, Builder, Context, Init, ModelConfig, Parameter};
 
 /// The stack of blocks of the small family.
 #[derive(Debug)]
 pub struct Stack {
     blocks: Vec<Block>,
     post_blocks_norm: Option<Parameter>,
+    cell_products: usize,
 }
 
 impl Stack {
@@ -22,50 +24,42 @@ impl Stack {
         let post_blocks_norm = config.add_post_blocks_norm.then(|| {
             builder.parameter("post_blocks_norm.weight", &[config.embedding_dim], Init::Constant(0.0))
         });
-        Stack { blocks, post_blocks_norm }
+        let (inner, mlstm) = (config.inner_dim(), &config.mlstm);
+        let kinds = config.block_kinds();
+        let cell_products = kinds.iter().map(|kind| match kind {
+            // C k v^T and q C, and half a chunk of scores and their sums.
+            BlockKind::Mlstm => 2 * inner * (inner / mlstm.num_heads) + inner * mlstm.chunk_size,
+            BlockKind::Slstm => 0,
+        });
+        Stack { blocks, post_blocks_norm, cell_products: cell_products.sum() }
+    }
+}
+
+impl Backbone for Stack {
+    fn state_layout(&self, batch: usize) -> Vec<(String, Shape)> {
+        numbered(&self.blocks, |block| block.state_layout(batch))
     }
 
-    /// Names and shapes of the state of `batch` sequences, such as `blocks.0.mlstm.c`.
-    pub fn state_layout(&self, batch: usize) -> Vec<(String, Shape)> {
-        let named = |(i, block): (usize, &Block)| {
-            let parts = block.state_layout(batch).into_iter();
-            parts.map(move |(name, shape)| (format!("blocks.{i}.{name}"), shape)).collect::<Vec<_>>()
-        };
-        self.blocks.iter().enumerate().flat_map(named).collect()
-    }
-
-    /// x (B, S, D) and the state before it, in the order of the layout -> y (B, S, D) and
-    /// the state after it.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
-    pub fn forward(
+    fn forward(
         &self,
         tape: &mut Tape,
-        mut x: Var,
-        mut state: Option<&[Var]>,
+        x: Var,
+        state: Option<&[Var]>,
         context: &mut Context,
     ) -> Result<(Var, Vec<Var>)> {
-        let mut after = Vec::new();
-        for (i, block) in self.blocks.iter().enumerate() {
-            tape.scope(&format!("blocks.{i}"));
-            let (own, rest) = match state {
-                Some(state) => {
-                    let (own, rest) = state.split_at(block.state_layout(1).len());
-                    (Some(own), Some(rest))
-                }
-                None => (None, None),
-            };
-            let (y, own) = block.forward(tape, x, own, context)?;
-            x = y;
-            state = rest;
-            after.extend(own);
-        }
+        let parts = |block: &Block| block.state_layout(1).len();
+        let (x, after) = in_a_row(tape, &self.blocks, x, state, parts, |t, block, x, own| {
+            block.forward(t, x, own, context)
+        })?;
         tape.scope("post_blocks_norm");
         let y = match self.post_blocks_norm {
             Some(weight) => layer_norm(tape, x, weight)?,
             None => x,
         };
         Ok((y, after))
+    }
+
+    fn cell_products(&self) -> usize {
+        self.cell_products
     }
 }

@@ -86,5 +86,5 @@ impl Block {
 /// The family's layer norm with this weight.
 pub(crate) fn layer_norm(tape: &mut Tape, x: Var, weight: Parameter) -> Result<Var> {
     let weight = weight.var(tape);
-    norm(tape, x, weight, LAYER_NORM)
+    norm(tape, x, weight, None, LAYER_NORM)
 }

@@ -1,22 +1,67 @@
-//! The configuration of the small model family: mLSTM and sLSTM residual blocks between an
-//! embedding and a linear head.
+//! The configuration of a language model: its family, the keys that families share, those of the
+//! small family (mLSTM and sLSTM residual blocks), and a section for each other family.
 //!
 //! Keys that the original's configuration has keep its spelling, so that a folder of its
 //! and a file of ours say the same thing in the same words.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use super::large::LargeConfig;
 use super::slstm_at::SlstmAt;
 use crate::cell::slstm::CellFunction;
 use crate::cell::{ForgetGate, InputGate};
 use crate::error::{Error, Result};
 use crate::ops::activation::Activation;
 
-/// A language model of mLSTM and sLSTM blocks.
+/// Which architecture a model has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Family {
+    /// mLSTM and sLSTM blocks of the paper.
+    #[default]
+    Small,
+    /// The blocks of the published 7B model.
+    Large,
+}
+
+impl Family {
+    /// Its name in configurations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Family::Small => "small",
+            Family::Large => "large",
+        }
+    }
+
+    /// The keys of a model's configuration that this family has, besides those that all have.
+    fn keys(self) -> &'static [&'static str] {
+        match self {
+            Family::Small => &[
+                "slstm_at",
+                "dropout",
+                "bias",
+                "tie_weights",
+                "weight_decay_on_embedding",
+                "add_embedding_dropout",
+                "add_post_blocks_norm",
+                "mlstm",
+                "slstm",
+                "feedforward",
+            ],
+            Family::Large => &["tie_weights", "weight_decay_on_embedding", "large"],
+        }
+    }
+}
+
+/// A language model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelConfig {
+    /// `small` (mLSTM and sLSTM blocks) or `large` (those of the published 7B model). Default `small`.
+    pub family: Family,
     /// Number of token ids; 0 takes it from the tokenizer. Default 0.
     pub vocab_size: usize,
     /// Width D of the residual stream. Default 128.
@@ -45,6 +90,8 @@ pub struct ModelConfig {
     pub slstm: SlstmConfig,
     /// The gated feed-forward layer of the sLSTM blocks.
     pub feedforward: FeedforwardConfig,
+    /// What the large family has.
+    pub large: LargeConfig,
 }
 
 /// The mLSTM layer: matrix memory between an up- and a down-projection.
@@ -142,6 +189,9 @@ pub enum RecurrentWeightInit {
     Standard,
 }
 
+/// The keys that all families have.
+const SHARED: [&str; 4] = ["family", "vocab_size", "embedding_dim", "num_blocks"];
+
 /// What a residual block holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BlockKind {
@@ -154,6 +204,7 @@ pub enum BlockKind {
 impl Default for ModelConfig {
     fn default() -> Self {
         ModelConfig {
+            family: Family::Small,
             vocab_size: 0,
             embedding_dim: 128,
             num_blocks: 4,
@@ -167,6 +218,7 @@ impl Default for ModelConfig {
             mlstm: MlstmConfig::default(),
             slstm: SlstmConfig::default(),
             feedforward: FeedforwardConfig::default(),
+            large: LargeConfig::default(),
         }
     }
 }
@@ -248,6 +300,47 @@ impl ModelConfig {
             return Err(Error::config(format!("model.num_blocks is {}", self.num_blocks))
                 .hint("model.num_blocks is at most 10000"));
         }
+        self.refuse_foreign_keys()?;
+        match self.family {
+            Family::Small => self.validate_small(),
+            Family::Large => self.large.validate(self.embedding_dim),
+        }
+    }
+
+    /// The configuration as JSON, without the keys of other families.
+    ///
+    /// # Errors
+    /// When a number is not finite.
+    pub fn to_json(&self) -> Result<Value> {
+        let mut all = serde_json::to_value(self).map_err(|e| Error::config(e.to_string()))?;
+        if let Value::Object(map) = &mut all {
+            map.retain(|key, _| SHARED.contains(&key.as_str()) || self.family.keys().contains(&key.as_str()));
+        }
+        Ok(all)
+    }
+
+    /// Refuses a key that is set and that this family does not have.
+    fn refuse_foreign_keys(&self) -> Result<()> {
+        let json = |config: &ModelConfig| serde_json::to_value(config).unwrap_or_default();
+        let (own, default) = (json(self), json(&ModelConfig::default()));
+        for (key, value) in own.as_object().into_iter().flatten() {
+            let known = SHARED.contains(&key.as_str()) || self.family.keys().contains(&key.as_str());
+            if !known && *value != default[key] {
+                let family = self.family.name();
+                return Err(Error::config(format!(
+                    "model.{key} is set, but model.family is {family}, which does not have it"
+                ))
+                .hint(format!(
+                    "the keys of {family} are {}, {}",
+                    SHARED.join(", "),
+                    self.family.keys().join(", ")
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_small(&self) -> Result<()> {
         probability("model.dropout", self.dropout)?;
         if let SlstmAt::Positions(positions) = &self.slstm_at {
             for (index, &position) in positions.iter().enumerate() {
@@ -348,7 +441,7 @@ pub(crate) fn probability(key: &str, value: f64) -> Result<()> {
 }
 
 /// Refuses a `value` at `key` that does not divide `whole`, and names the numbers that do.
-fn divides(key: &str, value: usize, whole: usize, what: &str) -> Result<()> {
+pub(crate) fn divides(key: &str, value: usize, whole: usize, what: &str) -> Result<()> {
     if whole.is_multiple_of(value) {
         return Ok(());
     }

@@ -148,7 +148,7 @@ impl MlstmLayer {
         let (h, after) = mlstm(tape, &self.cell, q, k, v, (i, f), before, context.marks)?;
         let weight = self.outnorm.var(tape);
         let options = Norm { kind: NormKind::Layer, groups: self.cell.heads, eps: 1e-5, unit_offset: true };
-        let h = norm(tape, h, weight, options)?;
+        let h = norm(tape, h, weight, None, options)?;
         let skip = self.learnable_skip.var(tape);
         let gated = skip_gate(tape, h, skip, c, z)?;
         let (weight, bias) = (self.proj_down.0.var(tape), self.proj_down.1.map(|b| b.var(tape)));

@@ -3,6 +3,7 @@
 pub mod block;
 pub mod config;
 pub mod feed_forward;
+pub mod large;
 pub mod mlstm_layer;
 pub mod parameters;
 pub mod slstm_at;
@@ -10,7 +11,7 @@ pub mod slstm_layer;
 pub mod weights;
 
 pub use block::Block;
-pub use config::{BlockKind, ModelConfig};
+pub use config::{BlockKind, Family, ModelConfig};
 pub use parameters::{Builder, Init, Parameter, ParameterSpec, Parameters};
 pub use weights::Weights;
 

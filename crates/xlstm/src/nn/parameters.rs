@@ -20,6 +20,8 @@ pub enum Init {
     Uniform(f64),
     /// Given one by one.
     Values(Vec<f64>),
+    /// One after the other: how many values, and how they start.
+    Rows(Vec<(usize, Init)>),
 }
 
 impl Init {
@@ -27,6 +29,26 @@ impl Init {
     pub fn steps(first: f64, last: f64, n: usize) -> Init {
         let width = (n.max(2) - 1) as f64;
         Init::Values((0..n).map(|i| first + (last - first) * i as f64 / width).collect())
+    }
+
+    /// Runs of values one after the other: how many, and how they start.
+    pub fn rows(runs: impl Iterator<Item = (usize, Init)>) -> Init {
+        Init::Rows(runs.collect())
+    }
+
+    /// Appends `count` first values.
+    fn draw<T: Scalar>(&self, count: usize, rng: &mut Rng, values: &mut Vec<T>) {
+        match self {
+            Init::Constant(value) => values.extend(std::iter::repeat_n(T::from_f64(*value), count)),
+            Init::Normal(deviation) => {
+                values.extend((0..count).map(|_| T::from_f64(rng.normal() * deviation)));
+            }
+            Init::Uniform(bound) => {
+                values.extend((0..count).map(|_| T::from_f64((2.0 * rng.uniform() - 1.0) * bound)));
+            }
+            Init::Values(given) => values.extend(given.iter().map(|x| T::from_f64(*x))),
+            Init::Rows(runs) => runs.iter().for_each(|(count, init)| init.draw(*count, rng, values)),
+        }
     }
 }
 
@@ -54,6 +76,11 @@ impl Parameter {
     /// The whole parameter on a tape.
     pub fn var(self, tape: &mut Tape) -> Var {
         tape.parameter(self.index, 0, self.shape)
+    }
+
+    /// Number of its values.
+    pub(crate) fn len(self) -> usize {
+        self.shape.len()
     }
 
     /// `count` of its rows from `first`, as a view.
@@ -129,17 +156,8 @@ impl<T: Scalar> Parameters<T> {
     pub fn initialize(specs: &Arc<[ParameterSpec]>, seed: u64) -> Parameters<T> {
         let values = specs.iter().enumerate().map(|(i, spec)| {
             let count = spec.shape.iter().product();
-            let mut rng = Rng::new(seed, i as u64);
-            let draw: Vec<T> = match &spec.init {
-                Init::Constant(value) => vec![T::from_f64(*value); count],
-                Init::Normal(deviation) => {
-                    (0..count).map(|_| T::from_f64(rng.normal() * deviation)).collect()
-                }
-                Init::Uniform(bound) => {
-                    (0..count).map(|_| T::from_f64((2.0 * rng.uniform() - 1.0) * bound)).collect()
-                }
-                Init::Values(values) => values.iter().map(|x| T::from_f64(*x)).collect(),
-            };
+            let mut draw = Vec::with_capacity(count);
+            spec.init.draw(count, &mut Rng::new(seed, i as u64), &mut draw);
             debug_assert_eq!(draw.len(), count, "{}", spec.name);
             draw
         });

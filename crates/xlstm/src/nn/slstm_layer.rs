@@ -138,7 +138,7 @@ impl SlstmLayer {
         let h = context.dropout(tape, h, self.dropout)?;
         let weight = self.group_norm.var(tape);
         let options = Norm { kind: NormKind::Layer, groups: self.cell.heads, eps: 1e-5, unit_offset: true };
-        let y = norm(tape, h, weight, options)?;
+        let y = norm(tape, h, weight, None, options)?;
         Ok((y, [Some(after.h), Some(after.c), after.n, after.m, window].into_iter().flatten().collect()))
     }
 }

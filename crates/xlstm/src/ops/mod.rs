@@ -24,6 +24,7 @@ pub mod linear;
 pub mod mean_tokens;
 pub mod norm;
 pub mod skip_gate;
+pub mod soft_cap;
 pub mod squared_error;
 
 #[cfg(test)]

@@ -1,10 +1,10 @@
 // Layer norm and root-mean-square norm of groups of a row; a warp a group.
 // saved (rows, groups, 2): mean and 1 / std.
 
-/// grid (ceil(rows groups / 8)), block 256. offset: 1 where the scale is 1 + w.
+/// grid (ceil(rows groups / 8)), block 256. offset: 1 where the scale is 1 + w. b may be null.
 extern "C" __global__ void __launch_bounds__(256) norm_forward(
-    const element_t *x, const float *w, element_t *y, float *saved, long long count, int groups, int size,
-    int layer, float offset, float eps
+    const element_t *x, const float *w, const float *b, element_t *y, float *saved, long long count, int groups,
+    int size, int layer, float offset, float eps
 ) {
     long long group = (long long)blockIdx.x * 8 + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
@@ -12,6 +12,7 @@ extern "C" __global__ void __launch_bounds__(256) norm_forward(
     x += group * size;
     y += group * size;
     w += group % groups * size;
+    if (b) b += group % groups * size;
     float mean = 0.0f, square = 0.0f;
     // Three passes, of which the last two find x in the cache.
     if (layer) {
@@ -32,6 +33,10 @@ extern "C" __global__ void __launch_bounds__(256) norm_forward(
     for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
         Wide wide = load_wide(x + i, size - i), scale = load_wide(w + i, size - i);
         EACH_WIDE(j) wide.x[j] = (wide.x[j] - mean) * inverse * (scale.x[j] + offset);
+        if (b) {
+            Wide bias = load_wide(b + i, size - i);
+            EACH_WIDE(j) wide.x[j] += bias.x[j];
+        }
         store_wide(y + i, wide, size - i);
     }
     if (lane == 0) {

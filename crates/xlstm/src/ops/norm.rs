@@ -1,7 +1,7 @@
 //! Layer norm and root-mean-square norm over the whole of a row, or over each head of it.
 //!
 //! LayerNorm(x) = (x - mean) / sqrt(var + eps) ∘ scale, RMSNorm(x) = x / sqrt(mean of
-//! squares + eps) ∘ scale, with scale = w or 1 + w. The variance is the mean square of
+//! squares + eps) ∘ scale, with scale = w or 1 + w; then a bias may be added. The variance is the mean square of
 //! x - mean, in a second pass over a row that is still in the cache: the one-pass formula
 //! cancels where the mean is large.
 
@@ -11,11 +11,11 @@ use rayon::prelude::*;
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::ROWS};
 use crate::engine::operation::{Backward, Forward, Kernel, Slots};
 use crate::engine::tape::{Tape, Var};
-use crate::engine::vector::{sum, vectorize};
+use crate::engine::vector::{add_to, sum, vectorize};
 use crate::engine::{Scalar, Shape};
 use crate::error::{Error, Result};
 use crate::ops::TILE;
-use crate::ops::linear::reduce_tiles;
+use crate::ops::linear::{reduce_tiles, sum_rows};
 
 /// What is divided out of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +26,8 @@ pub enum NormKind {
     RootMeanSquare,
 }
 
-/// x (…, D), w (D) -> y (…, D); saved: mean and 1/std of each group (…, 2 groups).
+/// x (…, D), w (D), b (D, may be absent) -> y (…, D); saved: mean and 1/std of each group
+/// (…, 2 groups).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Norm {
     /// What is divided out.
@@ -43,9 +44,9 @@ pub struct Norm {
 /// Records the norm of every row of x.
 ///
 /// # Errors
-/// When w is not as long as a row, or the groups do not divide it.
-pub fn norm(tape: &mut Tape, x: Var, weight: Var, norm: Norm) -> Result<Var> {
-    Ok(tape.record(norm, &[Some(x), Some(weight)], &[])?[0])
+/// When w or b is not as long as a row, or the groups do not divide it.
+pub fn norm(tape: &mut Tape, x: Var, weight: Var, bias: Option<Var>, norm: Norm) -> Result<Var> {
+    Ok(tape.record(norm, &[Some(x), Some(weight), bias], &[])?[0])
 }
 
 impl Norm {
@@ -69,6 +70,9 @@ impl Kernel for Norm {
         if x.last() != w.len() {
             return Err(Error::shape(format!("x {x:?} and w {w:?} differ in their last dimension")));
         }
+        if let Some(b) = inputs[2].filter(|b| b.len() != w.len()) {
+            return Err(Error::shape(format!("w {w:?} and b {b:?} differ in length")));
+        }
         if self.groups == 0 || !x.last().is_multiple_of(self.groups) {
             return Err(Error::shape(format!("{} groups do not divide the rows of x {x:?}", self.groups)));
         }
@@ -80,12 +84,12 @@ impl Kernel for Norm {
     }
 
     fn full_precision(&self) -> Slots {
-        Slots::of(&[1], &[1])
+        Slots::of(&[1, 2], &[1])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
         let (y, saved) = (io.output(0), io.output(1));
-        let (x, w) = (io.input(0), io.input(1));
+        let (x, w, b) = (io.input(0), io.input(1), io.inputs[2]);
         let (width, size) = (w.len(), w.len() / self.groups);
         let (offset, eps) = (self.offset::<T>(), T::from_f64(self.eps));
         let share = T::from_f64(1.0 / size as f64);
@@ -103,6 +107,9 @@ impl Kernel for Norm {
                     for (y, (x, w)) in y.iter_mut().zip(x.iter().zip(w)) {
                         *y = (*x - mean) * inverse * (*w + offset);
                     }
+                    if let Some(b) = b {
+                        add_to(&b[i % self.groups * size..][..size], y);
+                    }
                     saved.copy_from_slice(&[mean, inverse]);
                 }
             });
@@ -110,7 +117,8 @@ impl Kernel for Norm {
     }
 
     /// With n = (x - mean) / std and g = dy ∘ scale: dx += (g - mean(g) - n mean(g ∘ n)) /
-    /// std, without mean(g) for RMSNorm; dw += sum over rows of dy ∘ n.
+    /// std, without mean(g) for RMSNorm; dw += sum over rows of dy ∘ n;
+    /// db += sum over rows of dy.
     fn backward<T: Scalar>(&self, io: &mut Backward<'_, T>) {
         let (dy, x, w, saved) = (io.gradient(), io.input(0), io.input(1), io.output(1));
         let (width, size) = (w.len(), w.len() / self.groups);
@@ -163,6 +171,9 @@ impl Kernel for Norm {
                 },
             );
         }
+        if let Some(db) = io.input_gradient(2) {
+            sum_rows(dy, width, db.cleared(), io.scratch);
+        }
     }
 
     #[cfg(feature = "cuda")]
@@ -172,6 +183,7 @@ impl Kernel for Norm {
         let arguments = arguments![
             io.input(0),
             io.input(1),
+            io.inputs[2],
             io.outputs[0],
             io.outputs[1],
             count as u64,
@@ -204,6 +216,9 @@ impl Kernel for Norm {
                 self.offset::<f64>()
             ];
             io.queue.launch(&SOURCE, "norm_backward", [count.div_ceil(8), 1, 1], 256, arguments)?;
+        }
+        if let Some(db) = io.input_gradients[2] {
+            io.queue.add_rows(dy, false, rows, width, db)?;
         }
         let Some(dw) = io.input_gradients[1] else { return Ok(()) };
         let tiles = rows.div_ceil(ROWS);
@@ -286,9 +301,16 @@ mod tests {
         for kind in [NormKind::Layer, NormKind::RootMeanSquare] {
             for (width, groups) in [(37, 1), (12, 3), (64, 2)] {
                 for unit_offset in [false, true] {
-                    Check::new().input([2, 35, width]).input([width]).run(|tape, v, _| {
-                        Ok(vec![norm(tape, v[0], v[1], settings(kind, groups, unit_offset))?])
-                    });
+                    let options = settings(kind, groups, unit_offset);
+                    Check::new()
+                        .input([2, 35, width])
+                        .input([width])
+                        .run(|tape, v, _| Ok(vec![norm(tape, v[0], v[1], None, options)?]));
+                    Check::new()
+                        .input([2, 35, width])
+                        .input([width])
+                        .input([width])
+                        .run(|tape, v, _| Ok(vec![norm(tape, v[0], v[1], Some(v[2]), options)?]));
                 }
             }
         }
@@ -302,14 +324,15 @@ mod tests {
             .input_of([4, 48], values)
             .input([48])
             .tolerance_f32(1e-3)
-            .run(|tape, v, _| Ok(vec![norm(tape, v[0], v[1], settings(NormKind::Layer, 1, false))?]));
+            .run(|tape, v, _| Ok(vec![norm(tape, v[0], v[1], None, settings(NormKind::Layer, 1, false))?]));
     }
 
     #[test]
     fn groups_that_do_not_divide_are_refused() {
         let mut tape = Tape::new(Mode::Train);
         let (x, w) = (tape.input([2, 10]), tape.input([10]));
-        let message = norm(&mut tape, x, w, settings(NormKind::Layer, 3, false)).unwrap_err().to_string();
+        let message =
+            norm(&mut tape, x, w, None, settings(NormKind::Layer, 3, false)).unwrap_err().to_string();
         assert!(message.contains("3 groups") && message.contains("[2, 10]"), "{message}");
     }
 }

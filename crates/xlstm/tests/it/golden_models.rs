@@ -8,7 +8,7 @@ use xlstm::data::Batch;
 use xlstm::engine::operation::Element;
 use xlstm::engine::{Mode, Shape, Tape, Var};
 use xlstm::model::objective::Carry;
-use xlstm::model::{BlockKind, LanguageModel, Logits, ModelConfig, Objective, Runner, Stack};
+use xlstm::model::{Backbone, BlockKind, LanguageModel, Logits, ModelConfig, Objective, Runner, Stack};
 use xlstm::nn::mlstm_layer::MlstmLayer;
 use xlstm::nn::slstm_layer::SlstmLayer;
 use xlstm::nn::{Block, Builder, Context, Parameters, Weights};
@@ -56,12 +56,12 @@ pub fn load<T: Element>(golden: &Golden, parameters: &mut Parameters<T>, prefix:
     }
 }
 
-fn wide<T: Element>(x: &[T]) -> Vec<f64> {
+pub fn wide<T: Element>(x: &[T]) -> Vec<f64> {
     x.iter().map(|x| x.to_f64()).collect()
 }
 
 /// f64 is good to what storing in f32 loses; f32 to four times what PyTorch loses.
-fn tolerance<T: Element>(golden: &Golden) -> f64 {
+pub fn tolerance<T: Element>(golden: &Golden) -> f64 {
     if size_of::<T>() == 8 { 1e-6 } else { (4.0 * golden.f32_error()).max(4e-6) }
 }
 
@@ -100,7 +100,15 @@ macro_rules! part {
 part!(MlstmLayer);
 part!(SlstmLayer);
 part!(Block);
-part!(Stack);
+
+impl Part for Stack {
+    fn layout(&self, batch: usize) -> Vec<(String, Shape)> {
+        self.state_layout(batch)
+    }
+    fn forward(&self, tape: &mut Tape, x: Var, state: Option<&[Var]>) -> (Var, Vec<Var>) {
+        Backbone::forward(self, tape, x, state, &mut Context::default()).expect("shapes fit")
+    }
+}
 
 fn check_part<T: Element>(golden: &Golden, part: &dyn Part, builder: Builder) {
     let mut parameters = Parameters::<T>::initialize(&builder.finish(), 1);
@@ -247,15 +255,17 @@ fn layers_blocks_and_stack() {
 fn language_models() {
     for name in ["lm", "lm_slstm_only", "lm_tied_mlstm_only"] {
         let golden = Golden::load(name);
+        let config = config(&golden.json["config"]["args"]);
         if !on_gpu() {
-            check_language_model::<f64>(&golden);
+            check_language_model::<f64>(&golden, &config);
         }
-        check_language_model::<f32>(&golden);
+        check_language_model::<f32>(&golden, &config);
     }
 }
 
-fn check_language_model<T: Element>(golden: &Golden) {
-    let model = Arc::new(LanguageModel::new(&config(&golden.json["config"]["args"])).expect("a model"));
+/// Loss, all gradients, logits, and the same in pieces; returns a runner of the model.
+pub fn check_language_model<T: Element>(golden: &Golden, config: &ModelConfig) -> Runner<T> {
+    let model = Arc::new(LanguageModel::new(config).expect("a model"));
     let mut parameters = Parameters::<T>::initialize(model.specs(), 1);
     load(golden, &mut parameters, "param.");
     let (shape, inputs) = golden.tensor("in.idx");
@@ -329,4 +339,5 @@ fn check_language_model<T: Element>(golden: &Golden) {
             check_state_part::<T>(golden, name, &wide(got), shape[0]);
         }
     }
+    runner
 }

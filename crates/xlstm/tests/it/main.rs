@@ -11,6 +11,8 @@ mod golden_mlstm;
 mod golden_slstm;
 // Layers, blocks, the stack and whole language models against the official ones.
 mod golden_models;
+// Language models of the 7B's family against the official ones: also prefill, steps, generation.
+mod golden_large;
 // Twenty steps of AdamW against PyTorch's.
 mod golden_optimizer;
 
