@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::block_stack::{BlockStack, project, projection};
-use super::model::{Inputs, Model};
+use super::interface::{Inputs, Model};
 use super::runner::Logits;
 use crate::data::{Batch, Sequence};
 use crate::engine::{Ids, Shape, Tape, Var};

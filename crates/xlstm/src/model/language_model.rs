@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::backbone::Backbone;
+use super::interface::{Inputs, Model};
 use super::large::LargeStack;
-use super::model::{Inputs, Model};
 use super::runner::Logits;
 use super::stack::Stack;
 use crate::engine::{Ids, Shape, Tape, Var};
@@ -135,12 +135,51 @@ impl LanguageModel {
     }
 }
 
+impl Model for LanguageModel {
+    fn specs(&self) -> &Arc<[ParameterSpec]> {
+        &self.specs
+    }
+
+    fn state_layout(&self, batch: usize) -> Vec<(String, Shape)> {
+        self.state_layout(batch)
+    }
+
+    fn inputs(&self) -> Inputs {
+        Inputs::Tokens { vocabulary: self.config.vocab_size }
+    }
+
+    fn output_width(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    fn target_len(&self, shape: [usize; 2]) -> usize {
+        shape[0] * shape[1]
+    }
+
+    /// Logits.
+    fn outputs(
+        &self,
+        tape: &mut Tape,
+        tokens: Ids,
+        shape: [usize; 2],
+        wanted: Logits,
+        state: Option<&[Var]>,
+        context: &mut Context,
+    ) -> Result<(Var, Vec<Var>)> {
+        let (features, after) = self.features(tape, tokens, shape, state, context)?;
+        let features = match wanted {
+            Logits::All => features,
+            Logits::Last => last_token(tape, features, context.marks)?,
+        };
+        Ok((self.logits(tape, features)?, after))
+    }
+
+    fn loss(&self, tape: &mut Tape, logits: Var, targets: Ids, scale: Var) -> Result<(Var, Var)> {
+        cross_entropy(tape, logits, targets, scale)
+    }
+}
+
 /// The embedding itself where the head shares its weights, else what `own` asks for.
 fn tied_or(config: &ModelConfig, embedding: Parameter, own: impl FnOnce() -> Parameter) -> Parameter {
-    if config.tie_weights {
-        embedding
-    } else {
-        own()
-    }
-    use crate::ops::cross_entropy::cross_entropy;
+    if config.tie_weights { embedding } else { own() }
 }

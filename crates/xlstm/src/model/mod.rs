@@ -5,10 +5,9 @@
 pub mod backbone;
 pub mod block_stack;
 pub mod feature_model;
+pub mod interface;
 pub mod language_model;
 mod large;
-#[allow(clippy::module_inception)]
-pub mod model;
 pub mod objective;
 pub mod runner;
 pub mod stack;
@@ -18,8 +17,8 @@ pub use crate::nn::slstm_at::SlstmAt;
 pub use backbone::Backbone;
 pub use block_stack::BlockStack;
 pub use feature_model::{FeatureConfig, FeatureModel, Head, Pooling};
+pub use interface::{Inputs, Model};
 pub use language_model::LanguageModel;
-pub use model::{Inputs, Model};
 pub use objective::Objective;
 pub use runner::{Logits, Runner};
 pub use stack::Stack;

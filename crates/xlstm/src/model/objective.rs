@@ -5,7 +5,7 @@
 //! gradient. So back-propagation through a stream is truncated at the batches' borders, and a
 //! stream of any length takes the memory of one batch.
 
-use super::model::{Inputs, Model};
+use super::interface::{Inputs, Model};
 use super::runner::Logits;
 use crate::data::Batch;
 #[cfg(feature = "cuda")]

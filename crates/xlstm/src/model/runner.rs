@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::feature_model::FeatureModel;
+use super::interface::Model;
 use super::language_model::LanguageModel;
-use super::model::Model;
 use crate::engine::operation::Element;
 use crate::engine::{Device, Ids, Mode, Program, Tape, Var};
 use crate::error::{Error, Result};

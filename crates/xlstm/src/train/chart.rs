@@ -313,7 +313,7 @@ mod tests {
 
     #[test]
     fn titles_are_escaped() {
-        let svg = Curve { title: "<a & \"b\">\u{1}".into(), ..Curve::default() }.to_svg();
+        let svg = Svg::new("<a & \"b\">\u{1}").finish();
         assert!(svg.contains("&lt;a &amp; &quot;b&quot;&gt; </text>"));
     }
 }

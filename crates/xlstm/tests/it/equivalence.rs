@@ -60,7 +60,7 @@ struct Case {
     seeds: Parts,
 }
 
-fn below(rng: &mut Rng, n: usize) -> usize {
+pub fn below(rng: &mut Rng, n: usize) -> usize {
     (rng.next_u64() % n as u64) as usize
 }
 
@@ -68,7 +68,8 @@ fn chance(rng: &mut Rng, probability: f64) -> bool {
     rng.uniform() < probability
 }
 
-fn model(rng: &mut Rng) -> LanguageModel {
+/// A random configuration.
+pub fn config(rng: &mut Rng) -> ModelConfig {
     let mut config = ModelConfig { vocab_size: VOCABULARY, num_blocks: 3, ..ModelConfig::default() };
     let heads = 1 + below(rng, 3);
     config.embedding_dim = heads * (2 + below(rng, 5));
@@ -91,7 +92,7 @@ fn model(rng: &mut Rng) -> LanguageModel {
     slstm.gradient_recurrent_cut = chance(rng, 0.2);
     slstm.gradient_recurrent_clipval = chance(rng, 0.2).then_some(1e-2);
     config.feedforward.round_proj_up_to_multiple_of = 1;
-    LanguageModel::new(&config).expect("a model")
+    config
 }
 
 fn row(rng: &mut Rng, length: usize) -> Row {
@@ -107,7 +108,7 @@ impl Case {
     /// A random model, half the time with a state of a few tokens to start from.
     fn new(seed: u64, batch: usize) -> Case {
         let mut rng = Rng::new(seed, 0);
-        let model = model(&mut rng);
+        let model = LanguageModel::new(&config(&mut rng)).expect("a model");
         let mut parameters = Parameters::initialize(model.specs(), seed);
         // Gates and recurrent weights that start at zero would hide what they do.
         parameters.values.iter_mut().flatten().for_each(|w| *w += 0.4 * rng.normal());
@@ -264,7 +265,7 @@ impl Case {
 /// the largest of all, or within the rounding of numbers of order one, which losses and
 /// seeds are: some gradients are nothing but that.
 #[track_caller]
-fn close(what: &str, got: &Parts, want: &Parts) {
+pub fn close(what: &str, got: &Parts, want: &Parts) {
     let largest = |x: &[f64]| x.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
     let all = want.iter().map(|x| largest(x)).fold(0.0, f64::max);
     assert_eq!(got.len(), want.len(), "{what}");
