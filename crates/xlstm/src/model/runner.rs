@@ -147,7 +147,7 @@ impl<T: Element, M: Model> Runner<T, M> {
             let ends: Vec<usize> = lengths.iter().map(|length| (*length).clamp(start, end)).collect();
             let mut inputs = Vec::with_capacity(batch * (end - start) * width);
             for (b, row) in rows.iter().enumerate() {
-                inputs.extend_from_slice(&row[(start * width).min(row.len())..ends[b] * width]);
+                inputs.extend_from_slice(&row[(start * width).min(row.len())..(end * width).min(row.len())]);
                 inputs.resize((b + 1) * (end - start) * width, 0);
             }
             let key = Key { batch, length: end - start, logits, padded: ends.iter().any(|e| *e < end) };

@@ -43,7 +43,7 @@ fn feature_model(seed: u64) -> (Arc<FeatureModel>, Parameters<f64>, Rng) {
     let input_size = if seed.is_multiple_of(4) { blocks.embedding_dim } else { 1 + below(&mut rng, 6) };
     let size = 1 + below(&mut rng, 4);
     let head = match seed % 2 {
-        0 => Head::Classification { classes: size },
+        0 => Head::Classification { classes: 1 + size },
         _ => Head::Regression { outputs: size },
     };
     let pooling = POOLINGS[(seed % 3) as usize];
