@@ -27,7 +27,11 @@ enum Verb {
     Prepare(verbs::prepare::PrepareArgs),
     Eval(verbs::eval::EvalArgs),
     Generate(verbs::generate::GenerateArgs),
+    Init(verbs::init::InitArgs),
     Inspect(verbs::inspect::InspectArgs),
+    Convert(verbs::convert::ConvertArgs),
+    #[cfg(feature = "download")]
+    Pull(verbs::pull::PullArgs),
     Bench(verbs::bench::BenchArgs),
     Doctor(verbs::doctor::DoctorArgs),
 }
@@ -38,7 +42,11 @@ fn main() -> ExitCode {
         Verb::Prepare(args) => verbs::prepare::run(&args),
         Verb::Eval(args) => verbs::eval::run(&args),
         Verb::Generate(args) => verbs::generate::run(&args),
+        Verb::Init(args) => verbs::init::run(&args),
         Verb::Inspect(args) => verbs::inspect::run(&args),
+        Verb::Convert(args) => verbs::convert::run(&args),
+        #[cfg(feature = "download")]
+        Verb::Pull(args) => verbs::pull::run(&args),
         Verb::Bench(args) => verbs::bench::run(&args),
         Verb::Doctor(args) => verbs::doctor::run(&args),
     };
@@ -76,8 +84,12 @@ mod tests {
             "xlstm generate --model runs/1 --prompt hello -n 10 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 1",
             "xlstm generate --model runs/1 --prompt-ids 1,2,3 --state-in a --state-out b --json",
             "xlstm generate --model m --prompt a --min-p 0.1 --repetition-penalty 1.2 --stop x --stop y",
+            "xlstm init shakespeare --set model.vocab_size=65 --out m --dtype bf16 --seed 3 --threads 2",
             "xlstm inspect --model runs/1",
             "xlstm inspect shakespeare",
+            "xlstm inspect --model NX-AI/xLSTM-7b@main",
+            "xlstm convert --model m --to hugging-face --dtype bf16 --weights fused --out o",
+            "xlstm convert --model m --config c.yaml --set a.b=1 --to nx-ai --out o",
             "xlstm bench train --preset lm-mlstm-128 --threads 2 --json",
             "xlstm doctor",
         ] {
@@ -103,7 +115,11 @@ mod tests {
             "xlstm bench",
             "xlstm bench train --preset gpt-5",
             "xlstm bench train --preset lm-mlstm-128 --steps 0",
+            "xlstm init shakespeare",
+            "xlstm init shakespeare --out m --dtype int8",
             "xlstm inspect",
+            "xlstm convert --model m --to onnx --out o",
+            "xlstm convert --model m --to ours --dtype int8 --out o",
             "xlstm inspect shakespeare --model m",
         ] {
             let error = Cli::try_parse_from(line.split(' ')).err().unwrap_or_else(|| panic!("{line}"));

@@ -1,17 +1,14 @@
 //! `xlstm eval`: the loss of a model on a text.
 
-use std::path::PathBuf;
-
 use std::sync::Arc;
 
 use clap::Args;
 use xlstm::data::{Corpus, Origin, Split};
 use xlstm::eval::{Reading, evaluate};
-use xlstm::folder::ModelFolder;
-use xlstm::nn::Weights;
 use xlstm::text::Tokenizer;
 use xlstm::{Error, Result};
 
+use super::model::ModelArgs;
 use super::text::{TextArgs, note_skipped};
 use crate::device::DeviceArgs;
 use crate::output;
@@ -20,9 +17,8 @@ use crate::progress::Meter;
 /// Measure a model's loss on a text: nats a token, perplexity, bits a byte.
 #[derive(Debug, Args)]
 pub struct EvalArgs {
-    /// The folder of the model or of a run
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    #[command(flatten)]
+    pub model: ModelArgs,
     #[command(flatten)]
     pub text: TextArgs,
     /// Print one JSON object instead of lines for people
@@ -34,6 +30,10 @@ pub struct EvalArgs {
     /// Begin a window every N tokens; a token is scored in the first window that holds it
     #[arg(long, value_name = "N", requires = "window", value_parser = clap::value_parser!(u64).range(1..))]
     pub stride: Option<u64>,
+    /// Show the loss by position too: the tokens that the model had read of the document (of the
+    /// window, with --window) before the one that it predicts; 1, 2 to 3, 4 to 7, ...
+    #[arg(long)]
+    pub positions: bool,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -43,10 +43,10 @@ pub struct EvalArgs {
 /// # Errors
 /// Those of reading the model and the text.
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let folder = ModelFolder::load(&args.model)?;
+    let folder = args.model.open()?;
     let device = args.device.choose()?;
     let corpus = Arc::new(device.install(|| corpus(args, folder.tokenizer()?))?);
-    let weights = Weights::new(folder.parameters.clone(), &device)?;
+    let weights = folder.weights(&device)?;
     note_skipped(corpus.skipped());
     let tokens = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
     let reading = match (args.window, args.stride) {
@@ -55,13 +55,16 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         (None, _) => Reading::Whole,
     };
     let mut meter = Meter::new("evaluating");
-    let report = evaluate(&folder.model, &weights, &corpus, reading, &device, |share| meter.set(share))?;
+    let mut report = evaluate(&folder.model, &weights, &corpus, reading, &device, |share| meter.set(share))?;
     drop(meter);
+    if !args.positions {
+        report.positions.clear();
+    }
     if args.json {
         let json = serde_json::to_string(&report).map_err(|e| Error::data(e.to_string()))?;
         return output::data(&(json + "\n"));
     }
-    output::data(&format!(
+    let mut text = format!(
         "loss              {:.4} nats a token\n\
          token perplexity  {:.3}\n\
          word perplexity   {:.2}\n\
@@ -76,7 +79,20 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         report.tokens,
         report.words,
         report.bytes
-    ))
+    );
+    if args.positions {
+        text += "\nposition             tokens  nats a token  perplexity\n";
+    }
+    for bucket in &report.positions {
+        let range = if bucket.first == bucket.last {
+            bucket.first.to_string()
+        } else {
+            format!("{}-{}", bucket.first, bucket.last)
+        };
+        let (tokens, loss, perplexity) = (bucket.tokens, bucket.loss, bucket.token_perplexity);
+        text += &format!("{range:<15} {tokens:>11}  {loss:>12.4}  {perplexity:>10.3}\n");
+    }
+    output::data(&text)
 }
 
 /// The text in tokens.

@@ -5,13 +5,12 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use clap::{ArgGroup, Args};
 use serde::Serialize;
-use xlstm::folder::ModelFolder;
 use xlstm::generate::{Finish, Sampler, Sampling, Session, StopStrings};
 use xlstm::model::Runner;
-use xlstm::nn::Weights;
 use xlstm::text::{Decoder, Tokenizer};
 use xlstm::{Error, Result};
 
+use super::model::ModelArgs;
 use crate::device::DeviceArgs;
 use crate::output;
 
@@ -19,9 +18,8 @@ use crate::output;
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("start").args(["prompt", "prompt_ids", "state_in"]).required(true).multiple(true))]
 pub struct GenerateArgs {
-    /// The folder of the model or of a run
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// The text to continue
     #[arg(long, value_name = "TEXT", conflicts_with = "prompt_ids")]
     pub prompt: Option<String>,
@@ -59,7 +57,8 @@ pub struct GenerateArgs {
     /// Start from the state in this file instead of an empty one; needs no prompt
     #[arg(long, value_name = "FILE")]
     pub state_in: Option<PathBuf>,
-    /// Save the state after the last token to this file
+    /// Save the state after the last token to this file; where --stop ended the text, that is the
+    /// token that completed the string, which the state has read though the text ends before it
     #[arg(long, value_name = "FILE")]
     pub state_out: Option<PathBuf>,
     /// Print one JSON object a sample at the end instead of the text as it arises
@@ -122,17 +121,16 @@ impl Sample {
 /// # Errors
 /// Those of reading the model and the state, and of the prompt's tokens.
 pub fn run(args: &GenerateArgs) -> Result<()> {
-    let folder = ModelFolder::load(&args.model)?;
+    let folder = args.model.open()?;
     let prompt_ids = match &args.prompt {
         Some(prompt) => folder.tokenizer()?.encode(prompt)?,
         None => args.prompt_ids.clone(),
     };
-    let fingerprint = folder.fingerprint();
     let device = args.device.choose()?;
-    let weights = Weights::new(folder.parameters.clone(), &device)?;
+    let weights = folder.weights(&device)?;
     let runner = Runner::new(folder.model.clone(), weights, device);
     let mut session = match &args.state_in {
-        Some(path) => Session::load(runner, path, &fingerprint)?,
+        Some(path) => Session::load(runner, path, &folder.fingerprint())?,
         None => Session::new(runner),
     };
     let started = Instant::now();
@@ -154,7 +152,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         .map(|i| Sampler::new(sampling, vocabulary, seed.wrapping_add(i)))
         .collect();
     samplers.iter_mut().for_each(|sampler| sampler.observe(&prompt_ids));
-    let end = folder.tokenizer.as_ref().and_then(Tokenizer::end_of_text);
+    let ends = folder.end_tokens();
     let mut samples: Vec<Sample> =
         samplers.iter().map(|_| Sample::new(folder.tokenizer.as_ref(), &args.stop)).collect();
     let prompt = args.prompt.as_deref().unwrap_or_default();
@@ -163,7 +161,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         output::data(prompt)?;
     }
     let started = Instant::now();
-    let finished = session.generate_samples(args.tokens, &mut samplers, end, |i, id| {
+    let finished = session.generate_samples(args.tokens, &mut samplers, &ends, |i, id| {
         let (fresh, goes_on) = samples[i].push(id)?;
         if streams {
             output::data(fresh)?;
@@ -190,7 +188,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         }
     }
     if let Some(path) = &args.state_out {
-        session.save(path, &fingerprint)?;
+        session.save(path, &folder.fingerprint())?;
         output::note(&format!("state after {} tokens: {}", session.state()?.tokens()[0], path.display()));
     }
     let drawn: usize = samples.iter().map(|sample| sample.ids.len()).sum();

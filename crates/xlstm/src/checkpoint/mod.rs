@@ -5,13 +5,15 @@
 
 use std::borrow::Cow;
 use std::path::Path;
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::engine::Format;
 use crate::error::{Error, Result};
 use crate::files::{partial_folder, replace_folder};
-use crate::folder::{self, read_tensors, write_tensors};
+use crate::folder::tensors::TensorFile;
+use crate::folder::writer::{Entry, write_tensors};
+use crate::folder::{self};
 use crate::model::LanguageModel;
 use crate::nn::Parameters;
 use crate::text::Tokenizer;
@@ -92,16 +94,17 @@ pub fn save(
         let path = partial.join(ALGORITHMS);
         std::fs::write(&path, algorithms).map_err(|e| Error::io("write", &path, &e))?;
     }
-    let names = parameters.specs().iter().map(|spec| &spec.name);
-    let moment = |kind: &str, moments: &[Vec<f32>]| -> Vec<(String, usize)> {
-        names.clone().zip(moments).map(|(name, m)| (format!("{kind}.{name}"), m.len())).collect()
-    };
-    let firsts = moment("first", first).into_iter().zip(first.iter());
-    let seconds = moment("second", second).into_iter().zip(second.iter());
-    let state = carried.iter().enumerate().map(|(i, part)| ((format!("carried.{i}"), part.len()), part));
-    let tensors =
-        firsts.chain(seconds).chain(state).map(|((name, len), values)| (name, vec![len], values.as_slice()));
-    write_tensors(&partial.join(TENSORS), tensors)?;
+    let names = parameters.specs().iter().map(|spec| spec.name.as_str());
+    let firsts = names.clone().map(|name| format!("first.{name}")).zip(first.iter());
+    let seconds = names.map(|name| format!("second.{name}")).zip(second.iter());
+    let state = carried.iter().enumerate().map(|(i, part)| (format!("carried.{i}"), part));
+    let (names, values): (Vec<String>, Vec<&Vec<f32>>) = firsts.chain(seconds).chain(state).unzip();
+    let entry =
+        |(name, values): (String, &&Vec<f32>)| Entry { name, shape: vec![values.len()], format: Format::F32 };
+    let entries: Vec<Entry> = names.into_iter().zip(&values).map(entry).collect();
+    write_tensors(&partial.join(TENSORS), &entries, &[], |index| {
+        Ok(Cow::Borrowed(values[index].as_slice()))
+    })?;
     replace_folder(&partial, target)
 }
 
@@ -119,7 +122,7 @@ pub fn load(target: &Path, model: &LanguageModel) -> Result<(Standing, Snapshot<
         ))
         .hint("resume a run with the config.yaml in its folder, unchanged"));
     }
-    let parameters = Arc::unwrap_or_clone(loaded.parameters);
+    let parameters = loaded.parameters();
     let path = target.join(PROGRESS);
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, &e))?;
     let standing: Standing = serde_json::from_str(&text)
@@ -133,12 +136,13 @@ pub fn load(target: &Path, model: &LanguageModel) -> Result<(Standing, Snapshot<
     let foreign = |name: &str| {
         Error::checkpoint(format!("{} holds {name}, which the model does not have", path.display()))
     };
-    read_tensors(&path, |name, _, values| {
+    for tensor in TensorFile::open(&path)?.iter() {
+        let (name, values) = (tensor.name, tensor.to_f32()?);
         let (kind, rest) = name.split_once('.').ok_or_else(|| foreign(name))?;
         if kind == "carried" {
             let index: usize = rest.parse().map_err(|_| foreign(name))?;
             carried.push((index, values));
-            return Ok(());
+            continue;
         }
         let index = specs.iter().position(|spec| spec.name == rest).ok_or_else(|| foreign(name))?;
         let moments = if kind == "first" { &mut first } else { &mut second };
@@ -146,8 +150,7 @@ pub fn load(target: &Path, model: &LanguageModel) -> Result<(Standing, Snapshot<
             return Err(foreign(name));
         }
         moments[index] = values;
-        Ok(())
-    })?;
+    }
     carried.sort_by_key(|(index, _)| *index);
     let carried = carried.into_iter().map(|(_, part)| part).collect();
     let (parameters, first, second) = (Cow::Owned(parameters), Cow::Owned(first), Cow::Owned(second));

@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::operation::{Backward, Element, Forward, Gradient, MAX_SLOTS};
 use super::plan::Plan;
 use super::profile::{OperationTime, Profile};
+use super::stored::{Slice, Stored};
 use super::tape::{Ids, Source, Tape, Var};
 
 /// A tape with its buffers. Replaying keeps no new memory once the work space has grown; the
@@ -117,7 +118,15 @@ impl<T: Element> Executor<T> {
     /// Runs every node in order. `parameters` are those that the tape was recorded over.
     pub fn forward(&mut self, parameters: &[Vec<T>]) {
         for i in 0..self.tape.nodes.len() {
-            self.forward_node(i, parameters);
+            self.forward_node(i, Reads::Plain(parameters));
+        }
+    }
+
+    /// The same with stored parameters; those in 16 bits are such as
+    /// [`narrow_parameters`](Tape::narrow_parameters) allows.
+    pub fn forward_stored(&mut self, parameters: &[Stored<T>]) {
+        for i in 0..self.tape.nodes.len() {
+            self.forward_node(i, Reads::Stored(parameters));
         }
     }
 
@@ -136,7 +145,7 @@ impl<T: Element> Executor<T> {
         for (i, is_forward) in (0..nodes).map(|i| (i, true)).chain((0..nodes).rev().map(|i| (i, false))) {
             let start = Instant::now();
             if is_forward {
-                self.forward_node(i, parameters);
+                self.forward_node(i, Reads::Plain(parameters));
             } else {
                 self.backward_node(i, parameters, gradients);
             }
@@ -159,7 +168,7 @@ impl<T: Element> Executor<T> {
             backward,
         };
         for i in 0..self.tape.nodes.len() {
-            self.forward_node(i, parameters);
+            self.forward_node(i, Reads::Plain(parameters));
             if self.tape.nodes[i].outputs.iter().any(|&v| !all_finite(self.value(v))) {
                 return Some(culprit(&self.tape, i, false));
             }
@@ -180,7 +189,7 @@ impl<T: Element> Executor<T> {
         None
     }
 
-    fn forward_node(&mut self, i: usize, parameters: &[Vec<T>]) {
+    fn forward_node(&mut self, i: usize, parameters: Reads<'_, T>) {
         let node = &self.tape.nodes[i];
         let mut taken: [Vec<T>; MAX_SLOTS] = std::array::from_fn(|_| Vec::new());
         for (hold, var) in taken.iter_mut().zip(&node.outputs) {
@@ -194,13 +203,18 @@ impl<T: Element> Executor<T> {
         }
         let mut io = Forward {
             inputs: [None; MAX_SLOTS],
+            narrow: [None; MAX_SLOTS],
             outputs,
             ids: [&[]; 3],
             shapes: &node.shapes,
             scratch: &mut self.scratch,
         };
-        for (input, var) in io.inputs.iter_mut().zip(&node.inputs) {
-            *input = var.map(|v| read(&self.tape, &self.plan, &self.slots, parameters, v));
+        for (slot, var) in node.inputs.iter().enumerate() {
+            match var.map(|v| read(&self.tape, &self.plan, &self.slots, parameters, v)) {
+                Some(Slice::Wide(values)) => io.inputs[slot] = Some(values),
+                Some(Slice::Narrow(values)) => io.narrow[slot] = Some(values),
+                None => {}
+            }
         }
         for (ids, var) in io.ids.iter_mut().zip(&node.ids) {
             *ids = &self.ids[var.index()];
@@ -259,12 +273,12 @@ impl<T: Element> Executor<T> {
         };
         for (slot, (input, var)) in io.inputs.iter_mut().zip(&node.inputs).enumerate() {
             if reads.input(slot) {
-                *input = var.map(|v| read(&self.tape, &self.plan, &self.slots, parameters, v));
+                *input = var.map(|v| wide(&self.tape, &self.plan, &self.slots, parameters, v));
             }
         }
         for (slot, var) in node.outputs.iter().enumerate() {
             if reads.output(slot) {
-                io.outputs[slot] = Some(read(&self.tape, &self.plan, &self.slots, parameters, *var));
+                io.outputs[slot] = Some(wide(&self.tape, &self.plan, &self.slots, parameters, *var));
             }
             io.output_gradients[slot] =
                 self.plan.gradient[var.index()].map(|g| &self.slots[g][..node.shapes.outputs[slot].len()]);
@@ -288,7 +302,31 @@ impl<T: Element> Executor<T> {
     }
 }
 
+/// The parameters that forward reads.
+#[derive(Clone, Copy)]
+enum Reads<'a, T> {
+    Plain(&'a [Vec<T>]),
+    Stored(&'a [Stored<T>]),
+}
+
 fn read<'a, T: Element>(
+    tape: &Tape,
+    plan: &Plan,
+    slots: &'a [Vec<T>],
+    parameters: Reads<'a, T>,
+    var: Var,
+) -> Slice<'a, T> {
+    let value = &tape.values[var.index()];
+    match (value.source, parameters) {
+        (Source::Parameter { index, offset }, Reads::Stored(parameters)) => {
+            parameters[index].slice(offset..offset + value.shape.len())
+        }
+        (_, Reads::Plain(parameters)) => Slice::Wide(wide(tape, plan, slots, parameters, var)),
+        (_, Reads::Stored(_)) => Slice::Wide(wide(tape, plan, slots, &[], var)),
+    }
+}
+
+fn wide<'a, T: Element>(
     tape: &Tape,
     plan: &Plan,
     slots: &'a [Vec<T>],

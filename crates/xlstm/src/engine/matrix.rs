@@ -112,6 +112,14 @@ impl<'a, T: Scalar> MatMut<'a, T> {
         MatMut { data, rows: count, marker: PhantomData, ..*self }
     }
 
+    /// `count` columns from `first`, borrowed.
+    pub fn columns_at(&mut self, first: usize, count: usize) -> MatMut<'_, T> {
+        assert!(first + count <= self.columns);
+        // SAFETY: inside the allocation by the check above (one past its end when empty).
+        let data = unsafe { self.data.add(if self.rows == 0 { 0 } else { first }) };
+        MatMut { data, columns: count, marker: PhantomData, ..*self }
+    }
+
     /// The matrix cut into blocks of `rows` x `columns`, row blocks outermost: for
     /// (batch x length, heads x size) data, one block a (sequence, head).
     pub fn blocks(self, rows: usize, columns: usize) -> Vec<MatMut<'a, T>> {
@@ -127,6 +135,16 @@ impl<'a, T: Scalar> MatMut<'a, T> {
             }
         }
         blocks
+    }
+
+    /// The matrix cut into blocks of `rows` rows, the last of which may have fewer.
+    pub fn row_tiles(self, rows: usize) -> Vec<MatMut<'a, T>> {
+        let tile = |first: usize| {
+            // SAFETY: tiles do not overlap and lie inside the matrix, and `self` is consumed.
+            let data = unsafe { self.data.add(first * self.row_stride) };
+            MatMut { data, rows: rows.min(self.rows - first), marker: PhantomData, ..self }
+        };
+        (0..self.rows).step_by(rows).map(tile).collect()
     }
 
     /// Sets every element.

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use super::cuda::{CudaBackward, CudaForward};
-use super::{scalar::Scalar, shape::Shape};
+use super::{narrow::Narrow, scalar::Scalar, shape::Shape};
 use crate::error::Result;
 
 /// The most inputs, and the most outputs, of one operation.
@@ -69,6 +69,8 @@ fn missing(what: &str, i: usize) -> ! {
 pub struct Forward<'a, T> {
     /// Input values.
     pub inputs: [Option<&'a [T]>; MAX_SLOTS],
+    /// Instead of values, inputs of [`Kernel::narrow`] that are stored in 16 bits.
+    pub narrow: [Option<Narrow<'a>>; MAX_SLOTS],
     /// Where results go; the previous content is arbitrary.
     pub outputs: [Option<&'a mut [T]>; MAX_SLOTS],
     /// Integer inputs: token ids, targets, marks, seeds.
@@ -207,6 +209,12 @@ pub trait Kernel: Debug + Send + Sync + 'static {
         0
     }
 
+    /// The weight matrices that forward on the processor also reads in 16 bits, from
+    /// [`Forward::narrow`], as a bit set. Everything else is widened before it is read.
+    fn narrow(&self) -> u32 {
+        0
+    }
+
     /// Writes every output.
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>);
 
@@ -243,6 +251,8 @@ pub trait Operation: Debug + Send + Sync {
     fn full_precision(&self) -> Slots;
     /// See [`Kernel::weights`].
     fn weights(&self) -> u32;
+    /// See [`Kernel::narrow`].
+    fn narrow(&self) -> u32;
     /// [`Kernel::forward`] in f32.
     fn forward_f32(&self, io: &mut Forward<'_, f32>);
     /// [`Kernel::forward`] in f64.
@@ -280,6 +290,9 @@ impl<K: Kernel> Operation for K {
     }
     fn weights(&self) -> u32 {
         Kernel::weights(self)
+    }
+    fn narrow(&self) -> u32 {
+        Kernel::narrow(self)
     }
     fn forward_f32(&self, io: &mut Forward<'_, f32>) {
         self.forward(io);

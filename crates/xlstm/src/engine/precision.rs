@@ -55,6 +55,7 @@ impl FromStr for Precision {
 }
 
 /// The upper half of the nearest f32 whose lower half is zero.
+#[inline(always)]
 pub(super) fn to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     // Rounding must not carry a NaN over into infinity, nor cut it down to one.
@@ -63,6 +64,7 @@ pub(super) fn to_bf16(x: f32) -> u16 {
 }
 
 /// The f32 of which this is the upper half.
+#[inline(always)]
 pub(super) fn from_bf16(x: u16) -> f32 {
     f32::from_bits(u32::from(x) << 16)
 }

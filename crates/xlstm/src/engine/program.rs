@@ -6,10 +6,9 @@ use super::device::Device;
 use super::executor::{Culprit, Executor};
 use super::operation::Element;
 use super::profile::OperationTime;
+use super::stored::Stored;
 use super::tape::{Ids, Tape, Var};
-#[cfg(feature = "cuda")]
-use crate::error::Error;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// A recorded pass, ready to be replayed. On a GPU numbers are f32 inside, whatever T is.
 // One a pass: its size does not matter.
@@ -28,6 +27,8 @@ pub enum Program<T> {
 pub enum Values<'a, T> {
     /// One buffer a parameter.
     Cpu(&'a [Vec<T>]),
+    /// As files store them: for forward alone.
+    Stored(&'a [Stored<T>]),
     /// Flat buffers.
     #[cfg(feature = "cuda")]
     Cuda(&'a CudaParameters),
@@ -86,10 +87,10 @@ fn wide<T: Element>(values: &[f32]) -> Vec<T> {
     values.iter().map(|x| T::from_f64(f64::from(*x))).collect()
 }
 
-/// The program runs on one device and is given numbers of another.
-#[cfg(feature = "cuda")]
+/// The program runs on one device and is given numbers of another, or in a form for inference.
 fn elsewhere() -> Error {
-    Error::new(crate::error::ErrorKind::Device, "parameters and program are on different devices")
+    Error::new(ErrorKind::Device, "parameters are on another device or for inference alone")
+        .hint("load the weights for this device; training needs parameters of its own")
 }
 
 impl<T: Element> Program<T> {
@@ -260,6 +261,11 @@ impl<T: Element> Program<T> {
                 fed.iter().for_each(|&(value, input)| executor.feed_back(value, input));
                 Ok(())
             }
+            (Program::Cpu(executor), Values::Stored(parameters)) => {
+                executor.forward_stored(parameters);
+                fed.iter().for_each(|&(value, input)| executor.feed_back(value, input));
+                Ok(())
+            }
             #[cfg(feature = "cuda")]
             (Program::Cuda(executor), Values::Cuda(parameters)) => executor.forward(parameters, fed),
             #[cfg(feature = "cuda")]
@@ -288,7 +294,6 @@ impl<T: Element> Program<T> {
             (Program::Cuda(executor), Values::Cuda(parameters), Gradients::Cuda(gradients)) => {
                 executor.backward(parameters, gradients)
             }
-            #[cfg(feature = "cuda")]
             _ => Err(elsewhere()),
         }
     }
@@ -314,7 +319,6 @@ impl<T: Element> Program<T> {
             (Program::Cuda(executor), Values::Cuda(parameters), Gradients::Cuda(gradients)) => {
                 executor.profile(parameters, gradients)
             }
-            #[cfg(feature = "cuda")]
             _ => Err(elsewhere()),
         }
     }
@@ -338,7 +342,6 @@ impl<T: Element> Program<T> {
             }
             #[cfg(feature = "cuda")]
             (Program::Cuda(executor), ..) => executor.find_non_finite(),
-            #[cfg(feature = "cuda")]
             _ => Err(elsewhere()),
         }
     }

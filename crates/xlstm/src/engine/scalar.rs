@@ -28,6 +28,7 @@ pub trait Scalar:
     + SubAssign
     + MulAssign
     + DivAssign
+    + bytemuck::Pod
     + 'static
 {
     /// 0.

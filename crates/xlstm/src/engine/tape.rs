@@ -176,6 +176,21 @@ impl Tape {
         Ok(vars)
     }
 
+    /// Whether each of `count` parameters may be stored in 16 bits on the processor: all that read
+    /// it can widen it themselves.
+    pub fn narrow_parameters(&self, count: usize) -> Vec<bool> {
+        let mut narrow = vec![true; count];
+        for node in &self.nodes {
+            for (slot, var) in node.inputs.iter().enumerate() {
+                let source = var.map(|var| self.values[var.index()].source);
+                if let Some(Source::Parameter { index, .. }) = source {
+                    narrow[index] &= node.operation.narrow() >> slot & 1 == 1;
+                }
+            }
+        }
+        narrow
+    }
+
     fn same_gradient(&self, a: Var, b: Var) -> bool {
         match (self.values[a.index()].source, self.values[b.index()].source) {
             (Source::Parameter { index: a, .. }, Source::Parameter { index: b, .. }) => a == b,

@@ -1,50 +1,144 @@
-//! Model folders: everything that a model is, in three files.
+//! Model folders: a configuration, weights in safetensors files, and where there is one a
+//! tokenizer.
 //!
-//! - `config.json`: `{"format": "xlstm-model", "version": 1, "family": "small", "model": {…}}`,
-//!   the model's configuration with every key that its family has;
-//! - `model.safetensors`: the parameters under their official names, f32;
-//! - `tokenizer.json`: our own format or Hugging Face's; absent for a model of bare ids.
+//! | format | configuration | families |
+//! |---|---|---|
+//! | ours | `config.json` with `"format": "xlstm-model"` | all |
+//! | Hugging Face's | `config.json` with `"model_type": "xlstm"`, `generation_config.json` | large |
+//! | NX-AI's | `config.yaml` | large |
+//! | the small family's official one | `config.yaml` or `config.json` with its keys | small |
 //!
-//! A folder is written beside its place and renamed, so it is whole or not there.
+//! All of them are read; the first three are written. Opening a folder reads its configuration and
+//! the headers of its weights, so that what does not fit is found before a weight is read. A folder
+//! is written beside its place and renamed, so it is whole or not there.
 
+pub mod convert;
+#[cfg(feature = "download")]
+pub mod download;
+pub mod hub;
+mod hugging_face;
+mod initial;
+mod keys;
+mod names;
+mod nx_ai;
+mod ours;
+mod small;
+pub mod tensors;
+pub mod weights;
+pub mod writer;
+
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use crate::engine::{Device, Format};
 use crate::error::{Error, Result};
 use crate::files::recover_folder;
-use crate::model::{LanguageModel, ModelConfig};
-use crate::nn::Parameters;
+use crate::model::{Family, LanguageModel, ModelConfig, narrow_parameters};
+use crate::nn::large::WeightMode;
+use crate::nn::{ParameterSpec, Parameters, Weights};
 use crate::rng::mix;
 use crate::text::Tokenizer;
+pub use initial::initialize;
+use keys::Keys;
+use tensors::TensorFiles;
+use weights::{Recipe, WeightFiles};
+use writer::{Entry, write_tensors};
 
-const FORMAT: &str = "xlstm-model";
-const VERSION: u32 = 1;
 const CONFIG: &str = "config.json";
-const WEIGHTS: &str = "model.safetensors";
 const TOKENIZER: &str = "tokenizer.json";
 
-#[derive(Serialize, Deserialize)]
-struct ConfigFile {
-    format: String,
-    version: u32,
-    family: String,
-    model: serde_json::Value,
+/// Who writes folders of this kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// This program.
+    Ours,
+    /// `transformers`.
+    HuggingFace,
+    /// NX-AI's program for the large family.
+    NxAi,
+    /// The official program for the small family.
+    Small,
 }
 
-/// A model as loaded from a folder.
+impl Kind {
+    /// Its name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Ours => "ours",
+            Kind::HuggingFace => "Hugging Face",
+            Kind::NxAi => "NX-AI",
+            Kind::Small => "official, small family",
+        }
+    }
+
+    /// How a parameter is made of the tensors of such a folder.
+    fn recipe(self, config: &ModelConfig, files: &TensorFiles, spec: &ParameterSpec) -> Recipe {
+        match (self, config.family) {
+            (Kind::HuggingFace, _) => hugging_face::recipe(config, files, &spec.name),
+            (Kind::Small, _) => small::recipe(config, files, spec),
+            (_, Family::Large) => names::recipe(config, |name| files.get(name).is_some(), &spec.name),
+            _ => Recipe::tensor(&spec.name),
+        }
+    }
+
+    /// Our configuration keys, as an error names them, and this kind's.
+    fn renamed_keys(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Kind::Ours => &[],
+            Kind::HuggingFace => {
+                &[("model.large.", ""), ("model.embedding_dim", "hidden_size"), ("model.", "")]
+            }
+            Kind::NxAi => &[("model.large.", ""), ("model.", "")],
+            Kind::Small => &[
+                ("model.mlstm.", "mlstm_block.mlstm."),
+                ("model.slstm.", "slstm_block.slstm."),
+                ("model.feedforward.", "slstm_block.feedforward."),
+                ("model.", ""),
+            ],
+        }
+    }
+}
+
+/// What a folder's configuration says.
+#[derive(Debug)]
+struct Description {
+    config: ModelConfig,
+    /// Tokens that end a text; None where nothing is said.
+    ends: Option<Vec<u32>>,
+    warnings: Vec<String>,
+}
+
+/// A model in a folder. Its weights are read where they are needed, from the files that
+/// were there when it was opened.
 #[derive(Debug)]
 pub struct ModelFolder {
     /// Where it was loaded from.
     pub path: PathBuf,
+    /// Who wrote it.
+    pub kind: Kind,
     /// The model.
     pub model: Arc<LanguageModel>,
     /// Its numbers.
-    pub parameters: Arc<Parameters<f32>>,
+    pub files: WeightFiles,
     /// Its tokenizer, where it has one.
     pub tokenizer: Option<Tokenizer>,
+    /// What the folder says that was not understood or not followed.
+    pub warnings: Vec<String>,
+    ends: Option<Vec<u32>>,
+}
+
+/// What is not in a folder or shall be otherwise.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// The configuration, where it lies elsewhere or has another name.
+    pub config: Option<PathBuf>,
+    /// Keys of another program's configuration and values in YAML, over those of the file.
+    pub sets: Vec<(String, String)>,
+    /// How weights of the large family that read the same input are kept in memory.
+    pub weight_mode: Option<WeightMode>,
 }
 
 /// Writes a model into the folder `path`, which exists.
@@ -57,13 +151,25 @@ pub fn write(
     parameters: &Parameters<f32>,
     tokenizer: Option<&Tokenizer>,
 ) -> Result<()> {
-    let (family, model) = (model.config().family, model.config().to_json()?);
-    let config = ConfigFile { format: FORMAT.into(), version: VERSION, family: family.name().into(), model };
-    let text = serde_json::to_string_pretty(&config).map_err(|e| Error::config(e.to_string()))?;
-    write_file(&path.join(CONFIG), (text + "\n").as_bytes())?;
-    let tensors = parameters.specs().iter().zip(&parameters.values);
-    let tensors = tensors.map(|(spec, values)| (spec.name.clone(), spec.shape.clone(), values.as_slice()));
-    write_tensors(&path.join(WEIGHTS), tensors)?;
+    write_with(path, model, tokenizer, Format::F32, |index, _| Cow::Borrowed(&parameters.values[index]))
+}
+
+/// The same in any number format, with the numbers of one parameter at a time.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn write_with<'a>(
+    path: &Path,
+    model: &LanguageModel,
+    tokenizer: Option<&Tokenizer>,
+    format: Format,
+    mut values: impl FnMut(usize, &ParameterSpec) -> Cow<'a, [f32]>,
+) -> Result<()> {
+    write_json(&path.join(CONFIG), &ours::config_file(model.config(), None)?)?;
+    let specs = model.specs();
+    let entry = |spec: &ParameterSpec| Entry { name: spec.name.clone(), shape: spec.shape.clone(), format };
+    let entries: Vec<Entry> = specs.iter().map(entry).collect();
+    write_tensors(&path.join(tensors::SINGLE), &entries, &[], |index| Ok(values(index, &specs[index])))?;
     match tokenizer {
         Some(tokenizer) => write_file(&path.join(TOKENIZER), tokenizer.to_json()?.as_bytes()),
         None => Ok(()),
@@ -71,39 +177,60 @@ pub fn write(
 }
 
 impl ModelFolder {
-    /// Loads the model in `path`; of a run's folder, its best one.
+    /// Opens the model in `path`; of a run's folder, its best one. Of the weights only names,
+    /// shapes and formats are read.
     ///
     /// # Errors
     /// When a file is missing, damaged, foreign, or does not belong to the others.
     pub fn load(path: &Path) -> Result<ModelFolder> {
-        let path = locate(path)?;
-        let config = read_config(&path.join(CONFIG))?;
-        let model = LanguageModel::new(&config)?;
-        let mut parameters = Parameters::zeros(model.specs());
-        let weights = path.join(WEIGHTS);
-        let mut missing: Vec<&str> = model.specs().iter().map(|spec| spec.name.as_str()).collect();
-        read_tensors(&weights, |name, shape, values| {
-            missing.retain(|other| *other != name);
-            parameters.set(name, shape, values)
-        })?;
-        if let Some(name) = missing.first() {
-            return Err(Error::checkpoint(format!("{} lacks the parameter {name}", weights.display()))
-                .hint("the file belongs to another model than the config.json beside it"));
+        ModelFolder::open(path, &OpenOptions::default())
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// As [`load`](ModelFolder::load).
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<ModelFolder> {
+        let (path, file) = match &options.config {
+            Some(file) => (path.to_owned(), file.clone()),
+            None => locate(path)?,
+        };
+        let mut keys = Keys::read(&file)?;
+        for (key, value) in &options.sets {
+            keys.override_with(key, value)?;
         }
-        let file = path.join(TOKENIZER);
-        let tokenizer = if file.exists() { Some(Tokenizer::from_file(&file)?) } else { None };
-        if let Some(tokenizer) = &tokenizer
-            && tokenizer.vocabulary_size() > config.vocab_size
-        {
-            return Err(Error::checkpoint(format!(
-                "{} has {} tokens, the model {}",
-                file.display(),
-                tokenizer.vocabulary_size(),
-                config.vocab_size
+        let (kind, keys) = kind_of(&file, keys)?;
+        if kind == Kind::Ours && !options.sets.is_empty() {
+            return Err(Error::config(format!(
+                "{} is our own configuration, whose keys are not set",
+                file.display()
             ))
-            .hint("the tokenizer does not belong to this model"));
+            .hint("--set is for the configurations of other programs"));
         }
-        Ok(ModelFolder { path, model: Arc::new(model), parameters: Arc::new(parameters), tokenizer })
+        let tensors = TensorFiles::open(&path)?;
+        let Description { mut config, ends, warnings } = match kind {
+            Kind::Ours => ours::describe(&file, keys)?,
+            Kind::HuggingFace => hugging_face::describe(&path, keys, &tensors)?,
+            Kind::NxAi => nx_ai::describe(keys)?,
+            Kind::Small => small::describe(keys)?,
+        };
+        if let (Some(mode), Family::Large) = (options.weight_mode, config.family) {
+            config.large.weight_mode = mode;
+        }
+        let model = modest(&config).and_then(|()| LanguageModel::new(&config));
+        let model = model.map_err(|error| in_their_words(error, kind, &file))?;
+        let files =
+            WeightFiles::new(&path, &tensors, model.specs(), |spec| kind.recipe(&config, &tensors, spec))?;
+        if let Some(name) = files.unused().first() {
+            return Err(Error::checkpoint(format!(
+                "{} holds the tensor {name}, but the model of {} has no such parameter",
+                path.display(),
+                file.display()
+            ))
+            .hint("the weights belong to another model than the configuration"));
+        }
+        let tokenizer = read_tokenizer(&path, config.vocab_size)?;
+        Ok(ModelFolder { path, kind, model: Arc::new(model), files, tokenizer, warnings, ends })
     }
 
     /// The tokenizer, for uses that cannot do without.
@@ -117,105 +244,195 @@ impl ModelFolder {
         })
     }
 
-    /// A number that tells models apart: of the configuration and all parameters.
-    pub fn fingerprint(&self) -> String {
-        fingerprint(self.model.config(), &self.parameters)
-    }
-}
-
-/// The fingerprint of a model with these parameters.
-pub fn fingerprint(config: &ModelConfig, parameters: &Parameters<f32>) -> String {
-    let mut hash = 0;
-    let mut add = |x: u64| hash = mix(hash ^ x);
-    format!("{config:?}").bytes().for_each(|byte| add(u64::from(byte)));
-    parameters.values.iter().flatten().for_each(|x| add(u64::from(x.to_bits())));
-    format!("{hash:016x}")
-}
-
-/// The folder itself, or the best model in the folder of a run.
-fn locate(path: &Path) -> Result<PathBuf> {
-    if path.join(CONFIG).exists() {
-        return Ok(path.to_owned());
-    }
-    for inner in ["best", "last"].map(|name| path.join(name)) {
-        if recover_folder(&inner)? && inner.join(CONFIG).exists() {
-            return Ok(inner);
+    /// The tokens that end a text: those that the folder names, else the tokenizer's.
+    pub fn end_tokens(&self) -> Vec<u32> {
+        match &self.ends {
+            Some(ends) => ends.clone(),
+            None => self.tokenizer.as_ref().and_then(Tokenizer::end_of_text).into_iter().collect(),
         }
     }
-    if recover_folder(path)? && path.join(CONFIG).exists() {
-        return Ok(path.to_owned());
+
+    /// The weights for inference on `device`: on the processor as they are stored, mapped where
+    /// that is possible, so that memory holds no more than them; on a GPU in its precision.
+    ///
+    /// # Errors
+    /// When a GPU's memory runs out.
+    pub fn weights(&self, device: &Device) -> Result<Weights<f32>> {
+        match device {
+            Device::Cpu(_) => Ok(Weights::Stored(self.files.stored(&narrow_parameters(&self.model)?).into())),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(..) => Weights::new(Arc::new(self.parameters()), device),
+        }
     }
-    let error = match path.exists() {
-        true => Error::checkpoint(format!("{} is no model folder: it has no {CONFIG}", path.display())),
-        false => Error::checkpoint(format!("there is no model folder {}", path.display())),
-    };
-    Err(error.hint("`xlstm train` writes model folders, for instance out/1/best"))
+
+    /// All parameters in f32: what training starts from.
+    pub fn parameters(&self) -> Parameters<f32> {
+        self.files.parameters()
+    }
+
+    /// A number that tells models apart: of the configuration and of all parameters as they are
+    /// stored. It reads them all.
+    pub fn fingerprint(&self) -> String {
+        let config = format!("{:?}", self.model.config());
+        let hash = config.bytes().fold(self.files.hash(), |hash, byte| mix(hash ^ u64::from(byte)));
+        format!("{hash:016x}")
+    }
 }
 
-fn read_config(path: &Path) -> Result<ModelConfig> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, &e))?;
-    let foreign = |what: String| {
-        Error::checkpoint(format!("{} does not describe an xlstm model: {what}", path.display()))
-            .hint("expected the config.json that `xlstm train` writes")
+/// The folder itself, or the best model in the folder of a run; and its configuration.
+fn locate(path: &Path) -> Result<(PathBuf, PathBuf)> {
+    let here = |path: &Path| {
+        let json = path.join(CONFIG);
+        json.exists().then(|| (path.to_owned(), json))
     };
-    let file: ConfigFile = serde_json::from_str(&text).map_err(|e| foreign(e.to_string()))?;
-    if file.format != FORMAT {
-        return Err(foreign(format!("its format is {:?}", file.format)));
+    if let Some(found) = here(path) {
+        return Ok(found);
     }
-    if file.version > VERSION {
-        return Err(foreign(format!("version {}, but this program knows {VERSION}", file.version))
-            .hint("use a newer version of xlstm"));
+    for inner in ["best", "last"].map(|name| path.join(name)) {
+        if recover_folder(&inner)?
+            && let Some(found) = here(&inner)
+        {
+            return Ok(found);
+        }
     }
-    let model: ModelConfig = serde_json::from_value(file.model).map_err(|e| foreign(e.to_string()))?;
-    if model.family.name() != file.family {
-        return Err(foreign(format!(
-            "family {:?}, but its model is of {}",
-            file.family,
-            model.family.name()
-        )));
+    if recover_folder(path)?
+        && let Some(found) = here(path)
+    {
+        return Ok(found);
     }
-    Ok(model)
+    // A run's folder has a config.yaml as well, but no weights beside it.
+    let yaml = path.join(nx_ai::CONFIG);
+    if yaml.exists() && tensors::has_weights(path) {
+        return Ok((path.to_owned(), yaml));
+    }
+    if !path.exists() {
+        return Err(Error::checkpoint(format!("there is no model folder {}", path.display()))
+            .hint("`xlstm train` writes model folders, for instance out/1/best"));
+    }
+    Err(Error::checkpoint(format!(
+        "{} is no model folder: it has neither {CONFIG} (ours, Hugging Face's) nor {} beside weights \
+         (NX-AI's, the small family's official one) nor best/ or last/ (a run's)",
+        path.display(),
+        nx_ai::CONFIG
+    ))
+    .hint("`xlstm train` writes model folders, for instance out/1/best"))
+}
+
+/// Whose configuration these keys are, and those that matter: a section `model` where the rest is
+/// about a run.
+fn kind_of(file: &Path, mut keys: Keys) -> Result<(Kind, Keys)> {
+    if ours::is(&keys) {
+        return Ok((Kind::Ours, keys));
+    }
+    if let Some(other) = keys.text("model_type") {
+        if other == hugging_face::MODEL_TYPE {
+            return Ok((Kind::HuggingFace, keys));
+        }
+        return Err(Error::checkpoint(format!(
+            "{}: model_type: expected {:?}, found {other:?}",
+            file.display(),
+            hugging_face::MODEL_TYPE
+        ))
+        .hint("this program runs xLSTM models only"));
+    }
+    if !small::is(&keys)
+        && !nx_ai::is(&keys)
+        && let Some(inner) = keys.section("model")?
+    {
+        keys = inner;
+    }
+    if small::is(&keys) {
+        return Ok((Kind::Small, keys));
+    }
+    if nx_ai::is(&keys) {
+        return Ok((Kind::NxAi, keys));
+    }
+    Err(Error::checkpoint(format!(
+        "{} does not describe a model that we know: it has neither \"format\": {:?} (ours) nor \"model_type\": {:?} \
+         (Hugging Face's) nor embedding_dim, num_heads, num_blocks and vocab_size (NX-AI's) nor mlstm_block, \
+         slstm_block or slstm_at (the small family's official one)",
+        file.display(),
+        ours::FORMAT,
+        hugging_face::MODEL_TYPE
+    ))
+    .hint("expected the folder of an xLSTM language model"))
+}
+
+/// Refuses sizes beyond any model, with which shapes could not be counted.
+fn modest(config: &ModelConfig) -> Result<()> {
+    let large = &config.large;
+    let widest = [large.qk_dim_factor, large.v_dim_factor, large.ffn_proj_factor, config.mlstm.proj_factor]
+        .into_iter()
+        .chain([config.feedforward.proj_factor, 1.0])
+        .fold(0.0, f64::max);
+    let rounding = [
+        large.ffn_round_up_to_multiple_of,
+        config.mlstm.round_proj_up_to_multiple_of,
+        config.feedforward.round_proj_up_to_multiple_of,
+        config.mlstm.conv1d_kernel_size,
+        config.slstm.conv1d_kernel_size,
+    ];
+    for (key, size) in
+        [("model.vocab_size", config.vocab_size), ("model.embedding_dim", config.embedding_dim)]
+            .into_iter()
+            .chain(rounding.map(|size| ("a multiple or kernel size", size)))
+    {
+        if size > 1 << 28 {
+            return Err(
+                Error::config(format!("{key} is {size}")).hint(format!("{key} is at most {}", 1 << 28))
+            );
+        }
+    }
+    if widest * config.embedding_dim as f64 > f64::from(1 << 30) {
+        return Err(Error::config(format!("a factor of model.embedding_dim is {widest}"))
+            .hint("widths are at most a thousand million"));
+    }
+    Ok(())
+}
+
+/// An error about our configuration, as one about theirs.
+fn in_their_words(error: Error, kind: Kind, file: &Path) -> Error {
+    if kind == Kind::Ours {
+        return error;
+    }
+    let renamed = |text: &str| {
+        kind.renamed_keys().iter().fold(text.to_owned(), |text, (ours, theirs)| text.replace(ours, theirs))
+    };
+    let theirs = Error::checkpoint(format!("{}: {}", file.display(), renamed(&error.to_string())));
+    theirs.hint(renamed(error.hint_text().unwrap_or("the configuration is damaged")))
+}
+
+fn read_tokenizer(folder: &Path, vocabulary: usize) -> Result<Option<Tokenizer>> {
+    let file = folder.join(TOKENIZER);
+    if !file.exists() {
+        return Ok(None);
+    }
+    let tokenizer = Tokenizer::from_file(&file)?;
+    if tokenizer.vocabulary_size() > vocabulary {
+        return Err(Error::checkpoint(format!(
+            "{} has {} tokens, the model {vocabulary}",
+            file.display(),
+            tokenizer.vocabulary_size(),
+        ))
+        .hint("the tokenizer does not belong to this model"));
+    }
+    Ok(Some(tokenizer))
+}
+
+/// What other programs call a number format.
+fn readable(format: Format) -> &'static str {
+    match format {
+        Format::F32 => "float32",
+        Format::Bf16 => "bfloat16",
+        Format::F16 => "float16",
+    }
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::config(e.to_string()))?;
+    write_file(path, (text + "\n").as_bytes())
 }
 
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     std::fs::write(path, bytes).map_err(|e| Error::io("write", path, &e))
-}
-
-/// Writes f32 tensors (name, shape, values) to a safetensors file.
-pub(crate) fn write_tensors<'a>(
-    path: &Path,
-    tensors: impl Iterator<Item = (String, Vec<usize>, &'a [f32])>,
-) -> Result<()> {
-    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
-        .map(|(name, shape, values)| (name, shape, values.iter().flat_map(|x| x.to_le_bytes()).collect()))
-        .collect();
-    let invalid =
-        |e: safetensors::SafeTensorError| Error::checkpoint(format!("cannot write {}: {e}", path.display()));
-    let mut views = Vec::with_capacity(bytes.len());
-    for (name, shape, bytes) in &bytes {
-        views.push((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(invalid)?));
-    }
-    let file = safetensors::serialize(views, None).map_err(invalid)?;
-    write_file(path, &file)
-}
-
-/// Reads a safetensors file and gives every tensor (name, shape, values) to `take`.
-pub(crate) fn read_tensors(
-    path: &Path,
-    mut take: impl FnMut(&str, &[usize], Vec<f32>) -> Result<()>,
-) -> Result<()> {
-    let file = std::fs::read(path).map_err(|e| Error::io("read", path, &e))?;
-    let damaged = |what: String| {
-        Error::checkpoint(format!("{} is damaged: {what}", path.display()))
-            .hint("the file may be cut short; use another checkpoint of the run")
-    };
-    let tensors = SafeTensors::deserialize(&file).map_err(|e| damaged(e.to_string()))?;
-    for (name, view) in tensors.iter() {
-        if view.dtype() != Dtype::F32 {
-            return Err(damaged(format!("{name} is {:?}, expected F32", view.dtype())));
-        }
-        let values = view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        take(name, view.shape(), values)?;
-    }
-    Ok(())
 }

@@ -85,7 +85,7 @@ impl Session {
     }
 
     /// Draws up to `count` tokens, each read in turn and given to `listen`, which returns
-    /// whether to go on. Stops at `end`, which is read and given too.
+    /// whether to go on. Stops at one of `ends`, which is read and given too.
     ///
     /// # Errors
     /// When nothing was read yet.
@@ -93,11 +93,11 @@ impl Session {
         &mut self,
         count: usize,
         sampler: &mut Sampler,
-        end: Option<u32>,
+        ends: &[u32],
         mut listen: impl FnMut(u32) -> Result<bool>,
     ) -> Result<Finish> {
         let finished =
-            self.generate_samples(count, std::slice::from_mut(sampler), end, |_, token| listen(token))?;
+            self.generate_samples(count, std::slice::from_mut(sampler), ends, |_, token| listen(token))?;
         Ok(finished[0])
     }
 
@@ -111,7 +111,7 @@ impl Session {
         &mut self,
         count: usize,
         samplers: &mut [Sampler],
-        end: Option<u32>,
+        ends: &[u32],
         mut listen: impl FnMut(usize, u32) -> Result<bool>,
     ) -> Result<Vec<Finish>> {
         if self.logits.is_empty() || samplers.is_empty() {
@@ -136,7 +136,7 @@ impl Session {
             for (i, finish) in finished.iter_mut().enumerate().filter(|(_, finish)| finish.is_none()) {
                 if !listen(i, tokens[i])? {
                     *finish = Some(Finish::Stopped);
-                } else if Some(tokens[i]) == end {
+                } else if ends.contains(&tokens[i]) {
                     *finish = Some(Finish::EndOfText);
                 }
             }

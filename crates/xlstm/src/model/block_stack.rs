@@ -2,7 +2,10 @@
 
 use super::backbone::Backbone;
 use super::large::LargeStack;
+use super::lstm::LstmStack;
+use super::original::OriginalStack;
 use super::stack::Stack;
+use super::transformer::TransformerStack;
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
 use crate::nn::config::at_least_one;
@@ -15,6 +18,7 @@ use crate::ops::linear::linear;
 pub struct BlockStack {
     input: Option<(Parameter, Parameter)>,
     backbone: Box<dyn Backbone>,
+    width: usize,
 }
 
 impl BlockStack {
@@ -32,9 +36,26 @@ impl BlockStack {
             match config.family {
                 Family::Small => Box::new(Stack::new(config, b)),
                 Family::Large => Box::new(LargeStack::new(config, b)),
+                Family::Original => Box::new(OriginalStack::new(config, b)),
+                Family::Lstm => Box::new(LstmStack::new(config, b)),
+                Family::Transformer => Box::new(TransformerStack::new(config, b)),
             }
         });
-        Ok(BlockStack { input, backbone })
+        let width = match config.family {
+            Family::Lstm => config.lstm.hidden_dim(width),
+            _ => width,
+        };
+        Ok(BlockStack { input, backbone, width })
+    }
+
+    /// Width of the features that come out.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// The most rows that a sequence may have, where there is such a limit.
+    pub fn most_tokens(&self) -> Option<usize> {
+        self.backbone.most_tokens()
     }
 
     /// Names and shapes of the state of `batch` sequences.

@@ -92,7 +92,7 @@ impl FeatureModel {
         at_least_one("the width of the head", config.head.width())?;
         let mut builder = Builder::new();
         let stack = BlockStack::new(&config.blocks, config.input_size, &mut builder)?;
-        let head = projection(&mut builder, "head", config.head.width(), config.blocks.embedding_dim);
+        let head = projection(&mut builder, "head", config.head.width(), stack.width());
         Ok(FeatureModel { config, specs: builder.finish(), stack, head })
     }
 
@@ -132,7 +132,7 @@ impl Model for FeatureModel {
     fn state_layout(&self, batch: usize) -> Vec<(String, Shape)> {
         let mut layout = self.stack.state_layout(batch);
         if self.config.pooling == Pooling::Mean {
-            layout.push(("pooling.sum".to_owned(), [batch, self.config.blocks.embedding_dim].into()));
+            layout.push(("pooling.sum".to_owned(), [batch, self.stack.width()].into()));
             layout.push(("pooling.count".to_owned(), [batch, 1].into()));
         }
         layout
@@ -149,6 +149,10 @@ impl Model for FeatureModel {
     fn target_len(&self, [batch, length]: [usize; 2]) -> usize {
         let outputs = if self.config.pooling == Pooling::None { batch * length } else { batch };
         outputs * self.config.head.targets()
+    }
+
+    fn most_tokens(&self) -> Option<usize> {
+        self.stack.most_tokens()
     }
 
     fn outputs(

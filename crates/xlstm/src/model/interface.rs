@@ -81,6 +81,9 @@ pub trait Model: Debug + Send + Sync {
     /// Integers that are the targets of a batch of `shape` (sequences, places).
     fn target_len(&self, shape: [usize; 2]) -> usize;
 
+    /// The most places that a sequence may have, where there is such a limit.
+    fn most_tokens(&self) -> Option<usize>;
+
     /// inputs (B S, each [`Inputs::width`] integers) and the state before them
     /// -> outputs (B, S or 1, O) and the state after them.
     ///

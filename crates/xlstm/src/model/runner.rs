@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::feature_model::FeatureModel;
 use super::interface::Model;
 use super::language_model::LanguageModel;
+use super::objective::check_length;
 use crate::engine::operation::Element;
 use crate::engine::{Device, Ids, Mode, Program, Tape, Var};
 use crate::error::{Error, Result};
@@ -139,6 +140,10 @@ impl<T: Element, M: Model> Runner<T, M> {
             }
         }
         let lengths: Vec<usize> = rows.iter().map(|row| row.len() / width).collect();
+        if let Some(most) = self.model.most_tokens() {
+            let ends = self.tokens.iter().zip(&lengths).map(|(before, length)| *before as usize + length);
+            check_length(ends.max().unwrap_or_default(), most)?;
+        }
         let longest = lengths.iter().copied().max().unwrap_or_default();
         let mut outputs = vec![Vec::new(); batch];
         for start in (0..longest).step_by(PIECE) {
@@ -222,8 +227,8 @@ impl<T: Element> Runner<T> {
     /// Reads tokens (B S, row by row) after those read so far; returns the logits asked for.
     ///
     /// # Errors
-    /// When tokens lie outside the vocabulary or are not a whole number of rows, or a GPU
-    /// fails.
+    /// When tokens lie outside the vocabulary or are not a whole number of rows, or go beyond the
+    /// end of learned positions, or a GPU fails.
     pub fn read(&mut self, tokens: &[u32], logits: Logits) -> Result<Vec<T>> {
         self.read_whole(tokens, logits)
     }
@@ -268,6 +273,22 @@ fn bits(features: &[f32]) -> Vec<u32> {
 
 impl<T: Element> Pass<T> {
     fn record(model: &impl Model, key: Key, device: &Device) -> Result<Pass<T>> {
+        let Recording { tape, inputs, marks, state, outputs } = Recording::new(model, key)?;
+        Ok(Pass { program: Program::new(tape, device)?, inputs, marks, state, outputs })
+    }
+}
+
+/// A pass before it is on a device.
+struct Recording {
+    tape: Tape,
+    inputs: Ids,
+    marks: Option<Ids>,
+    state: Vec<(Var, Var)>,
+    outputs: Var,
+}
+
+impl Recording {
+    fn new(model: &impl Model, key: Key) -> Result<Recording> {
         let Key { batch, length, logits, padded } = key;
         let mut tape = Tape::new(Mode::Evaluate);
         let inputs = tape.ids(batch * length * model.inputs().width());
@@ -279,6 +300,16 @@ impl<T: Element> Pass<T> {
             model.outputs(&mut tape, inputs, [batch, length], logits, Some(&before), &mut context)?;
         after.iter().chain([&outputs]).for_each(|&var| tape.keep(var));
         let state = after.into_iter().zip(before).collect();
-        Ok(Pass { program: Program::new(tape, device)?, inputs, marks, state, outputs })
+        Ok(Recording { tape, inputs, marks, state, outputs })
     }
+}
+
+/// Whether each parameter of `model` may be in 16 bits where it runs on the processor: see
+/// [`Tape::narrow_parameters`].
+///
+/// # Errors
+/// When the model's shapes do not fit.
+pub fn narrow_parameters(model: &LanguageModel) -> Result<Vec<bool>> {
+    let key = Key { batch: 1, length: 1, logits: Logits::Last, padded: false };
+    Ok(Recording::new(model, key)?.tape.narrow_parameters(model.specs().len()))
 }

@@ -65,6 +65,21 @@ pub struct ParameterSpec {
     pub decay: bool,
 }
 
+impl ParameterSpec {
+    /// Number of its values.
+    pub fn count(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// First values of the parameter number `index` of a model, drawn from `seed`.
+    pub fn draw<T: Scalar>(&self, seed: u64, index: usize) -> Vec<T> {
+        let mut values = Vec::with_capacity(self.count());
+        self.init.draw(self.count(), &mut Rng::new(seed, index as u64), &mut values);
+        debug_assert_eq!(values.len(), self.count(), "{}", self.name);
+        values
+    }
+}
+
 /// A parameter by its place in the model's list.
 #[derive(Clone, Copy, Debug)]
 pub struct Parameter {
@@ -89,6 +104,12 @@ impl Parameter {
         let mut dims = self.shape.dims().to_vec();
         dims[0] = count;
         tape.parameter(self.index, first * row, Shape::from(&dims[..]))
+    }
+
+    /// The same rows of a matrix (…, N) as a block-diagonal one of a single block (1, count, N).
+    pub fn block(self, tape: &mut Tape, first: usize, count: usize) -> Var {
+        let row = self.shape.last();
+        tape.parameter(self.index, first * row, [1, count, row].into())
     }
 }
 
@@ -154,13 +175,7 @@ impl<T: Scalar> Parameters<T> {
     /// First values drawn from `seed`; each parameter has a stream of its own, so that
     /// adding one does not change the others.
     pub fn initialize(specs: &Arc<[ParameterSpec]>, seed: u64) -> Parameters<T> {
-        let values = specs.iter().enumerate().map(|(i, spec)| {
-            let count = spec.shape.iter().product();
-            let mut draw = Vec::with_capacity(count);
-            spec.init.draw(count, &mut Rng::new(seed, i as u64), &mut draw);
-            debug_assert_eq!(draw.len(), count, "{}", spec.name);
-            draw
-        });
+        let values = specs.iter().enumerate().map(|(i, spec)| spec.draw(seed, i));
         Parameters { specs: specs.clone(), values: values.collect() }
     }
 

@@ -1,11 +1,13 @@
 //! A model's parameters, ready to be read on a device.
+//!
+//! Training owns them in f32; inference on the processor can also read them as files store them.
 
 use std::sync::Arc;
 
 use super::parameters::Parameters;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaParameters, Layout};
-use crate::engine::{Device, Scalar, Values};
+use crate::engine::{Device, Scalar, Stored, Values};
 use crate::error::Result;
 
 /// Parameters where a device reads them. A clone shares the numbers.
@@ -13,6 +15,8 @@ use crate::error::Result;
 pub enum Weights<T> {
     /// In memory.
     Cpu(Arc<Parameters<T>>),
+    /// As files store them, mapped where they can be; for inference alone.
+    Stored(Arc<[Stored<T>]>),
     /// On a GPU.
     #[cfg(feature = "cuda")]
     Cuda(Arc<CudaParameters>),
@@ -42,6 +46,7 @@ impl<T: Scalar> Weights<T> {
     pub fn values(&self) -> Values<'_, T> {
         match self {
             Weights::Cpu(parameters) => Values::Cpu(&parameters.values),
+            Weights::Stored(parameters) => Values::Stored(parameters),
             #[cfg(feature = "cuda")]
             Weights::Cuda(parameters) => Values::Cuda(parameters),
         }

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::ROWS};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
+use crate::engine::narrow;
 use crate::engine::operation::{Backward, Forward, Kernel, Slots, scratch};
 #[cfg(feature = "cuda")]
 use crate::engine::operation::{MAX_SLOTS, NodeShapes};
@@ -100,10 +101,14 @@ impl Kernel for ConcatLinear {
         1 << self.parts
     }
 
+    fn narrow(&self) -> u32 {
+        1 << self.parts
+    }
+
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
         let y = io.output(0);
         let (rows, outer) = (io.shapes.outputs[0].rows(), io.shapes.outputs[0].last());
-        let (w, total) = (io.input(self.parts), io.shapes.input(self.parts).last());
+        let total = io.shapes.input(self.parts).last();
         let bias = io.inputs[self.parts + 1];
         y.par_chunks_mut(outer * TILE).for_each(|tile| match bias {
             Some(bias) => tile.chunks_mut(outer).for_each(|row| row.copy_from_slice(bias)),
@@ -115,9 +120,13 @@ impl Kernel for ConcatLinear {
             if width == 0 {
                 continue;
             }
-            let w = MatRef::new(w, outer, total).columns_at(first, width);
-            let x = MatRef::new(x, rows, width);
-            product(MatMut::new(y, rows, outer), T::ONE, x, w.t(), true, Threads::All);
+            if let Some(w) = io.narrow[self.parts] {
+                narrow::linear(y, x, w, [rows, width, outer], [first, total], true, io.scratch);
+            } else {
+                let w = MatRef::new(io.input(self.parts), outer, total).columns_at(first, width);
+                let x = MatRef::new(x, rows, width);
+                product(MatMut::new(y, rows, outer), T::ONE, x, w.t(), true, Threads::All);
+            }
             first += width;
         }
     }

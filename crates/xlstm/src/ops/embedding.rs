@@ -56,10 +56,20 @@ impl Kernel for Embedding {
         1
     }
 
+    fn narrow(&self) -> u32 {
+        1
+    }
+
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
         let y = io.output(0);
-        let (weight, width) = (io.input(0), io.shapes.input(0).last());
+        let width = io.shapes.input(0).last();
         let ids = &io.ids[0][..self.batch * self.length];
+        if let Some(weight) = io.narrow[0] {
+            return y.chunks_exact_mut(width).zip(ids).for_each(|(row, &id)| {
+                weight.at(id as usize * width, width).widen(row);
+            });
+        }
+        let weight = io.input(0);
         y.par_chunks_mut(width * TILE).zip(ids.par_chunks(TILE)).for_each(|(y, ids)| {
             for (row, &id) in y.chunks_exact_mut(width).zip(ids) {
                 row.copy_from_slice(&weight[id as usize * width..][..width]);

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, blas::Operand, blas::Product};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
+use crate::engine::narrow;
 use crate::engine::operation::{Backward, Forward, Kernel, Slots, scratch};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{add_to, vectorize};
@@ -51,18 +52,26 @@ impl Kernel for Linear {
         1 << 1
     }
 
+    fn narrow(&self) -> u32 {
+        1 << 1
+    }
+
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
         let y = io.output(0);
         let (rows, inner, outer) =
             (io.shapes.input(0).rows(), io.shapes.input(0).last(), io.shapes.outputs[0].last());
-        let x = MatRef::new(io.input(0), rows, inner);
-        let w = MatRef::new(io.input(1), outer, inner);
         if let Some(bias) = io.inputs[2] {
             y.par_chunks_mut(outer * TILE).for_each(|tile| {
                 tile.chunks_mut(outer).for_each(|row| row.copy_from_slice(bias));
             });
         }
         let accumulate = io.inputs[2].is_some();
+        if let Some(w) = io.narrow[1] {
+            let (size, columns) = ([rows, inner, outer], [0, inner]);
+            return narrow::linear(y, io.input(0), w, size, columns, accumulate, io.scratch);
+        }
+        let x = MatRef::new(io.input(0), rows, inner);
+        let w = MatRef::new(io.input(1), outer, inner);
         product(MatMut::new(y, rows, outer), T::ONE, x, w.t(), accumulate, Threads::All);
     }
 

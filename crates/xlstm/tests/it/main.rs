@@ -16,6 +16,9 @@ mod golden_large;
 // Twenty steps of AdamW against PyTorch's.
 mod golden_optimizer;
 
+// The original's model: names, both directions, gradients of both blocks with both cells.
+mod original;
+
 // Cuts, resets, padding and neighbours in the batch change nothing, gradients included.
 mod equivalence;
 // Sequences of features and of unequal lengths; streams, and where their gradients end.
@@ -28,3 +31,12 @@ mod learner;
 mod memory;
 // Training runs, checkpoints, sessions and model folders.
 mod training;
+// Weights that stay in their files, and in 16 bits.
+mod stored;
+// Files of weights and folders made to mislead.
+mod attacks;
+// Folders of other programs: the same results, nothing lost, clear errors.
+mod folders;
+// Downloads that break off, redirect, or are refused.
+#[cfg(feature = "download")]
+mod download;

@@ -8,7 +8,6 @@ use xlstm::engine::Device;
 use xlstm::folder::ModelFolder;
 use xlstm::generate::{Sampler, Sampling, Session};
 use xlstm::model::Runner;
-use xlstm::nn::Weights;
 use xlstm::train::{End, MetricsLog, Observer, Outcome, Progress, Row, RunConfig, Silent, Texts, train};
 
 const TEXT: &str = include_str!("training.rs");
@@ -110,6 +109,33 @@ fn an_interrupted_run_goes_on_bit_for_bit() {
     }
 }
 
+/// Epochs become steps before anything is written, stages and accumulation counted.
+#[test]
+fn a_run_by_epochs_ends_with_them_and_goes_on() {
+    let folder = Folder::new("epochs");
+    let sets = ["data.validation_fraction=0", "training.epochs=0.6", "sample.tokens=0"];
+    let stage = "data.stages=[{from_step: 5, batch_size: 8, length: 24}]";
+    for (name, sets) in [("plain", &sets[..]), ("stages", &[&sets[..], &[stage]].concat())] {
+        let config = config(sets);
+        let tokens = Texts::load(&config.data, TEXT, &mut |_| {}).expect("texts").training.len();
+        // Windows in an epoch; a step has two batches of four, and of eight from step 5 on.
+        let windows = 0.6 * ((tokens - 24) / 24) as f64;
+        let steps = match name {
+            "plain" => ((windows / 4.0).ceil() / 2.0).ceil(),
+            _ => ((10.0 + (windows - 40.0) / 8.0).ceil() / 2.0).ceil(),
+        };
+        assert!(steps > 6.0, "{steps}");
+        let folder = folder.run(name);
+        run(&config, &folder, Some(2)).expect("a run");
+        let path = folder.join("config.yaml");
+        let written = std::fs::read_to_string(&path).expect("a configuration");
+        let resolved = RunConfig::load(&written, &path, &[]).expect("what a run wrote loads");
+        assert_eq!((resolved.training.steps, resolved.training.epochs), (Some(steps as u64), None));
+        let outcome = run(&resolved, &folder, None).expect("a run");
+        assert_eq!((outcome.end, outcome.steps), (End::Finished, steps as u64), "{name}");
+    }
+}
+
 #[test]
 fn a_kill_after_a_checkpoint_loses_only_the_steps_since() {
     let folder = Folder::new("kill");
@@ -188,7 +214,7 @@ fn sessions_fork_save_and_load() {
     run(&config(&[]), &folder.0, Some(2)).expect("a run");
     let model = ModelFolder::load(&folder.0).expect("a model");
     let device = Device::cpu(1).expect("a thread");
-    let weights = Weights::new(model.parameters.clone(), &device).expect("weights");
+    let weights = model.weights(&device).expect("weights");
     let runner = || Runner::new(model.model.clone(), weights.clone(), device.clone());
     let sampling = Sampling::default();
     let draw = |session: &mut Session, count: usize| {
@@ -198,12 +224,12 @@ fn sessions_fork_save_and_load() {
             ids.push(id);
             Ok(true)
         };
-        session.generate(count, &mut sampler, None, listen).expect("tokens");
+        session.generate(count, &mut sampler, &[], listen).expect("tokens");
         ids
     };
     let mut session = Session::new(runner());
     assert!(
-        session.generate(1, &mut Sampler::new(sampling, 3, 1), None, |_| Ok(true)).is_err(),
+        session.generate(1, &mut Sampler::new(sampling, 3, 1), &[], |_| Ok(true)).is_err(),
         "nothing read"
     );
     session.read(&[1, 2, 3, 4, 5]).expect("a prompt");
@@ -237,8 +263,8 @@ fn damaged_model_folders_are_refused() {
         std::fs::write(&path, before).expect("restored");
     };
     let weights = std::fs::read(last.join("model.safetensors")).expect("weights");
-    check("model.safetensors", &weights[..weights.len() - 9], "damaged");
-    check("model.safetensors", b"not weights", "damaged");
+    check("model.safetensors", &weights[..weights.len() - 9], "no sound safetensors file");
+    check("model.safetensors", b"not weights", "no sound safetensors file");
     check("config.json", b"{\"model_type\": \"gpt2\"}", "does not describe an xlstm model");
     check("config.json", b"{", "does not describe an xlstm model");
     ModelFolder::load(&last).expect("whole again");
