@@ -27,6 +27,7 @@ enum Verb {
     Prepare(verbs::prepare::PrepareArgs),
     Eval(verbs::eval::EvalArgs),
     Generate(verbs::generate::GenerateArgs),
+    Init(verbs::init::InitArgs),
     Inspect(verbs::inspect::InspectArgs),
     Convert(verbs::convert::ConvertArgs),
     #[cfg(feature = "download")]
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         Verb::Prepare(args) => verbs::prepare::run(&args),
         Verb::Eval(args) => verbs::eval::run(&args),
         Verb::Generate(args) => verbs::generate::run(&args),
+        Verb::Init(args) => verbs::init::run(&args),
         Verb::Inspect(args) => verbs::inspect::run(&args),
         Verb::Convert(args) => verbs::convert::run(&args),
         #[cfg(feature = "download")]
@@ -82,6 +84,7 @@ mod tests {
             "xlstm generate --model runs/1 --prompt hello -n 10 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 1",
             "xlstm generate --model runs/1 --prompt-ids 1,2,3 --state-in a --state-out b --json",
             "xlstm generate --model m --prompt a --min-p 0.1 --repetition-penalty 1.2 --stop x --stop y",
+            "xlstm init shakespeare --set model.vocab_size=65 --out m --dtype bf16 --seed 3 --threads 2",
             "xlstm inspect --model runs/1",
             "xlstm inspect shakespeare",
             "xlstm inspect --model NX-AI/xLSTM-7b@main",
@@ -112,6 +115,8 @@ mod tests {
             "xlstm bench",
             "xlstm bench train --preset gpt-5",
             "xlstm bench train --preset lm-mlstm-128 --steps 0",
+            "xlstm init shakespeare",
+            "xlstm init shakespeare --out m --dtype int8",
             "xlstm inspect",
             "xlstm convert --model m --to onnx --out o",
             "xlstm convert --model m --to ours --dtype int8 --out o",

@@ -138,6 +138,16 @@ fn from_text_to_text() {
             .0
             .contains("bits per byte")
     );
+    let (json, _) = folder.ok(&["eval", "--model", "out/1", "--data", "text.txt", "--positions", "--json"]);
+    let by_position: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
+    let positions = by_position["positions"].as_array().expect("a list");
+    let tokens: u64 = positions.iter().filter_map(|bucket| bucket["tokens"].as_u64()).sum();
+    assert_eq!((positions.len(), tokens), (11, 43 * 40 - 1), "up to position 1,719: {json}");
+    assert!(report["positions"].is_null(), "only where they are asked for");
+    let table =
+        folder.ok(&["eval", "--model", "out/1", "--data", "text.txt", "--positions", "--window", "8"]).0;
+    let last = table.lines().last().expect("a line").split_whitespace().collect::<Vec<_>>();
+    assert_eq!((last[0], last[1], last.len()), ("8-15", "214", 4), "{table}");
     assert!(folder.ok(&["inspect", "--model", "out/1"]).0.contains("bytes a sequence"));
     assert!(folder.ok(&["inspect", "tiny.yaml"]).0.contains("embedding_dim: 16"));
     assert!(folder.ok(&["doctor"]).0.contains("threads"));
@@ -204,6 +214,16 @@ fn from_files_to_tokens_to_a_model() {
     let index: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
     assert_eq!((index["documents"].as_u64(), index["skipped"]["count"].as_u64()), (Some(201), Some(1)));
     assert_eq!(index["vocabulary_size"], 300);
+
+    let (stdout, _) = folder.ok(&["inspect", "--data", "bytes", "tokens"]);
+    assert_eq!(stdout.matches("documents  201").count(), 2, "{stdout}");
+    assert_eq!(stdout.matches("checksums  match").count(), 2, "{stdout}");
+    folder.fails(&["inspect", "--data", "b.txt"], &["b.txt holds no prepared data"]);
+    let shard = folder.0.join("bytes/tokens-00000.safetensors");
+    let mut content = std::fs::read(&shard).expect("a shard");
+    *content.last_mut().expect("bytes") ^= 1;
+    std::fs::write(&shard, content).expect("damaged");
+    folder.fails(&["inspect", "--data", "bytes"], &["bytes/tokens-00000.safetensors is damaged"]);
 
     folder.write("tiny.yaml", TINY.replace("text.txt", "tokens"));
     folder.ok(&["train", "tiny.yaml"]);
@@ -373,4 +393,43 @@ fn a_full_disk_is_an_error() {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("cannot write to stdout") && !stderr.contains("panicked"), "{stderr}");
+}
+
+/// The Python original's configuration, as it stands.
+#[test]
+fn a_configuration_of_the_original() {
+    let folder = Folder::new("original");
+    folder.write("train.txt", "to be or not to be that is the question\n".repeat(60));
+    folder.write("vocab.txt", "<pad>\n<unk>\n<eos>\nto\nbe\nor\nnot\nthat\nis\nthe\n");
+    let yaml = "
+seed: 42
+vocab_file: vocab.txt
+train_data: train.txt
+max_length: 12
+embedding_size: 16
+hidden_size: 24
+num_layers: 1
+num_blocks: 2
+dropout: 0.1
+bidirectional: false
+lstm_type: sLSTM
+lr: 0.001
+batch_size: 4
+num_epochs: 2
+";
+    folder.write("original.yaml", yaml);
+    folder.ok(&["train", "original.yaml", "--set", "sample.tokens=4"]);
+    let resolved = std::fs::read_to_string(folder.0.join("out/1/config.yaml")).expect("a configuration");
+    // 11 tokens a line, 54 lines without the tenth that is held out: 48 windows, 12 batches, twice.
+    for line in ["family: original", "steps: 24", "epochs: null", "tokenizer: vocab.txt"] {
+        assert!(resolved.contains(line), "{line:?} in\n{resolved}");
+    }
+    folder.ok(&["train", "--resume", "out/1", "--set", "training.steps=26"]);
+    let (json, _) = folder.ok(&["eval", "--model", "out/1", "--data", "train.txt", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
+    assert_eq!(report["tokens"], 60 * 11 - 1);
+    folder.write("both.yaml", yaml.replace("bidirectional: false", "bidirectional: true"));
+    folder.fails(&["train", "both.yaml"], &["both.yaml:11", "bidirectional"]);
+    folder.write("mixed.yaml", yaml.to_owned() + "training: {steps: 3}\n");
+    folder.fails(&["train", "mixed.yaml"], &["mixed.yaml:16", "`training`", "one of the original's"]);
 }

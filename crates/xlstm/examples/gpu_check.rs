@@ -10,8 +10,9 @@ use xlstm::cell::{ForgetGate, InputGate};
 use xlstm::engine::cuda::{CudaExecutor, CudaParameters, CudaTensors, Gpu, Layout};
 use xlstm::engine::{Executor, Ids, Mode, Precision, Shape, Tape, Var};
 use xlstm::marks::{IGNORE, PAD, RESET};
-use xlstm::ops::activation::{Activation, gated};
+use xlstm::ops::activation::{Activation, activated, gated};
 use xlstm::ops::add::add;
+use xlstm::ops::attention::attention;
 use xlstm::ops::causal_conv::causal_conv;
 use xlstm::ops::concat_linear::concat_linear;
 use xlstm::ops::cross_entropy::cross_entropy;
@@ -19,10 +20,15 @@ use xlstm::ops::dropout::dropout;
 use xlstm::ops::embedding::embedding;
 use xlstm::ops::headwise::{headwise, headwise_full};
 use xlstm::ops::last_token::last_token;
+use xlstm::ops::learned_positions::learned_positions;
 use xlstm::ops::linear::linear;
 use xlstm::ops::norm::{Norm, NormKind, norm};
+use xlstm::ops::positions::positions;
+use xlstm::ops::reverse::reverse;
+use xlstm::ops::rotary::{angles, rotary};
 use xlstm::ops::skip_gate::skip_gate;
 use xlstm::ops::soft_cap::{Capped, soft_cap};
+use xlstm::ops::window::window;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 type Record<'a> = &'a dyn Fn(&mut Tape, &[Var], &[Ids]) -> xlstm::Result<Vec<Var>>;
@@ -319,6 +325,11 @@ fn operations(table: &mut Table<'_>) {
     let case = new().input(&[2, 67, 150]).input(&[150]).input(&[2, 67, 150]).input(&[2, 67, 150]);
     table.compare("skip_gate", &case, T, &|t, v, _| Ok(vec![skip_gate(t, v[0], v[1], v[2], v[3])?]));
     use Activation::{Gelu, Relu, ReluSquared, Selu, Sigmoid, Swish};
+    let case = new().between(&[3, 17, 60], -3.0, 3.0);
+    for activation in [Gelu, Relu, ReluSquared, Selu, Sigmoid, Swish] {
+        let name = format!("activated {activation:?}");
+        table.compare(&name, &case, T, &|t, v, _| Ok(vec![activated(t, v[0], activation)?]));
+    }
     for act in [Gelu, Relu, ReluSquared, Sigmoid, Swish, Selu] {
         let case = new().between(&[999], -5.0, 5.0).input(&[999]);
         table.compare(&format!("gated {act:?}"), &case, T, &|t, v, _| Ok(vec![gated(t, v[0], v[1], act)?]));
@@ -333,6 +344,14 @@ fn operations(table: &mut Table<'_>) {
     }
     let case = new().input(&[3, 4, 50]);
     table.compare("last_token", &case, T, &|t, v, _| Ok(vec![last_token(t, v[0])?]));
+    for length in [5, 70, 300] {
+        let case = new().input(&[2, length, 50]);
+        table.compare(&format!("reverse {length}"), &case, T, &|t, v, _| Ok(vec![reverse(t, v[0], None)?]));
+        let case = case.ids(marks(2 * length));
+        table.compare(&format!("reverse {length} marks"), &case, T, &|t, v, i| {
+            Ok(vec![reverse(t, v[0], Some(i[0]))?])
+        });
+    }
     for vocabulary in [70, 5000, 5003] {
         let targets = (0..39).map(|i| if i % 5 == 2 { IGNORE } else { i * 7 % 70 }).collect();
         let case = new().between(&[3, 13, vocabulary], -4.0, 4.0).input(&[1]).ids(targets);
@@ -352,6 +371,43 @@ fn operations(table: &mut Table<'_>) {
     let case = new().input(&[2, 50, 40]).input(&[40, 1, 4]);
     table.compare("causal_conv plain", &case, T, &|t, v, _| {
         Ok(vec![causal_conv(t, v[0], v[1], None, None, None, true)?.0])
+    });
+    attentions(table);
+}
+
+/// Attention and what goes with it: places, caches, rotary and learned positions.
+fn attentions(table: &mut Table<'_>) {
+    const T: f64 = 2e-5;
+    for (length, size, heads, width, marked) in
+        [(1, 70, 2, 16, false), (70, 33, 3, 20, true), (200, 64, 4, 32, true), (130, 300, 2, 128, false)]
+    {
+        let [tokens, cache] = [length, size].map(|rows| [2, rows, heads * width]);
+        let case = Case::default().input(&tokens).input(&tokens).input(&tokens);
+        let case = case.input(&cache).input(&cache).between(&[2], 40.0, 40.2).ids(marks(2 * length));
+        let name = format!("attention {length} {size} {heads}x{width}{}", if marked { " marks" } else { "" });
+        table.compare(&name, &case, T, &|t, v, i| {
+            let marks = if marked { Some(i[0]) } else { None };
+            let places = positions(t, [2, length], size, Some(v[5]), marks)?;
+            let y = attention(t, heads, [v[0], v[1], v[2]], Some([v[3], v[4]]), places)?;
+            let (k, v) = (window(t, size, v[1], Some(v[3]), places)?, window(t, size, v[2], None, places)?);
+            Ok(vec![y, k, v, places.position, places.first, places.after])
+        });
+    }
+    let tokens = [2, 70, 48];
+    let case = Case::default().input(&tokens).input(&tokens).input(&tokens);
+    table.compare("attention plain", &case, T, &|t, v, _| {
+        let places = positions(t, [2, 70], 70, None, None)?;
+        Ok(vec![attention(t, 3, [v[0], v[1], v[2]], None, places)?])
+    });
+    let case = Case::default().input(&tokens).input(&[100, 48]).between(&[2], 900.0, 901.0);
+    table.compare("rotary", &case, T, &|t, v, _| {
+        let places = positions(t, [2, 70], 70, Some(v[2]), None)?;
+        let table = angles(t, places.position, 12, 10_000.0)?;
+        Ok(vec![rotary(t, v[0], table)?])
+    });
+    table.compare("learned_positions", &case, T, &|t, v, _| {
+        let places = positions(t, [2, 70], 70, None, None)?;
+        Ok(vec![learned_positions(t, v[0], v[1], places.position)?])
     });
 }
 

@@ -30,6 +30,10 @@ pub struct EvalArgs {
     /// Begin a window every N tokens; a token is scored in the first window that holds it
     #[arg(long, value_name = "N", requires = "window", value_parser = clap::value_parser!(u64).range(1..))]
     pub stride: Option<u64>,
+    /// Show the loss by position too: the tokens that the model had read of the document (of the
+    /// window, with --window) before the one that it predicts; 1, 2 to 3, 4 to 7, ...
+    #[arg(long)]
+    pub positions: bool,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -51,13 +55,16 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         (None, _) => Reading::Whole,
     };
     let mut meter = Meter::new("evaluating");
-    let report = evaluate(&folder.model, &weights, &corpus, reading, &device, |share| meter.set(share))?;
+    let mut report = evaluate(&folder.model, &weights, &corpus, reading, &device, |share| meter.set(share))?;
     drop(meter);
+    if !args.positions {
+        report.positions.clear();
+    }
     if args.json {
         let json = serde_json::to_string(&report).map_err(|e| Error::data(e.to_string()))?;
         return output::data(&(json + "\n"));
     }
-    output::data(&format!(
+    let mut text = format!(
         "loss              {:.4} nats a token\n\
          token perplexity  {:.3}\n\
          word perplexity   {:.2}\n\
@@ -72,7 +79,20 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         report.tokens,
         report.words,
         report.bytes
-    ))
+    );
+    if args.positions {
+        text += "\nposition             tokens  nats a token  perplexity\n";
+    }
+    for bucket in &report.positions {
+        let range = if bucket.first == bucket.last {
+            bucket.first.to_string()
+        } else {
+            format!("{}-{}", bucket.first, bucket.last)
+        };
+        let (tokens, loss, perplexity) = (bucket.tokens, bucket.loss, bucket.token_perplexity);
+        text += &format!("{range:<15} {tokens:>11}  {loss:>12.4}  {perplexity:>10.3}\n");
+    }
+    output::data(&text)
 }
 
 /// The text in tokens.

@@ -57,7 +57,8 @@ pub struct GenerateArgs {
     /// Start from the state in this file instead of an empty one; needs no prompt
     #[arg(long, value_name = "FILE")]
     pub state_in: Option<PathBuf>,
-    /// Save the state after the last token to this file
+    /// Save the state after the last token to this file; where --stop ended the text, that is the
+    /// token that completed the string, which the state has read though the text ends before it
     #[arg(long, value_name = "FILE")]
     pub state_out: Option<PathBuf>,
     /// Print one JSON object a sample at the end instead of the text as it arises

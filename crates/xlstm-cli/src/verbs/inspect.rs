@@ -1,41 +1,63 @@
-//! `xlstm inspect`: what a model folder or a configuration holds.
+//! `xlstm inspect`: what a model folder, prepared data or a configuration holds.
 
 use std::path::PathBuf;
 
 use clap::Args;
+use xlstm::data::Prepared;
+use xlstm::engine::Device;
 use xlstm::folder::ModelFolder;
 use xlstm::model::BlockKind;
 use xlstm::state::State;
 use xlstm::{Error, Result};
 
 use super::model;
+use super::prepare::counts;
 use crate::builtin::load_config;
 use crate::output;
 
-/// Show a model folder, or a configuration with every key in full.
+/// Show a model folder, prepared data with its checksums checked, or a configuration with every key
+/// in full.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
     /// A YAML file or the name of a built-in configuration (shakespeare)
-    #[arg(value_name = "CONFIG", required_unless_present = "model", conflicts_with = "model")]
+    #[arg(value_name = "CONFIG", required_unless_present_any = ["model", "data"], conflicts_with_all = ["model", "data"])]
     pub config: Option<String>,
     /// A folder of a model or of a run; or ORG/NAME[@revision] of the Hub's cache
     #[arg(long, value_name = "MODEL")]
     pub model: Option<PathBuf>,
+    /// Folders that `xlstm prepare` made; all of their tokens are read and checked
+    #[arg(long, value_name = "DIR", num_args = 1.., conflicts_with = "model")]
+    pub data: Vec<PathBuf>,
     /// Change one key of the configuration; may be given several times
-    #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "model")]
+    #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with_all = ["model", "data"])]
     pub sets: Vec<String>,
 }
 
 /// Runs the verb.
 ///
 /// # Errors
-/// Those of the configuration or of reading the model.
+/// Those of the configuration or of reading the model or the data.
 pub fn run(args: &InspectArgs) -> Result<()> {
     match (&args.config, &args.model) {
         (Some(config), _) => output::data(&load_config(config, &args.sets)?.to_yaml()?),
         (None, Some(path)) => output::data(&describe(&model::open(path)?)?),
-        (None, None) => Err(Error::config("there is neither a configuration nor a model to inspect")),
+        (None, None) => inspect_data(&args.data),
     }
+}
+
+/// The counts of prepared data, each folder once it has been checked.
+fn inspect_data(folders: &[PathBuf]) -> Result<()> {
+    let device = Device::cpu(0)?;
+    for folder in folders {
+        if !Prepared::is_at(folder) {
+            return Err(Error::data(format!("{} holds no prepared data", folder.display()))
+                .hint("--data takes folders that `xlstm prepare` wrote with --out"));
+        }
+        let prepared = Prepared::open(folder)?;
+        device.install(|| prepared.verify())?;
+        output::data(&format!("{}checksums  match\n", counts(&prepared)))?;
+    }
+    Ok(())
 }
 
 /// Configuration, parameters, state and cost of a model.

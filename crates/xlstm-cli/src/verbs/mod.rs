@@ -5,6 +5,7 @@ pub mod convert;
 pub mod doctor;
 pub mod eval;
 pub mod generate;
+pub mod init;
 pub mod inspect;
 pub mod model;
 pub mod prepare;

@@ -49,8 +49,9 @@ pub struct PrepareArgs {
 pub fn run(args: &PrepareArgs) -> Result<()> {
     let split = args.text.split.unwrap_or(Split::Train);
     let Origin::Files(sources) = Origin::find(&args.text.data, split)? else {
-        return Err(Error::data("--data names tokens that are prepared already")
-            .hint("train on them with data.train, or name files of text"));
+        return Err(Error::data("--data names tokens that are prepared already").hint(
+            "train on them with data.train, check them with `xlstm inspect --data`, or name files of text",
+        ));
     };
     let device = Device::cpu(args.threads)?;
     let tokenizer = device.install(|| tokenizer(args, &sources))?;
@@ -73,7 +74,13 @@ pub fn run(args: &PrepareArgs) -> Result<()> {
         let json = serde_json::to_string(index).map_err(|e| Error::data(e.to_string()))?;
         return output::data(&(json + "\n"));
     }
-    output::data(&format!(
+    output::data(&counts(&prepared))
+}
+
+/// What there is, for people.
+pub fn counts(prepared: &Prepared) -> String {
+    let index = &prepared.index;
+    format!(
         "documents  {}\n\
          tokens     {}\n\
          words      {}\n\
@@ -90,8 +97,8 @@ pub fn run(args: &PrepareArgs) -> Result<()> {
         index.shards.len(),
         index.dtype.bits(),
         prepared.tokenizer.describe(),
-        args.out.display()
-    ))
+        prepared.folder.display()
+    )
 }
 
 /// The tokenizer of the arguments, trained where that is asked for.

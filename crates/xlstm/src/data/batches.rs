@@ -180,6 +180,11 @@ impl Batches {
         self.units().0.div_ceil(self.units().1)
     }
 
+    /// The number of batches that `epochs` are, with its fraction.
+    pub(super) fn batches_in(&self, epochs: f64) -> f64 {
+        epochs * self.units().0 as f64 / self.units().1 as f64
+    }
+
     /// The epoch, from 0, in which batch `index` begins.
     pub fn epoch_of(&self, index: u64) -> u64 {
         index * self.units().1 / self.units().0

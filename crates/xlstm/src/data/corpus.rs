@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use rayon::prelude::*;
+
 use super::documents::{Documents, Skipped, TextOptions};
 use super::shard::{Builder, Shard, Width};
 use super::source::Source;
@@ -237,15 +239,9 @@ impl Corpus {
         format!("{:016x}", mix(mix(hash ^ self.range.start as u64) ^ self.range.end as u64))
     }
 
-    /// Whether the tokens on the disk are those that were written; reads all of them.
-    ///
-    /// # Errors
-    /// A shard that is damaged, by its number.
-    pub fn verify(&self) -> Result<()> {
-        match self.shards.iter().position(|shard| !shard.is_sound()) {
-            Some(number) => Err(damaged(&super::shard::shard_name(number))),
-            None => Ok(()),
-        }
+    /// The number of the first shard whose content is not what was written; reads all of them.
+    pub(super) fn damaged_shard(&self) -> Option<usize> {
+        self.shards.par_iter().position_first(|shard| !shard.is_sound())
     }
 
     /// The places within `range` at which documents begin, ascending.

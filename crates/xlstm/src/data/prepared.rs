@@ -85,6 +85,8 @@ pub struct ShardEntry {
 /// A folder of prepared data.
 #[derive(Debug)]
 pub struct Prepared {
+    /// Where it is.
+    pub folder: PathBuf,
     /// Its index.
     pub index: Index,
     /// The tokenizer that made it.
@@ -131,7 +133,29 @@ impl Prepared {
             }
             shards.push(Arc::new(shard));
         }
-        Ok(Prepared { index, tokenizer, corpus: Corpus::of_shards(shards)? })
+        Ok(Prepared { folder: folder.to_owned(), index, tokenizer, corpus: Corpus::of_shards(shards)? })
+    }
+
+    /// Checks that the shards hold what was written and the index counts what they hold; reads all
+    /// of them, in parallel.
+    ///
+    /// # Errors
+    /// The first file that is damaged.
+    pub fn verify(&self) -> Result<()> {
+        if let Some(number) = self.corpus.damaged_shard() {
+            return Err(damaged(&self.folder.join(&self.index.shards[number].file)));
+        }
+        let (index, corpus) = (&self.index, &self.corpus);
+        let counted = [index.documents, index.tokens, index.bytes, index.words];
+        let held = [corpus.document_count() as u64, corpus.len() as u64, corpus.bytes(), corpus.words()];
+        if counted == held {
+            return Ok(());
+        }
+        Err(Error::data(format!(
+            "{} counts [documents, tokens, bytes, words] as {counted:?}, but its shards hold {held:?}",
+            self.folder.join(INDEX).display()
+        ))
+        .hint("remove the folder and prepare the data again"))
     }
 
     /// Tokenises `sources` into `folder`, or goes on with what was begun there, or opens what is
@@ -185,7 +209,8 @@ impl Prepared {
         write_json(&folder.join(INDEX), &index)?;
         let plan = folder.join(PLAN);
         fs::remove_file(&plan).map_err(|e| Error::io("remove", &plan, &e))?;
-        Ok(Prepared { index, tokenizer: tokenizer.clone(), corpus: Corpus::of_shards(shards)? })
+        let corpus = Corpus::of_shards(shards)?;
+        Ok(Prepared { folder: folder.to_owned(), index, tokenizer: tokenizer.clone(), corpus })
     }
 
     /// A name for the folder of these sources' tokens, different for different plans.
@@ -357,7 +382,7 @@ mod tests {
             opened.corpus.tokens(start..start + 100, &mut b);
             assert_eq!(a, b);
         }
-        opened.corpus.verify().unwrap();
+        opened.verify().unwrap();
     }
 
     #[test]
@@ -422,8 +447,14 @@ mod tests {
         let mut damaged = original.clone();
         *damaged.last_mut().unwrap() ^= 1;
         put(&damaged);
-        let error = Prepared::open(&folder).unwrap().corpus.verify().unwrap_err().to_string();
-        assert!(error.contains("tokens-00000.safetensors is damaged"), "{error}");
+        let error = Prepared::open(&folder).unwrap().verify().unwrap_err().to_string();
+        assert!(error.contains("tokens/tokens-00000.safetensors is damaged"), "{error}");
+        put(&original);
+        let mut miscounted = Prepared::open(&folder).unwrap();
+        miscounted.verify().unwrap();
+        miscounted.index.words += 1;
+        let error = miscounted.verify().unwrap_err().to_string();
+        assert!(error.contains("index.json counts"), "{error}");
         Tokenizer::characters_of("ab").save(&folder.join(TOKENIZER)).unwrap();
         assert!(
             Prepared::open(&folder).unwrap_err().to_string().contains("tokenizer.json is of the tokenizer")

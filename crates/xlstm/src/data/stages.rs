@@ -51,6 +51,22 @@ impl Stages {
         self.stage(index).map_or([0, 0], |(_, batches)| [batches.batch_size(), batches.length()])
     }
 
+    /// The number of batches after which the corpus has been seen `epochs` times, rounded up.
+    pub fn batches_in(&self, epochs: f64) -> u64 {
+        let mut left = epochs;
+        for (place, (first, batches)) in self.stages.iter().enumerate() {
+            // A fraction that only rounding made is no batch.
+            let needed = (batches.batches_in(left) - 1e-6).ceil() as u64;
+            match self.stages.get(place + 1) {
+                Some((next, _)) if first.saturating_add(needed) > *next => {
+                    left -= (next - first) as f64 / batches.batches_in(1.0);
+                }
+                _ => return first.saturating_add(needed),
+            }
+        }
+        0
+    }
+
     fn stage(&self, index: u64) -> Option<&(u64, Batches)> {
         let next = self.stages.partition_point(|(first, _)| *first <= index);
         self.stages[..next].last()
@@ -71,6 +87,23 @@ mod tests {
     fn corpus(tokens: u32) -> Arc<Corpus> {
         let ids: Vec<u32> = (0..tokens).collect();
         Arc::new(Corpus::from_tokens(&ids, &[0], 1, 1).unwrap())
+    }
+
+    #[test]
+    fn epochs_in_batches() {
+        let stage = [Stage { first: 0, batch_size: 3, length: 4 }];
+        for (batching, epoch) in [
+            // 249 windows in threes, 999 targets in twelves, streams of 333 in fours.
+            (Batching::Windows, 83.0),
+            (Batching::Documents, 83.25),
+            (Batching::Stream, 83.25),
+        ] {
+            let batches = Stages::new(&corpus(1000), batching, &stage, 1).unwrap();
+            for epochs in [0.001, 0.1, 0.5, 1.0, 2.0, 3.3, 4.0] {
+                let expected = (epochs * epoch - 1e-9_f64).ceil() as u64;
+                assert_eq!(batches.batches_in(epochs), expected, "{batching:?}, {epochs}");
+            }
+        }
     }
 
     #[test]
@@ -95,6 +128,14 @@ mod tests {
                     next += shape[1] as u32;
                 }
             }
+        }
+        // 1000 tokens are 249 windows of 4 or 124 of 8; the first stages see 6 and 4 of them.
+        let batches = Stages::new(&corpus(1000), Batching::Windows, &stages, 1).unwrap();
+        let seen = |epochs: f64| 5.0 + (epochs - 6.0 / 249.0 - 4.0 / 124.0) * 31.0;
+        for (epochs, count) in
+            [(1.0, seen(1.0).ceil() as u64), (3.0 / 249.0, 2), (6.0 / 249.0, 3), (7.0 / 249.0, 4)]
+        {
+            assert_eq!(batches.batches_in(epochs), count, "{epochs}");
         }
         let long = [stages[0], Stage { first: 3, batch_size: 2, length: 2000 }];
         assert!(Stages::new(&corpus(1000), Batching::Windows, &long, 1).is_err());

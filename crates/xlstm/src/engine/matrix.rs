@@ -137,6 +137,16 @@ impl<'a, T: Scalar> MatMut<'a, T> {
         blocks
     }
 
+    /// The matrix cut into blocks of `rows` rows, the last of which may have fewer.
+    pub fn row_tiles(self, rows: usize) -> Vec<MatMut<'a, T>> {
+        let tile = |first: usize| {
+            // SAFETY: tiles do not overlap and lie inside the matrix, and `self` is consumed.
+            let data = unsafe { self.data.add(first * self.row_stride) };
+            MatMut { data, rows: rows.min(self.rows - first), marker: PhantomData, ..self }
+        };
+        (0..self.rows).step_by(rows).map(tile).collect()
+    }
+
     /// Sets every element.
     pub fn fill(&mut self, value: T) {
         for i in 0..self.rows {

@@ -1,5 +1,9 @@
 //! Evaluation of a language model on text.
 
+mod positions;
+
+pub use positions::{Bucket, Positions};
+
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -33,7 +37,7 @@ pub enum Reading {
 }
 
 /// The loss on a text, in the units that people compare.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
     /// Nats a token.
     pub loss: f64,
@@ -49,10 +53,13 @@ pub struct Report {
     pub words: u64,
     /// Bytes of the text.
     pub bytes: u64,
+    /// The loss by position in the document or window.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub positions: Vec<Bucket>,
 }
 
 impl Report {
-    fn new(nats: f64, tokens: u64, corpus: &Corpus) -> Report {
+    fn new(nats: f64, tokens: u64, corpus: &Corpus, positions: &Positions) -> Report {
         let loss = nats / tokens as f64;
         Report {
             loss,
@@ -62,6 +69,7 @@ impl Report {
             tokens,
             words: corpus.words(),
             bytes: corpus.bytes(),
+            positions: positions.buckets(),
         }
     }
 }
@@ -86,8 +94,11 @@ pub fn evaluate<T: Element>(
         Reading::Windows(length) => validation_batches(corpus.clone(), (4096 / length).clamp(1, 64), length)?,
     };
     let mut scorer = Scorer::new(model, batches, 0, device)?;
-    let (nats, tokens) = scorer.score(weights, device, &mut progress)?;
-    Ok(Report::new(nats, tokens, corpus))
+    let mut positions = Positions::default();
+    let (nats, tokens) = scorer.score_each(weights, device, &mut progress, &mut |batch, losses| {
+        positions.add(batch, losses);
+    })?;
+    Ok(Report::new(nats, tokens, corpus, &positions))
 }
 
 /// A recorded evaluation that can be repeated as training goes on.
@@ -125,6 +136,21 @@ impl<T: Element> Scorer<T> {
         device: &Device,
         progress: &mut impl FnMut(f64),
     ) -> Result<(f64, u64)> {
+        self.score_each(weights, device, progress, &mut |_, _| {})
+    }
+
+    /// The same; `listen` hears of every batch and the loss of each of its tokens in nats, which is
+    /// 0 where there is no target.
+    ///
+    /// # Errors
+    /// As [`score`](Scorer::score).
+    pub fn score_each(
+        &mut self,
+        weights: &Weights<T>,
+        device: &Device,
+        progress: &mut impl FnMut(f64),
+        listen: &mut impl FnMut(&Batch, &[f64]),
+    ) -> Result<(f64, u64)> {
         self.objective.clear_state()?;
         let (mut nats, mut targets) = (0.0, 0);
         for index in 0..self.limit {
@@ -132,7 +158,9 @@ impl<T: Element> Scorer<T> {
             let (objective, batch) = (&mut self.objective, &self.batch);
             device.install(|| objective.forward(weights.values(), batch, 1.0))?;
             // Summed in f64: over a long text f32 would run out of digits.
-            nats += self.objective.token_losses()?.iter().map(|x| x.to_f64()).sum::<f64>();
+            let losses: Vec<f64> = self.objective.token_losses()?.iter().map(|x| x.to_f64()).collect();
+            nats += losses.iter().sum::<f64>();
+            listen(&self.batch, &losses);
             targets += self.batch.target_count as u64;
             self.objective.carry_state()?;
             progress((index + 1) as f64 / self.limit as f64);

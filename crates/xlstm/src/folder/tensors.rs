@@ -364,7 +364,8 @@ impl TensorFiles {
 
 /// Whether a folder seems to hold weights.
 pub(crate) fn has_weights(folder: &Path) -> bool {
-    [SINGLE, INDEX].iter().any(|name| folder.join(name).exists()) || numbered(folder).is_ok_and(|n| !n.is_empty())
+    [SINGLE, INDEX].iter().any(|name| folder.join(name).exists())
+        || numbered(folder).is_ok_and(|n| !n.is_empty())
 }
 
 /// `model_N.safetensors`, in the order of N.

@@ -1,6 +1,6 @@
 //! What lies between the embedding and the head of a language model.
 
-use std::fmt::Debug;
+use std::fmt::{Debug, Display};
 
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
@@ -26,6 +26,16 @@ pub trait Backbone: Debug + Send + Sync {
 
     /// Multiplications that a token costs besides those with weight matrices.
     fn cell_products(&self) -> usize;
+
+    /// Numbers in matrices that are looked up, not multiplied by.
+    fn looked_up(&self) -> usize {
+        0
+    }
+
+    /// The most tokens of a document, where there is such a limit.
+    fn most_tokens(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// Runs blocks one after the other, each with its part of the state: `forward` takes a block,
@@ -57,9 +67,9 @@ pub(super) fn in_a_row<B>(
 }
 
 /// The layout of blocks in a row from that of each.
-pub(super) fn numbered<B>(
+pub(super) fn numbered<B, N: Display>(
     blocks: &[B],
-    layout: impl Fn(&B) -> Vec<(&'static str, Shape)>,
+    layout: impl Fn(&B) -> Vec<(N, Shape)>,
 ) -> Vec<(String, Shape)> {
     let named = |(i, block): (usize, &B)| {
         let parts = layout(block).into_iter();

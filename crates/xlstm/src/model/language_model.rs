@@ -4,10 +4,14 @@ use std::sync::Arc;
 
 use super::backbone::Backbone;
 use super::large::LargeStack;
+use super::lstm::LstmStack;
+use super::original::OriginalStack;
 use super::stack::Stack;
+use super::transformer::TransformerStack;
 use crate::engine::{Ids, Shape, Tape, Var};
 use crate::error::{Error, Result};
 use crate::nn::large::Initialization;
+use crate::nn::transformer::GPT_DEVIATION;
 use crate::nn::{Builder, Context, Family, Init, ModelConfig, Parameter, ParameterSpec};
 use crate::ops::embedding::embedding;
 use crate::ops::linear::linear;
@@ -21,6 +25,7 @@ pub struct LanguageModel {
     backbone: Box<dyn Backbone>,
     embedding: Parameter,
     head: Parameter,
+    head_bias: Option<Parameter>,
     /// Logits stay within plus and minus this.
     logit_soft_cap: Option<f64>,
 }
@@ -29,9 +34,9 @@ impl LanguageModel {
     /// The model of a configuration.
     ///
     /// # Errors
-    /// When the configuration does not fit together, or has no vocabulary.
+    /// When the configuration does not fit together, has no vocabulary, or reads from both ends.
     pub fn new(config: &ModelConfig) -> Result<LanguageModel> {
-        config.validate()?;
+        config.validate_causal()?;
         if config.vocab_size == 0 {
             return Err(Error::config("model.vocab_size is 0, and there is no tokenizer to take it from"));
         }
@@ -39,7 +44,8 @@ impl LanguageModel {
         let shape = [config.vocab_size, config.embedding_dim];
         let small = Init::Normal((2.0 / (5.0 * config.embedding_dim as f64)).sqrt());
         let decay = config.weight_decay_on_embedding;
-        let mut logit_soft_cap = None;
+        let torch = Init::Uniform(1.0 / (config.embedding_dim as f64).sqrt());
+        let (mut logit_soft_cap, mut head_bias) = (None, None);
         let backbone: Box<dyn Backbone>;
         let [embedding, head] = match config.family {
             Family::Small => {
@@ -51,18 +57,41 @@ impl LanguageModel {
             Family::Large => {
                 let (first, last) = match config.large.initialization {
                     Initialization::HuggingFace => (small.clone(), small),
-                    Initialization::Pytorch => {
-                        (Init::Normal(1.0), Init::Uniform(1.0 / (config.embedding_dim as f64).sqrt()))
-                    }
+                    Initialization::Pytorch => (Init::Normal(1.0), torch),
                 };
                 let embedding = builder.parameter_with_decay("embedding.weight", &shape, first, decay);
                 backbone = Box::new(builder.scope("backbone", |b| LargeStack::new(config, b)));
                 logit_soft_cap = config.large.output_logit_soft_cap;
                 [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, last))]
             }
+            Family::Lstm => {
+                // As in PyTorch's layers.
+                let embedding =
+                    builder.parameter_with_decay("embedding.weight", &shape, Init::Normal(1.0), decay);
+                backbone = Box::new(builder.scope("lstm", |b| LstmStack::new(config, b)));
+                let hidden = config.lstm.hidden_dim(config.embedding_dim);
+                let (shape, last) =
+                    ([config.vocab_size, hidden], Init::Uniform(1.0 / (hidden as f64).sqrt()));
+                [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, last))]
+            }
+            Family::Transformer => {
+                let (first, last) = (Init::Normal(GPT_DEVIATION), Init::Normal(GPT_DEVIATION));
+                let embedding = builder.parameter_with_decay("transformer.wte.weight", &shape, first, decay);
+                backbone = Box::new(builder.scope("transformer", |b| TransformerStack::new(config, b)));
+                [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, last))]
+            }
+            // As PyTorch's layers start.
+            Family::Original => {
+                let first = Init::Normal(1.0);
+                let embedding = builder.parameter_with_decay("embedding.weight", &shape, first, decay);
+                backbone = Box::new(OriginalStack::new(config, &mut builder));
+                let head = builder.parameter("output_layer.weight", &shape, torch.clone());
+                head_bias = Some(builder.parameter("output_layer.bias", &[config.vocab_size], torch));
+                [embedding, head]
+            }
         };
-        let specs = builder.finish();
-        Ok(LanguageModel { config: config.clone(), specs, backbone, embedding, head, logit_soft_cap })
+        let (specs, config) = (builder.finish(), config.clone());
+        Ok(LanguageModel { config, specs, backbone, embedding, head, head_bias, logit_soft_cap })
     }
 
     /// The configuration.
@@ -112,8 +141,8 @@ impl LanguageModel {
     /// When shapes do not fit.
     pub fn logits(&self, tape: &mut Tape, features: Var) -> Result<Var> {
         tape.scope("head");
-        let weight = self.head.var(tape);
-        let logits = linear(tape, features, weight, None)?;
+        let (weight, bias) = (self.head.var(tape), self.head_bias.map(|bias| bias.var(tape)));
+        let logits = linear(tape, features, weight, bias)?;
         match self.logit_soft_cap {
             Some(cap) => soft_cap(tape, logits, cap, Capped::Activations),
             None => Ok(logits),
@@ -127,7 +156,14 @@ impl LanguageModel {
         let weights: usize = matrices.map(|spec| spec.shape.iter().product::<usize>()).sum();
         // Of the embedding a row is read; a head that shares its weights multiplies by all of them.
         let read_only = if self.config.tie_weights { 0 } else { self.embedding.len() };
+        let read_only = read_only + self.backbone.looked_up();
         2 * (weights - read_only + self.backbone.cell_products()) as u64
+    }
+
+    /// The most tokens that a document may have, where the model has such a limit: learned
+    /// positions end.
+    pub fn most_tokens(&self) -> Option<usize> {
+        self.backbone.most_tokens()
     }
 }
 

@@ -58,6 +58,16 @@ impl<T: Element> Objective<T> {
         carry: Carry,
         device: &Device,
     ) -> Result<Objective<T>> {
+        if let Some(most) = model.most_tokens() {
+            if carry == Carry::Carried {
+                return Err(Error::config(
+                    "the model has learned positions, which end, so that its state cannot be carried from \
+                     batch to batch",
+                )
+                .hint("read windows or documents, or use model.transformer.positions: rotary"));
+            }
+            check_length(shape[1], most)?;
+        }
         let mut tape = Tape::new(mode);
         let count = shape[0] * shape[1];
         let (tokens, targets, seed) = (tape.ids(count), tape.ids(count), tape.ids(4));
@@ -310,6 +320,17 @@ impl Objective<f32> {
     pub(crate) fn work_queue(&mut self) -> Result<&Queue> {
         Ok(self.executor()?.queue())
     }
+}
+
+/// Refuses documents of more tokens than there are learned positions.
+pub(super) fn check_length(tokens: usize, most: usize) -> Result<()> {
+    if tokens > most {
+        return Err(Error::config(format!(
+            "{tokens} tokens are longer than the model's context of {most}, where its learned positions end"
+        ))
+        .hint("use shorter sequences (data.length in training), or model.transformer.positions: rotary"));
+    }
+    Ok(())
 }
 
 /// Refuses token ids outside a vocabulary.

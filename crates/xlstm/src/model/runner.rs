@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::language_model::LanguageModel;
-use super::objective::check_tokens;
+use super::objective::{check_length, check_tokens};
 use crate::engine::operation::Element;
 use crate::engine::{Device, Ids, Mode, Program, Tape, Var};
 use crate::error::{Error, Result};
@@ -107,8 +107,8 @@ impl<T: Element> Runner<T> {
     /// Reads tokens (B S, row by row) after those read so far; returns the logits asked for.
     ///
     /// # Errors
-    /// When tokens lie outside the vocabulary or are not a whole number of rows, or a GPU
-    /// fails.
+    /// When tokens lie outside the vocabulary or are not a whole number of rows, or go beyond the
+    /// end of learned positions, or a GPU fails.
     pub fn read(&mut self, tokens: &[u32], logits: Logits) -> Result<Vec<T>> {
         let batch = self.batch;
         check_tokens(tokens, self.model.config().vocab_size)?;
@@ -116,6 +116,9 @@ impl<T: Element> Runner<T> {
             return Err(Error::shape(format!("{} tokens for a batch of {batch} sequences", tokens.len())));
         }
         let length = tokens.len() / batch;
+        if let Some(most) = self.model.most_tokens() {
+            check_length(self.tokens as usize + length, most)?;
+        }
         if length <= PIECE {
             return self.piece(tokens, length, logits, true);
         }

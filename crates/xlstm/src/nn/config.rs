@@ -8,7 +8,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::large::LargeConfig;
+use super::lstm::LstmConfig;
+use super::original::OriginalConfig;
 use super::slstm_at::SlstmAt;
+use super::transformer::TransformerConfig;
 use crate::cell::slstm::CellFunction;
 use crate::cell::{ForgetGate, InputGate};
 use crate::error::{Error, Result};
@@ -24,6 +27,12 @@ pub enum Family {
     Small,
     /// The blocks of the published 7B model.
     Large,
+    /// Layers of the classic LSTM: a baseline.
+    Lstm,
+    /// A GPT-style Transformer: a baseline.
+    Transformer,
+    /// The blocks of the Python original.
+    Original,
 }
 
 impl Family {
@@ -32,6 +41,9 @@ impl Family {
         match self {
             Family::Small => "small",
             Family::Large => "large",
+            Family::Lstm => "lstm",
+            Family::Transformer => "transformer",
+            Family::Original => "original",
         }
     }
 
@@ -51,6 +63,9 @@ impl Family {
                 "feedforward",
             ],
             Family::Large => &["tie_weights", "weight_decay_on_embedding", "large"],
+            Family::Lstm => &["dropout", "tie_weights", "weight_decay_on_embedding", "lstm"],
+            Family::Transformer => &["dropout", "tie_weights", "weight_decay_on_embedding", "transformer"],
+            Family::Original => &["dropout", "weight_decay_on_embedding", "original"],
         }
     }
 }
@@ -60,19 +75,22 @@ impl Family {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelConfig {
-    /// `small` (mLSTM and sLSTM blocks) or `large` (those of the published 7B model). Default `small`.
+    /// `small` (mLSTM and sLSTM blocks), `large` (those of the published 7B model), `original` (those
+    /// of the Python original), or one of the baselines `lstm` and `transformer`. Default `small`.
     pub family: Family,
     /// Number of token ids; 0 takes it from the tokenizer. Default 0.
     pub vocab_size: usize,
     /// Width D of the residual stream. Default 128.
     pub embedding_dim: usize,
-    /// Number of residual blocks. Default 4.
+    /// Number of residual blocks, or of LSTM layers. Default 4.
     pub num_blocks: usize,
     /// Which blocks are sLSTM blocks: positions counted from 0, `all`, `none`, or a ratio
     /// mLSTM:sLSTM such as `7:1`. Default `none`.
     pub slstm_at: SlstmAt,
     /// Dropout after each mLSTM and sLSTM layer and, with `add_embedding_dropout`, after the
-    /// embedding; a probability in [0, 1). Default 0.
+    /// embedding; between LSTM layers; after a Transformer's embedding, attention and
+    /// feed-forward layers; in the original family between the cells of a block and before what it
+    /// adds to the residual stream. A probability in [0, 1). Default 0.
     pub dropout: f64,
     /// Whether the mLSTM layers' projections have biases. Default false.
     pub bias: bool,
@@ -92,6 +110,12 @@ pub struct ModelConfig {
     pub feedforward: FeedforwardConfig,
     /// What the large family has.
     pub large: LargeConfig,
+    /// What the LSTM has.
+    pub lstm: LstmConfig,
+    /// What the Transformer has.
+    pub transformer: TransformerConfig,
+    /// What the original family has.
+    pub original: OriginalConfig,
 }
 
 /// The mLSTM layer: matrix memory between an up- and a down-projection.
@@ -219,6 +243,9 @@ impl Default for ModelConfig {
             slstm: SlstmConfig::default(),
             feedforward: FeedforwardConfig::default(),
             large: LargeConfig::default(),
+            lstm: LstmConfig::default(),
+            transformer: TransformerConfig::default(),
+            original: OriginalConfig::default(),
         }
     }
 }
@@ -304,7 +331,36 @@ impl ModelConfig {
         match self.family {
             Family::Small => self.validate_small(),
             Family::Large => self.large.validate(self.embedding_dim),
+            Family::Lstm => {
+                probability("model.dropout", self.dropout)?;
+                self.lstm.validate(self.embedding_dim, self.tie_weights)
+            }
+            Family::Transformer => {
+                probability("model.dropout", self.dropout)?;
+                self.transformer.validate(self.embedding_dim)
+            }
+            Family::Original => {
+                probability("model.dropout", self.dropout)?;
+                self.original.validate()
+            }
         }
+    }
+
+    /// Checks that the numbers fit together and make a model that predicts each token from those
+    /// before it.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate), and where blocks read from both ends.
+    pub fn validate_causal(&self) -> Result<()> {
+        self.validate()?;
+        if self.family == Family::Original && self.original.bidirectional {
+            return Err(Error::config(
+                "model.original.bidirectional is true, but a language model predicts each token from those before \
+                 it: read from both ends, a sequence shows it the tokens that it is to predict",
+            )
+            .hint("set bidirectional: false; encoders and classifiers (model::OriginalStack) may read both ways"));
+        }
+        Ok(())
     }
 
     /// The configuration as JSON, without the keys of other families.

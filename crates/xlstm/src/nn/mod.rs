@@ -4,10 +4,13 @@ pub mod block;
 pub mod config;
 pub mod feed_forward;
 pub mod large;
+pub mod lstm;
 pub mod mlstm_layer;
+pub mod original;
 pub mod parameters;
 pub mod slstm_at;
 pub mod slstm_layer;
+pub mod transformer;
 pub mod weights;
 
 pub use block::Block;

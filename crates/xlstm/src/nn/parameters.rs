@@ -105,6 +105,12 @@ impl Parameter {
         dims[0] = count;
         tape.parameter(self.index, first * row, Shape::from(&dims[..]))
     }
+
+    /// The same rows of a matrix (…, N) as a block-diagonal one of a single block (1, count, N).
+    pub fn block(self, tape: &mut Tape, first: usize, count: usize) -> Var {
+        let row = self.shape.last();
+        tape.parameter(self.index, first * row, [1, count, row].into())
+    }
 }
 
 /// Collects the parameters of a model while its layers are made.

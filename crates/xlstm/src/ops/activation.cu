@@ -1,4 +1,4 @@
-// y = act(gate) * up. kind: the order of the enumeration in activation.rs.
+// y = act(gate) * up, and y = act(x). kind: the order of the enumeration in activation.rs.
 
 struct Both {
     float value, slope;
@@ -61,4 +61,25 @@ extern "C" __global__ void gated_backward(
     }
     if (dgate) add_wide(dgate + i, g, count);
     if (dup) add_wide(dup + i, u, count);
+}
+
+extern "C" __global__ void activated_forward(const element_t *x, element_t *y, long long n, int kind) {
+    int count;
+    long long i = my_elements(n, &count);
+    if (count <= 0) return;
+    Wide own = load_wide(x + i, count);
+    EACH_WIDE(j) own.x[j] = activation(own.x[j], kind).value;
+    store_wide(y + i, own, count);
+}
+
+/// dx += dy act'(x).
+extern "C" __global__ void activated_backward(
+    const element_t *dy, const element_t *x, element_t *dx, long long n, int kind
+) {
+    int count;
+    long long i = my_elements(n, &count);
+    if (count <= 0) return;
+    Wide own = load_wide(x + i, count), slope = load_wide(dy + i, count);
+    EACH_WIDE(j) own.x[j] = slope.x[j] * activation(own.x[j], kind).slope;
+    add_wide(dx + i, own, count);
 }

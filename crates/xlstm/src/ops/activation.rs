@@ -1,4 +1,4 @@
-//! Activation functions, and the gated feed-forward's act(gate) ∘ up.
+//! Activation functions: act(x), and the gated feed-forward's act(gate) ∘ up.
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -189,6 +189,73 @@ impl Kernel for Gated {
     }
 }
 
+/// x (…) -> y (…).
+#[derive(Debug)]
+struct Activated(Activation);
+
+/// Records act(x), element by element.
+///
+/// # Errors
+/// None: every shape fits.
+pub fn activated(tape: &mut Tape, x: Var, activation: Activation) -> Result<Var> {
+    Ok(tape.record(Activated(activation), &[Some(x)], &[])?[0])
+}
+
+impl Kernel for Activated {
+    fn name(&self) -> &'static str {
+        "activated"
+    }
+
+    fn outputs(&self, inputs: &[Option<Shape>]) -> Result<Vec<Shape>> {
+        Ok(vec![inputs[0].ok_or_else(|| Error::shape("x is needed"))?])
+    }
+
+    fn reads(&self) -> Slots {
+        Slots::of(&[0], &[])
+    }
+
+    fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
+        let tile = (TILE * io.shapes.outputs[0].last()).max(1);
+        let y = io.output(0);
+        y.par_chunks_mut(tile).zip(io.input(0).par_chunks(tile)).for_each(|(y, x)| {
+            with_fixed!(self.0, ACT => vectorize!(|| {
+                for (y, x) in y.iter_mut().zip(x) {
+                    *y = ACT.value(*x);
+                }
+            }));
+        });
+    }
+
+    /// dx += dy ∘ act'(x).
+    fn backward<T: Scalar>(&self, io: &mut Backward<'_, T>) {
+        let tile = (TILE * io.shapes.outputs[0].last()).max(1);
+        let Some(dx) = io.input_gradient(0) else { return };
+        let given = io.gradient().par_chunks(tile).zip(io.input(0).par_chunks(tile));
+        dx.tiles(tile).zip(given).for_each(|(dx, (dy, x))| {
+            with_fixed!(self.0, ACT => vectorize!(|| {
+                for (dx, (dy, x)) in dx.iter_mut().zip(dy.iter().zip(x)) {
+                    *dx = dy.mul_add(ACT.value_and_derivative(*x).1, *dx);
+                }
+            }));
+        });
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
+        let n = io.shapes.outputs[0].len();
+        let arguments = arguments![io.input(0), io.outputs[0], n as u64, self.0 as u32];
+        io.queue.launch_wide(&SOURCE, "activated_forward", n, arguments)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        let Some(dx) = io.input_gradients[0] else { return Ok(()) };
+        let n = io.shapes.outputs[0].len();
+        let arguments = arguments![io.gradient(), io.input(0), dx, n as u64, self.0 as u32];
+        io.queue.launch_wide(&SOURCE, "activated_backward", n, arguments)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,6 +277,8 @@ mod tests {
                 .input([2, 35, 5])
                 .input([2, 35, 5])
                 .run(|tape, v, _| Ok(vec![gated(tape, v[0], v[1], activation)?]));
+            let check = Check::new().input([2, 35, 5]);
+            check.run(|tape, v, _| Ok(vec![activated(tape, v[0], activation)?]));
         }
     }
 

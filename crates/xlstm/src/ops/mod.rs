@@ -12,6 +12,7 @@ use crate::engine::{Gradient, Scalar};
 
 pub mod activation;
 pub mod add;
+pub mod attention;
 pub mod causal_conv;
 pub mod concat_linear;
 pub mod cross_entropy;
@@ -19,10 +20,15 @@ pub mod dropout;
 pub mod embedding;
 pub mod headwise;
 pub mod last_token;
+pub mod learned_positions;
 pub mod linear;
 pub mod norm;
+pub mod positions;
+pub mod reverse;
+pub mod rotary;
 pub mod skip_gate;
 pub mod soft_cap;
+pub mod window;
 
 #[cfg(test)]
 pub(crate) mod check;

@@ -12,8 +12,10 @@ use crate::data::Batch;
 use crate::engine::{Device, OperationTime};
 use crate::error::{Error, Result};
 use crate::model::objective::Carry;
-use crate::model::{LanguageModel, ModelConfig, SlstmAt};
+use crate::model::{Family, LanguageModel, ModelConfig, SlstmAt};
 use crate::nn::Parameters;
+use crate::nn::lstm::LstmConfig;
+use crate::nn::transformer::{PositionKind, TransformerConfig};
 use crate::optim::AdamWOptions;
 use crate::rng::Rng;
 
@@ -31,8 +33,17 @@ pub struct Preset {
 }
 
 /// The names of all presets.
-pub const PRESETS: [&str; 6] =
-    ["lm-mlstm-128", "lm-mlstm-256", "lm-slstm-128", "lm-slstm-256", "lm-mixed-128", "small-125m"];
+pub const PRESETS: [&str; 9] = [
+    "lm-mlstm-128",
+    "lm-mlstm-256",
+    "lm-slstm-128",
+    "lm-slstm-256",
+    "lm-mixed-128",
+    "small-125m",
+    "lstm-128",
+    "gpt-128",
+    "gpt-256",
+];
 
 impl Preset {
     /// The preset of this name.
@@ -43,10 +54,11 @@ impl Preset {
         let Some(name) = PRESETS.into_iter().find(|preset| *preset == name) else {
             return Err(unknown_name("preset", name, &PRESETS));
         };
-        let small = |slstm_at: SlstmAt| {
+        let of = |family: Family| {
             let (embedding_dim, vocab_size) = if name.ends_with("256") { (256, 5000) } else { (128, 1000) };
-            ModelConfig { vocab_size, embedding_dim, num_blocks: 4, slstm_at, ..ModelConfig::default() }
+            ModelConfig { family, vocab_size, embedding_dim, num_blocks: 4, ..ModelConfig::default() }
         };
+        let small = |slstm_at: SlstmAt| ModelConfig { slstm_at, ..of(Family::Small) };
         let (model, batch_size, length) = match name {
             "small-125m" => {
                 let shape = ModelConfig {
@@ -56,6 +68,16 @@ impl Preset {
                     ..ModelConfig::default()
                 };
                 (shape, 4, 512)
+            }
+            "lstm-128" => {
+                // As wide as has the parameters of an xLSTM of 128.
+                let lstm = LstmConfig { hidden_dim: 160, ..LstmConfig::default() };
+                (ModelConfig { lstm, ..of(Family::Lstm) }, 8, 256)
+            }
+            "gpt-128" | "gpt-256" => {
+                let positions = PositionKind::Learned;
+                let transformer = TransformerConfig { positions, ..TransformerConfig::default() };
+                (ModelConfig { transformer, ..of(Family::Transformer) }, 8, 256)
             }
             "lm-slstm-128" | "lm-slstm-256" => (small(SlstmAt::All), 8, 256),
             "lm-mixed-128" => (small(SlstmAt::Positions(vec![1])), 8, 256),

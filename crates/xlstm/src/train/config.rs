@@ -121,7 +121,7 @@ pub struct ScheduleConfig {
     pub decay: Decay,
     /// The rate at the end of the decay. Default 1e-4.
     pub min_learning_rate: f64,
-    /// The step at which the decay ends; null = `training.steps`. Default null.
+    /// The step at which the decay ends; null = the last of training. Default null.
     pub decay_steps: Option<u64>,
 }
 
@@ -130,8 +130,11 @@ pub struct ScheduleConfig {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainingConfig {
-    /// Optimizer steps. Default 1000.
-    pub steps: u64,
+    /// Optimizer steps; null = those of `epochs`, or 1000 where that is null too. Default null.
+    pub steps: Option<u64>,
+    /// How often the training text is seen, a number above 0, in place of `steps`; a run's folder
+    /// keeps the steps that it comes to. Default null.
+    pub epochs: Option<f64>,
     /// Batches whose gradients are averaged in a step. Default 1.
     pub accumulation: usize,
     /// Steps between validations; 0 = only at the end. Default 250.
@@ -225,7 +228,8 @@ impl Default for ScheduleConfig {
 impl Default for TrainingConfig {
     fn default() -> Self {
         TrainingConfig {
-            steps: 1000,
+            steps: None,
+            epochs: None,
             accumulation: 1,
             validate_every: 250,
             validation_batches: 0,
@@ -257,7 +261,7 @@ impl RunConfig {
             max: self.optimizer.learning_rate,
             min: self.schedule.min_learning_rate,
             warmup_steps: self.schedule.warmup_steps,
-            decay_steps: self.schedule.decay_steps.unwrap_or(self.training.steps),
+            decay_steps: self.schedule.decay_steps.unwrap_or(self.training.steps()),
             decay: self.schedule.decay,
         }
     }
@@ -267,7 +271,7 @@ impl RunConfig {
     /// # Errors
     /// A configuration error that names the first key that does not fit, its value and what would.
     pub fn validate(&self) -> Result<()> {
-        self.model.validate()?;
+        self.model.validate_causal()?;
         self.data.validate()?;
         self.optimizer.validate()?;
         self.validate_schedule()?;
@@ -353,8 +357,21 @@ impl OptimizerConfig {
 }
 
 impl TrainingConfig {
+    /// Optimizer steps; of a run that counts in epochs, once its texts have said how many they are
+    /// ([`Texts::with_steps`](super::Texts::with_steps)).
+    pub fn steps(&self) -> u64 {
+        self.steps.unwrap_or(1000)
+    }
+
     fn validate(&self) -> Result<()> {
-        at_least_one("training.steps", self.steps)?;
+        if let (Some(steps), Some(epochs)) = (self.steps, self.epochs) {
+            return Err(Error::config(format!(
+                "training.steps is {steps} and training.epochs is {epochs}: a run has one length"
+            ))
+            .hint("give one of the two and leave the other out, or null"));
+        }
+        at_least_one("training.steps", self.steps())?;
+        positive("training.epochs", self.epochs.unwrap_or(1.0))?;
         at_least_one("training.accumulation", self.accumulation)?;
         at_least_one("training.log_every", self.log_every)?;
         if self.early_stopping > 0 && self.validate_every == 0 {
@@ -410,7 +427,7 @@ mod tests {
     #[test]
     fn every_bad_number_is_named() {
         type Change = fn(&mut RunConfig);
-        let cases: [(Change, &str); 19] = [
+        let cases: [(Change, &str); 21] = [
             (|c| c.data.batch_size = 0, "data.batch_size is 0"),
             (|c| c.data.length = 0, "data.length is 0"),
             (
@@ -425,7 +442,12 @@ mod tests {
             (|c| c.optimizer.clip = Some(-1.0), "optimizer.clip is -1"),
             (|c| c.schedule.min_learning_rate = 0.1, "schedule.min_learning_rate is 0.1"),
             (|c| c.schedule.decay_steps = Some(50), "schedule.decay_steps is 50"),
-            (|c| c.training.steps = 0, "training.steps is 0"),
+            (|c| c.training.steps = Some(0), "training.steps is 0"),
+            (|c| c.training.epochs = Some(0.0), "training.epochs is 0"),
+            (
+                |c| (c.training.steps, c.training.epochs) = (Some(5), Some(2.0)),
+                "training.steps is 5 and training.epochs is 2",
+            ),
             (|c| c.training.accumulation = 0, "training.accumulation is 0"),
             (
                 |c| (c.training.early_stopping, c.training.validate_every) = (3, 0),

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::config::DataConfig;
+use super::config::{DataConfig, RunConfig, TrainingConfig};
 use super::sources::{TextSource, TokenizerChoice};
-use crate::data::{Corpus, Origin, Progress, Source, Split, distinct_characters};
+use crate::data::{Corpus, Origin, Progress, Source, Split, Stages, distinct_characters};
 use crate::error::{Error, Result};
 use crate::text::Tokenizer;
 
@@ -63,6 +63,32 @@ impl Texts {
             ))
             .hint("leave model.vocab_size at 0 to take it from the tokenizer")),
         }
+    }
+
+    /// The training batches of a run.
+    ///
+    /// # Errors
+    /// When the text is too short for them.
+    pub fn batches(&self, config: &RunConfig) -> Result<Stages> {
+        let stages = config.data.batch_stages(config.training.accumulation);
+        Stages::new(&self.training, config.data.batching, &stages, config.seed)
+    }
+
+    /// The configuration with its number of steps, also where it counts in epochs. This is what a
+    /// run keeps: it goes on to the same step.
+    ///
+    /// # Errors
+    /// As [`batches`](Texts::batches).
+    pub fn with_steps(&self, config: &RunConfig) -> Result<RunConfig> {
+        let steps = match config.training.epochs {
+            None => config.training.steps(),
+            Some(epochs) => {
+                let batches = self.batches(config)?.batches_in(epochs);
+                batches.div_ceil(config.training.accumulation as u64).max(1)
+            }
+        };
+        let training = TrainingConfig { steps: Some(steps), epochs: None, ..config.training.clone() };
+        Ok(RunConfig { training, ..config.clone() })
     }
 
     /// A number that tells training corpora apart.

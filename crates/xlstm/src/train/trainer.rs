@@ -18,7 +18,7 @@ use super::metrics::{MetricsLog, Row, TrainingRow, ValidationRow};
 use super::progress::{Observer, Progress, Summary, Validation};
 use super::texts::Texts;
 use crate::checkpoint::{self, Standing};
-use crate::data::{Batch, Batching, Prefetch, Stages, sequential, validation_batches};
+use crate::data::{Batch, Batching, Prefetch, sequential, validation_batches};
 use crate::engine::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::Scorer;
@@ -68,9 +68,10 @@ pub fn train(
 ) -> Result<Outcome> {
     let (device, line) = Device::choose(config.device, config.dtype, config.threads)?;
     observer.on_message(&line);
+    let config = &texts.with_steps(config)?;
     let mut run = Run::new(config, texts, folder, &device, observer)?;
     observer.on_start(&run.summary());
-    let (steps, every) = (config.training.steps, &config.training);
+    let (steps, every) = (config.training.steps(), &config.training);
     let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
     let mut end = if run.standing.step >= steps { End::Finished } else { End::Interrupted };
     while run.standing.step < steps && !stop.load(Ordering::Relaxed) {
@@ -144,8 +145,7 @@ impl<'a> Run<'a> {
         model_config.vocab_size = texts.vocabulary(model_config.vocab_size)?;
         let model = Arc::new(LanguageModel::new(&model_config)?);
         let data = &config.data;
-        let stages = data.batch_stages(config.training.accumulation);
-        let batches = Stages::new(&texts.training, data.batching, &stages, config.seed)?;
+        let batches = texts.batches(config)?;
         let carry = match data.batching {
             Batching::Stream => Carry::Carried,
             Batching::Documents => Carry::Marked,
@@ -234,7 +234,7 @@ impl<'a> Run<'a> {
             validation_tokens: self.texts.validation.as_ref().map_or(0, |corpus| corpus.len() as u64),
             tokens_per_step: (data.batch_size * data.length * self.config.training.accumulation) as u64,
             start_step: self.standing.step,
-            steps: self.config.training.steps,
+            steps: self.config.training.steps(),
         }
     }
 
@@ -257,7 +257,7 @@ impl<'a> Run<'a> {
         let now = self.speed.seconds();
         let rate_of = self.speed.tokens as f64 / (now - self.speed.since).max(1e-9);
         self.standing.seconds = now;
-        let (done, steps) = (self.standing.step, self.config.training.steps);
+        let (done, steps) = (self.standing.step, self.config.training.steps());
         let left = (steps - done) as f64 * self.targets_per_step() / rate_of.max(1e-9);
         Ok(Progress {
             step: done,
@@ -313,7 +313,7 @@ impl<'a> Run<'a> {
             }))?;
             observer.on_validation(&Validation {
                 step: self.standing.step,
-                steps: self.config.training.steps,
+                steps: self.config.training.steps(),
                 loss,
                 bits_per_byte,
                 best,

@@ -126,7 +126,9 @@ fn an_index_reads_nothing_outside_its_folder() {
         TensorFiles::open(&model)
     };
     let absolute = format!(r#"{{"w":"{}"}}"#, outside.display());
-    for map in [r#"{"w":"../outside.safetensors"}"#, r#"{"w":"inner/part.safetensors"}"#, &absolute, r#"{"w":".."}"#] {
+    for map in
+        [r#"{"w":"../outside.safetensors"}"#, r#"{"w":"inner/part.safetensors"}"#, &absolute, r#"{"w":".."}"#]
+    {
         says(&index(map).expect_err(map), &["model", "expected a file in this folder"]);
     }
     says(&index(r#"{"w":"gone.safetensors"}"#).expect_err("a missing file"), &["gone.safetensors"]);
@@ -143,7 +145,10 @@ fn an_index_reads_nothing_outside_its_folder() {
     #[cfg(unix)]
     {
         std::os::unix::fs::symlink(&outside, model.join("link.safetensors")).expect("a link");
-        says(&index(r#"{"w":"link.safetensors"}"#).expect_err("a link"), &["link.safetensors", "outside.safetensors"]);
+        says(
+            &index(r#"{"w":"link.safetensors"}"#).expect_err("a link"),
+            &["link.safetensors", "outside.safetensors"],
+        );
         std::os::unix::fs::symlink("inner/part.safetensors", model.join("good.safetensors")).expect("a link");
         index(r#"{"w":"good.safetensors"}"#).expect("a link within the folder");
     }

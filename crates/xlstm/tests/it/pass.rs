@@ -40,7 +40,7 @@ impl<T: Element> Held<T> {
     pub fn new(parameters: &Parameters<T>) -> Held<T> {
         let weights = Weights::new(Arc::new(parameters.clone()), &device()).expect("weights");
         let gradients = match &weights {
-            Weights::Cpu(_) => Sums::Cpu(parameters.zeros_like()),
+            Weights::Cpu(_) | Weights::Stored(_) => Sums::Cpu(parameters.zeros_like()),
             #[cfg(feature = "cuda")]
             Weights::Cuda(weights) => Sums::Cuda(weights.zeros_like().expect("gradients")),
         };

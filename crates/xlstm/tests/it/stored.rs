@@ -15,7 +15,8 @@ fn a_model_in_16_bits_is_the_model_of_the_widened_weights() {
     let parameters = Parameters::<f32>::initialize(model.specs(), 3);
     let vocabulary = model.config().vocab_size;
     for format in [Format::F32, Format::Bf16, Format::F16] {
-        let path = std::env::temp_dir().join(format!("xlstm-stored-{}-{}", format.name(), std::process::id()));
+        let path =
+            std::env::temp_dir().join(format!("xlstm-stored-{}-{}", format.name(), std::process::id()));
         std::fs::create_dir_all(&path).expect("a folder");
         write_with(&path, &model, None, format, |index, _| parameters.values[index].as_slice().into())
             .expect("written");

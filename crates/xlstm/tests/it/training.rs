@@ -109,6 +109,33 @@ fn an_interrupted_run_goes_on_bit_for_bit() {
     }
 }
 
+/// Epochs become steps before anything is written, stages and accumulation counted.
+#[test]
+fn a_run_by_epochs_ends_with_them_and_goes_on() {
+    let folder = Folder::new("epochs");
+    let sets = ["data.validation_fraction=0", "training.epochs=0.6", "sample.tokens=0"];
+    let stage = "data.stages=[{from_step: 5, batch_size: 8, length: 24}]";
+    for (name, sets) in [("plain", &sets[..]), ("stages", &[&sets[..], &[stage]].concat())] {
+        let config = config(sets);
+        let tokens = Texts::load(&config.data, TEXT, &mut |_| {}).expect("texts").training.len();
+        // Windows in an epoch; a step has two batches of four, and of eight from step 5 on.
+        let windows = 0.6 * ((tokens - 24) / 24) as f64;
+        let steps = match name {
+            "plain" => ((windows / 4.0).ceil() / 2.0).ceil(),
+            _ => ((10.0 + (windows - 40.0) / 8.0).ceil() / 2.0).ceil(),
+        };
+        assert!(steps > 6.0, "{steps}");
+        let folder = folder.run(name);
+        run(&config, &folder, Some(2)).expect("a run");
+        let path = folder.join("config.yaml");
+        let written = std::fs::read_to_string(&path).expect("a configuration");
+        let resolved = RunConfig::load(&written, &path, &[]).expect("what a run wrote loads");
+        assert_eq!((resolved.training.steps, resolved.training.epochs), (Some(steps as u64), None));
+        let outcome = run(&resolved, &folder, None).expect("a run");
+        assert_eq!((outcome.end, outcome.steps), (End::Finished, steps as u64), "{name}");
+    }
+}
+
 #[test]
 fn a_kill_after_a_checkpoint_loses_only_the_steps_since() {
     let folder = Folder::new("kill");

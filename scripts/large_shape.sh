@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The published 7B's shape with random weights in bf16: creates a folder, opens it, generates;
+# prints a table of the time and the peak memory of each -> docs/results/large-shape.md
+#
+# usage: scripts/large_shape.sh [--blocks N] [FOLDER]     (default 32 blocks in a temporary folder)
+#   TOKENS    tokens to generate (default 16)
+#   THREADS   threads (default 2)
+# A folder that is there already is used as it is. 32 blocks take 13.7 GB of disk. Peak memory is
+# the resident set, pages of the mapped file that were touched included.
+set -euo pipefail
+blocks=32 folder=
+while (($#)); do
+  case $1 in
+    --blocks) blocks=$2; shift 2 ;;
+    *) folder=$1; shift ;;
+  esac
+done
+tokens=${TOKENS:-16} threads=${THREADS:-2}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+folder=${folder:-$work/model}
+cat >"$work/large.yaml" <<YAML
+model:
+  family: large
+  vocab_size: 50304
+  embedding_dim: 4096
+  num_blocks: $blocks
+  large:
+    num_heads: 8
+YAML
+
+cargo build --release -p xlstm-cli
+xlstm=${CARGO_TARGET_DIR:-target}/release/xlstm
+# measured NAME COMMAND…: a line of the table; stdout and stderr of the command go to files.
+measured() {
+  local name=$1
+  shift
+  /usr/bin/time -f '%e %M' -o "$work/time" "$@" >"$work/$name.out" 2>"$work/$name.err" || {
+    cat "$work/$name.err" >&2
+    exit 1
+  }
+  awk -v name="$name" '{ printf "| %s | %.2f | %.0f |\n", name, $1, $2 / 1024 }' "$work/time" >>"$work/table"
+}
+run() { "$xlstm" generate --model "$folder" --device cpu --threads "$threads" --temperature 0 --json "$@"; }
+export -f run
+export xlstm folder threads
+
+[[ -e $folder ]] || measured create "$xlstm" init "$work/large.yaml" --out "$folder" --dtype bf16 --threads "$threads"
+# Nothing is generated: configuration, header, names, shapes, and the smaller parameters.
+measured open bash -c 'run --prompt-ids 0 -n 0'
+measured generate bash -c "run --prompt-ids 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16 -n $tokens"
+{
+  echo "# The published 7B's shape, $blocks blocks, random weights in bf16"
+  echo
+  echo "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $threads threads," \
+    "$(awk '/MemTotal/ { printf "%.0f GiB", $2 / 1048576 }' /proc/meminfo) of memory;" \
+    "$(stat -c %s "$folder/model.safetensors") bytes of weights. Made by scripts/large_shape.sh."
+  echo
+  echo "| step | seconds | peak MiB |"
+  echo "| --- | --- | --- |"
+  cat "$work/table"
+  echo
+  grep tokens/s "$work/generate.err"
+} | tee docs/results/large-shape.md
