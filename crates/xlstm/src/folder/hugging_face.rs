@@ -254,7 +254,9 @@ pub(crate) fn config_file(
     let dtype = readable(format);
     let mut warnings = Vec::new();
     if large.weight_mode == WeightMode::Fused {
-        warnings.push("transformers (5.24) cannot open fused weights; --weights single writes what it opens".into());
+        warnings.push(
+            "transformers (5.24) cannot open fused weights; --weights single writes what it opens".into(),
+        );
     }
     for (what, width) in ["queries", "values"].into_iter().zip(large.head_dims(config.embedding_dim)) {
         if width % ROUNDED_TO != 0 {
