@@ -394,3 +394,42 @@ fn a_full_disk_is_an_error() {
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("cannot write to stdout") && !stderr.contains("panicked"), "{stderr}");
 }
+
+/// The Python original's configuration, as it stands.
+#[test]
+fn a_configuration_of_the_original() {
+    let folder = Folder::new("original");
+    folder.write("train.txt", "to be or not to be that is the question\n".repeat(60));
+    folder.write("vocab.txt", "<pad>\n<unk>\n<eos>\nto\nbe\nor\nnot\nthat\nis\nthe\n");
+    let yaml = "
+seed: 42
+vocab_file: vocab.txt
+train_data: train.txt
+max_length: 12
+embedding_size: 16
+hidden_size: 24
+num_layers: 1
+num_blocks: 2
+dropout: 0.1
+bidirectional: false
+lstm_type: sLSTM
+lr: 0.001
+batch_size: 4
+num_epochs: 2
+";
+    folder.write("original.yaml", yaml);
+    folder.ok(&["train", "original.yaml", "--set", "sample.tokens=4"]);
+    let resolved = std::fs::read_to_string(folder.0.join("out/1/config.yaml")).expect("a configuration");
+    // 11 tokens a line, 54 lines without the tenth that is held out: 48 windows, 12 batches, twice.
+    for line in ["family: original", "steps: 24", "epochs: null", "tokenizer: vocab.txt"] {
+        assert!(resolved.contains(line), "{line:?} in\n{resolved}");
+    }
+    folder.ok(&["train", "--resume", "out/1", "--set", "training.steps=26"]);
+    let (json, _) = folder.ok(&["eval", "--model", "out/1", "--data", "train.txt", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
+    assert_eq!(report["tokens"], 60 * 11 - 1);
+    folder.write("both.yaml", yaml.replace("bidirectional: false", "bidirectional: true"));
+    folder.fails(&["train", "both.yaml"], &["both.yaml:11", "bidirectional"]);
+    folder.write("mixed.yaml", yaml.to_owned() + "training: {steps: 3}\n");
+    folder.fails(&["train", "mixed.yaml"], &["mixed.yaml:16", "`training`", "one of the original's"]);
+}

@@ -24,6 +24,7 @@ use xlstm::ops::learned_positions::learned_positions;
 use xlstm::ops::linear::linear;
 use xlstm::ops::norm::{Norm, NormKind, norm};
 use xlstm::ops::positions::positions;
+use xlstm::ops::reverse::reverse;
 use xlstm::ops::rotary::{angles, rotary};
 use xlstm::ops::skip_gate::skip_gate;
 use xlstm::ops::soft_cap::{Capped, soft_cap};
@@ -343,6 +344,14 @@ fn operations(table: &mut Table<'_>) {
     }
     let case = new().input(&[3, 4, 50]);
     table.compare("last_token", &case, T, &|t, v, _| Ok(vec![last_token(t, v[0])?]));
+    for length in [5, 70, 300] {
+        let case = new().input(&[2, length, 50]);
+        table.compare(&format!("reverse {length}"), &case, T, &|t, v, _| Ok(vec![reverse(t, v[0], None)?]));
+        let case = case.ids(marks(2 * length));
+        table.compare(&format!("reverse {length} marks"), &case, T, &|t, v, i| {
+            Ok(vec![reverse(t, v[0], Some(i[0]))?])
+        });
+    }
     for vocabulary in [70, 5000, 5003] {
         let targets = (0..39).map(|i| if i % 5 == 2 { IGNORE } else { i * 7 % 70 }).collect();
         let case = new().between(&[3, 13, vocabulary], -4.0, 4.0).input(&[1]).ids(targets);

@@ -1,6 +1,6 @@
 //! What lies between the embedding and the head of a language model.
 
-use std::fmt::Debug;
+use std::fmt::{Debug, Display};
 
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
@@ -67,9 +67,9 @@ pub(super) fn in_a_row<B>(
 }
 
 /// The layout of blocks in a row from that of each.
-pub(super) fn numbered<B>(
+pub(super) fn numbered<B, N: Display>(
     blocks: &[B],
-    layout: impl Fn(&B) -> Vec<(&'static str, Shape)>,
+    layout: impl Fn(&B) -> Vec<(N, Shape)>,
 ) -> Vec<(String, Shape)> {
     let named = |(i, block): (usize, &B)| {
         let parts = layout(block).into_iter();

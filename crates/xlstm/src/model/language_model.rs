@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::backbone::Backbone;
 use super::large::LargeStack;
 use super::lstm::LstmStack;
+use super::original::OriginalStack;
 use super::stack::Stack;
 use super::transformer::TransformerStack;
 use crate::engine::{Ids, Shape, Tape, Var};
@@ -24,6 +25,7 @@ pub struct LanguageModel {
     backbone: Box<dyn Backbone>,
     embedding: Parameter,
     head: Parameter,
+    head_bias: Option<Parameter>,
     /// Logits stay within plus and minus this.
     logit_soft_cap: Option<f64>,
 }
@@ -32,9 +34,9 @@ impl LanguageModel {
     /// The model of a configuration.
     ///
     /// # Errors
-    /// When the configuration does not fit together, or has no vocabulary.
+    /// When the configuration does not fit together, has no vocabulary, or reads from both ends.
     pub fn new(config: &ModelConfig) -> Result<LanguageModel> {
-        config.validate()?;
+        config.validate_causal()?;
         if config.vocab_size == 0 {
             return Err(Error::config("model.vocab_size is 0, and there is no tokenizer to take it from"));
         }
@@ -42,7 +44,8 @@ impl LanguageModel {
         let shape = [config.vocab_size, config.embedding_dim];
         let small = Init::Normal((2.0 / (5.0 * config.embedding_dim as f64)).sqrt());
         let decay = config.weight_decay_on_embedding;
-        let mut logit_soft_cap = None;
+        let torch = Init::Uniform(1.0 / (config.embedding_dim as f64).sqrt());
+        let (mut logit_soft_cap, mut head_bias) = (None, None);
         let backbone: Box<dyn Backbone>;
         let [embedding, head] = match config.family {
             Family::Small => {
@@ -54,9 +57,7 @@ impl LanguageModel {
             Family::Large => {
                 let (first, last) = match config.large.initialization {
                     Initialization::HuggingFace => (small.clone(), small),
-                    Initialization::Pytorch => {
-                        (Init::Normal(1.0), Init::Uniform(1.0 / (config.embedding_dim as f64).sqrt()))
-                    }
+                    Initialization::Pytorch => (Init::Normal(1.0), torch),
                 };
                 let embedding = builder.parameter_with_decay("embedding.weight", &shape, first, decay);
                 backbone = Box::new(builder.scope("backbone", |b| LargeStack::new(config, b)));
@@ -79,9 +80,18 @@ impl LanguageModel {
                 backbone = Box::new(builder.scope("transformer", |b| TransformerStack::new(config, b)));
                 [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, last))]
             }
+            // As PyTorch's layers start.
+            Family::Original => {
+                let first = Init::Normal(1.0);
+                let embedding = builder.parameter_with_decay("embedding.weight", &shape, first, decay);
+                backbone = Box::new(OriginalStack::new(config, &mut builder));
+                let head = builder.parameter("output_layer.weight", &shape, torch.clone());
+                head_bias = Some(builder.parameter("output_layer.bias", &[config.vocab_size], torch));
+                [embedding, head]
+            }
         };
-        let specs = builder.finish();
-        Ok(LanguageModel { config: config.clone(), specs, backbone, embedding, head, logit_soft_cap })
+        let (specs, config) = (builder.finish(), config.clone());
+        Ok(LanguageModel { config, specs, backbone, embedding, head, head_bias, logit_soft_cap })
     }
 
     /// The configuration.
@@ -131,8 +141,8 @@ impl LanguageModel {
     /// When shapes do not fit.
     pub fn logits(&self, tape: &mut Tape, features: Var) -> Result<Var> {
         tape.scope("head");
-        let weight = self.head.var(tape);
-        let logits = linear(tape, features, weight, None)?;
+        let (weight, bias) = (self.head.var(tape), self.head_bias.map(|bias| bias.var(tape)));
+        let logits = linear(tape, features, weight, bias)?;
         match self.logit_soft_cap {
             Some(cap) => soft_cap(tape, logits, cap, Capped::Activations),
             None => Ok(logits),

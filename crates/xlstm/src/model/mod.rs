@@ -6,14 +6,17 @@ pub mod language_model;
 mod large;
 mod lstm;
 pub mod objective;
+pub mod original;
 pub mod runner;
 pub mod stack;
 mod transformer;
 
 pub use crate::nn::config::{BlockKind, Family, ModelConfig};
+pub use crate::nn::original::{BlockForm, LstmType, OriginalConfig};
 pub use crate::nn::slstm_at::SlstmAt;
 pub use backbone::Backbone;
 pub use language_model::LanguageModel;
 pub use objective::Objective;
+pub use original::OriginalStack;
 pub use runner::{Logits, Runner, narrow_parameters};
 pub use stack::Stack;

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::large::LargeConfig;
 use super::lstm::LstmConfig;
+use super::original::OriginalConfig;
 use super::slstm_at::SlstmAt;
 use super::transformer::TransformerConfig;
 use crate::cell::slstm::CellFunction;
@@ -30,6 +31,8 @@ pub enum Family {
     Lstm,
     /// A GPT-style Transformer: a baseline.
     Transformer,
+    /// The blocks of the Python original.
+    Original,
 }
 
 impl Family {
@@ -40,6 +43,7 @@ impl Family {
             Family::Large => "large",
             Family::Lstm => "lstm",
             Family::Transformer => "transformer",
+            Family::Original => "original",
         }
     }
 
@@ -61,6 +65,7 @@ impl Family {
             Family::Large => &["tie_weights", "weight_decay_on_embedding", "large"],
             Family::Lstm => &["dropout", "tie_weights", "weight_decay_on_embedding", "lstm"],
             Family::Transformer => &["dropout", "tie_weights", "weight_decay_on_embedding", "transformer"],
+            Family::Original => &["dropout", "weight_decay_on_embedding", "original"],
         }
     }
 }
@@ -70,8 +75,8 @@ impl Family {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelConfig {
-    /// `small` (mLSTM and sLSTM blocks), `large` (those of the published 7B model), or one of the
-    /// baselines `lstm` and `transformer`. Default `small`.
+    /// `small` (mLSTM and sLSTM blocks), `large` (those of the published 7B model), `original` (those
+    /// of the Python original), or one of the baselines `lstm` and `transformer`. Default `small`.
     pub family: Family,
     /// Number of token ids; 0 takes it from the tokenizer. Default 0.
     pub vocab_size: usize,
@@ -84,7 +89,8 @@ pub struct ModelConfig {
     pub slstm_at: SlstmAt,
     /// Dropout after each mLSTM and sLSTM layer and, with `add_embedding_dropout`, after the
     /// embedding; between LSTM layers; after a Transformer's embedding, attention and
-    /// feed-forward layers. A probability in [0, 1). Default 0.
+    /// feed-forward layers; in the original family between the cells of a block and before what it
+    /// adds to the residual stream. A probability in [0, 1). Default 0.
     pub dropout: f64,
     /// Whether the mLSTM layers' projections have biases. Default false.
     pub bias: bool,
@@ -108,6 +114,8 @@ pub struct ModelConfig {
     pub lstm: LstmConfig,
     /// What the Transformer has.
     pub transformer: TransformerConfig,
+    /// What the original family has.
+    pub original: OriginalConfig,
 }
 
 /// The mLSTM layer: matrix memory between an up- and a down-projection.
@@ -237,6 +245,7 @@ impl Default for ModelConfig {
             large: LargeConfig::default(),
             lstm: LstmConfig::default(),
             transformer: TransformerConfig::default(),
+            original: OriginalConfig::default(),
         }
     }
 }
@@ -330,7 +339,28 @@ impl ModelConfig {
                 probability("model.dropout", self.dropout)?;
                 self.transformer.validate(self.embedding_dim)
             }
+            Family::Original => {
+                probability("model.dropout", self.dropout)?;
+                self.original.validate()
+            }
         }
+    }
+
+    /// Checks that the numbers fit together and make a model that predicts each token from those
+    /// before it.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate), and where blocks read from both ends.
+    pub fn validate_causal(&self) -> Result<()> {
+        self.validate()?;
+        if self.family == Family::Original && self.original.bidirectional {
+            return Err(Error::config(
+                "model.original.bidirectional is true, but a language model predicts each token from those before \
+                 it: read from both ends, a sequence shows it the tokens that it is to predict",
+            )
+            .hint("set bidirectional: false; encoders and classifiers (model::OriginalStack) may read both ways"));
+        }
+        Ok(())
     }
 
     /// The configuration as JSON, without the keys of other families.

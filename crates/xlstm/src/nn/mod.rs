@@ -6,6 +6,7 @@ pub mod feed_forward;
 pub mod large;
 pub mod lstm;
 pub mod mlstm_layer;
+pub mod original;
 pub mod parameters;
 pub mod slstm_at;
 pub mod slstm_layer;

@@ -194,10 +194,12 @@ impl Kernel for Headwise {
         if let Some(dw) = io.input_gradient(1) {
             let dw = dw.cleared();
             if large {
+                // A thread a head, or all of them on the only one.
+                let threads = if heads == 1 { Threads::All } else { Threads::One };
                 dw.par_chunks_mut(outer * inner).enumerate().for_each(|(head, dw)| {
                     let dy = MatRef::new(dy, rows, out_width).columns_at(head * outer, outer);
                     let x = MatRef::new(x, rows, in_width).columns_at(head * inner, inner);
-                    product(MatMut::new(dw, outer, inner), T::ONE, dy.t(), x, true, Threads::One);
+                    product(MatMut::new(dw, outer, inner), T::ONE, dy.t(), x, true, threads);
                 });
             } else {
                 reduce_tiles(

@@ -24,6 +24,7 @@ pub mod learned_positions;
 pub mod linear;
 pub mod norm;
 pub mod positions;
+pub mod reverse;
 pub mod rotary;
 pub mod skip_gate;
 pub mod soft_cap;

@@ -271,7 +271,7 @@ impl RunConfig {
     /// # Errors
     /// A configuration error that names the first key that does not fit, its value and what would.
     pub fn validate(&self) -> Result<()> {
-        self.model.validate()?;
+        self.model.validate_causal()?;
         self.data.validate()?;
         self.optimizer.validate()?;
         self.validate_schedule()?;

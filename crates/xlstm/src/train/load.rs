@@ -1,4 +1,5 @@
-//! Reading a run's configuration: YAML, then `--set` overrides, then the checks.
+//! Reading a run's configuration: YAML, in our form or the Python original's (`original.rs`), then
+//! `--set` overrides, then the checks.
 //!
 //! An override is typed by parsing it as a configuration file of one key; its value then
 //! replaces that key, and nothing else, in the configuration of the file.
@@ -8,26 +9,33 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::config::RunConfig;
+use super::original;
 use crate::error::{Error, Result, nearest};
 
 impl RunConfig {
-    /// The configuration in `text`, a YAML file from `origin`, with `sets` (`a.b=value`, the value
-    /// in YAML) applied in order, checked.
+    /// The configuration in `text`, a YAML file from `origin` in our form or in that of the Python
+    /// original, with `sets` (`a.b=value`, the value in YAML) applied in order, checked.
     ///
     /// # Errors
     /// A configuration error that says where (file, line and column, or which `--set`), which key,
     /// what was expected and what was found; for an unknown key the nearest known one.
     pub fn load(text: &str, origin: &Path, sets: &[String]) -> Result<Self> {
         let every_key = "`xlstm inspect shakespeare` prints every key with a value";
-        let parsed =
-            serde_saphyr::from_str(text).map_err(|e| file_error(&e, text, origin).or_hint(every_key));
-        let mut config: RunConfig = parsed?;
+        let original = original::is_original(text);
+        let parsed = match original {
+            true => original::load(text, origin),
+            false => serde_saphyr::from_str(text).map_err(|e| file_error(&e, text, origin)),
+        };
+        let mut config: RunConfig = parsed.map_err(|e| e.or_hint(every_key))?;
         // A number that JSON cannot hold (NaN, infinity) is refused here, where its place is known.
         serde_saphyr::from_str::<Value>(text).map_err(|e| file_error(&e, text, origin))?;
         for set in sets {
             config = config.with_set(set).map_err(|e| e.or_hint(every_key))?;
         }
         config.validate().map_err(|e| {
+            if original {
+                return original::in_its_words(&e, text, origin);
+            }
             let located = Error::config(format!("{}: {e}", origin.display()));
             match e.hint_text() {
                 Some(hint) => located.hint(hint),
@@ -162,7 +170,7 @@ fn sections_with(value: &Value, key: &str, path: &str, found: &mut Vec<String>) 
 }
 
 /// The error for a file that is not a configuration, with its place.
-fn file_error(error: &serde_saphyr::Error, text: &str, origin: &Path) -> Error {
+pub(super) fn file_error(error: &serde_saphyr::Error, text: &str, origin: &Path) -> Error {
     let trouble = Trouble::of(error, text);
     let place = match (trouble.line, trouble.column) {
         (0, _) => origin.display().to_string(),
@@ -327,7 +335,7 @@ fn inline_keys(line: &str, column: usize) -> Vec<String> {
 }
 
 /// The key that starts `text`, if it reads `key:`.
-fn key_of(text: &str) -> Option<String> {
+pub(super) fn key_of(text: &str) -> Option<String> {
     let (key, _) = text.trim_start().split_once(':')?;
     let key = key.trim().trim_matches(['"', '\'']);
     let word = !key.is_empty() && key.chars().all(|c| c.is_alphanumeric() || c == '_');

@@ -7,6 +7,7 @@ pub mod curve;
 pub mod learner;
 pub mod load;
 pub mod metrics;
+mod original;
 pub mod progress;
 #[cfg(test)]
 mod schema;

@@ -9,7 +9,9 @@ use xlstm::data::Batch;
 use xlstm::engine::{Mode, Tape, Var};
 use xlstm::marks::{IGNORE, PAD, RESET};
 use xlstm::model::objective::Carry;
-use xlstm::model::{Family, LanguageModel, Logits, ModelConfig, Objective, Runner, SlstmAt};
+use xlstm::model::{
+    BlockForm, Family, LanguageModel, Logits, LstmType, ModelConfig, Objective, Runner, SlstmAt,
+};
 use xlstm::nn::large::WeightMode;
 use xlstm::nn::lstm::LstmConfig;
 use xlstm::nn::transformer::{PositionKind, TransformerConfig};
@@ -73,10 +75,11 @@ fn chance(rng: &mut Rng, probability: f64) -> bool {
 
 /// A random model of a random family.
 fn model(rng: &mut Rng) -> LanguageModel {
-    let config = match below(rng, 7) {
+    let config = match below(rng, 9) {
         0 => lstm(rng),
         1 | 2 => transformer(rng),
         3 => large(rng),
+        4 | 5 => original(rng),
         _ => small(rng),
     };
     LanguageModel::new(&config).expect("a model")
@@ -122,6 +125,18 @@ fn transformer(rng: &mut Rng) -> ModelConfig {
     let (embedding_dim, tie_weights) = (num_heads * 2 * (1 + below(rng, 3)), chance(rng, 0.5));
     let base = ModelConfig { family: Family::Transformer, vocab_size: VOCABULARY, ..ModelConfig::default() };
     ModelConfig { embedding_dim, num_blocks: 1 + below(rng, 2), tie_weights, transformer, ..base }
+}
+
+fn original(rng: &mut Rng) -> ModelConfig {
+    let heads = 1 + below(rng, 3);
+    let (embedding, hidden) = (2 + below(rng, 9), heads * (1 + below(rng, 5)));
+    let cell = if chance(rng, 0.5) { LstmType::Slstm } else { LstmType::Mlstm };
+    let (layers, blocks) = (1 + below(rng, 2), 1 + below(rng, 2));
+    let mut config = ModelConfig::original(VOCABULARY, embedding, hidden, layers, blocks, 0.0, false, cell);
+    let original = &mut config.original;
+    original.block = [None, Some(BlockForm::Pre), Some(BlockForm::Post)][below(rng, 3)];
+    (original.num_heads, original.chunk_size) = (heads, 1 + below(rng, 6));
+    config
 }
 
 fn small(rng: &mut Rng) -> ModelConfig {

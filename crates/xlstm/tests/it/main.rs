@@ -16,6 +16,9 @@ mod golden_large;
 // Twenty steps of AdamW against PyTorch's.
 mod golden_optimizer;
 
+// The original's model: names, both directions, gradients of both blocks with both cells.
+mod original;
+
 // Cuts, resets, padding and neighbours in the batch change nothing, gradients included.
 mod equivalence;
 // The number of threads changes no bit; the seed does.
