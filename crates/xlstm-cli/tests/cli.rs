@@ -322,7 +322,7 @@ fn models_of_other_programs() {
     };
     generates(tiny, &[]);
     folder.ok(&["convert", "--model", tiny, "--to", "ours", "--weights", "fused", "--out", "ours"]);
-    folder.ok(&["convert", "--model", "ours", "--to", "nx-ai", "--weights", "single", "--out", "nx"]);
+    folder.ok(&["convert", "--model", "ours", "--to", "nx-ai", "--out", "nx"]);
     folder.ok(&["convert", "--model", "nx", "--to", "hugging-face", "--out", "hf"]);
     for name in ["ours", "nx", "hf"] {
         generates(name, &[]);

@@ -18,16 +18,19 @@ use xlstm::ops::concat_linear::concat_linear;
 use xlstm::ops::cross_entropy::cross_entropy;
 use xlstm::ops::dropout::dropout;
 use xlstm::ops::embedding::embedding;
+use xlstm::ops::from_bits::from_bits;
 use xlstm::ops::headwise::{headwise, headwise_full};
 use xlstm::ops::last_token::last_token;
 use xlstm::ops::learned_positions::learned_positions;
 use xlstm::ops::linear::linear;
+use xlstm::ops::mean_tokens::mean_tokens;
 use xlstm::ops::norm::{Norm, NormKind, norm};
 use xlstm::ops::positions::positions;
 use xlstm::ops::reverse::reverse;
 use xlstm::ops::rotary::{angles, rotary};
 use xlstm::ops::skip_gate::skip_gate;
 use xlstm::ops::soft_cap::{Capped, soft_cap};
+use xlstm::ops::squared_error::squared_error;
 use xlstm::ops::window::window;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -343,7 +346,31 @@ fn operations(table: &mut Table<'_>) {
         });
     }
     let case = new().input(&[3, 4, 50]);
-    table.compare("last_token", &case, T, &|t, v, _| Ok(vec![last_token(t, v[0])?]));
+    table.compare("last_token", &case, T, &|t, v, _| Ok(vec![last_token(t, v[0], None)?]));
+    let case = new().input(&[9, 13, 50]).ids(marks(9 * 13));
+    table.compare("last_token marked", &case, T, &|t, v, i| Ok(vec![last_token(t, v[0], Some(i[0]))?]));
+    let case = new().input(&[3, 40, 200]);
+    table.compare("mean_tokens", &case, T, &|t, v, _| Ok(vec![mean_tokens(t, v[0], None, None)?.mean]));
+    let case = new().input(&[9, 13, 200]).input(&[9, 200]).between(&[9, 1], 1.0, 5.0).ids(marks(9 * 13));
+    table.compare("mean_tokens marked", &case, T, &|t, v, i| {
+        let mean = mean_tokens(t, v[0], Some([v[1], v[2]]), Some(i[0]))?;
+        Ok(vec![mean.mean, mean.state[0], mean.state[1]])
+    });
+    let bits = |n: usize| noise(9, n).iter().map(|x| (*x as f32).to_bits()).collect::<Vec<u32>>();
+    let case = new().input(&[3, 70, 50]).ids(bits(3 * 70 * 50));
+    table.compare("from_bits", &case, T, &|t, v, i| {
+        let x = from_bits(t, i[0], [3, 70, 50])?;
+        Ok(vec![add(t, v[0], x)?])
+    });
+    for width in [1, 7, 96] {
+        let mut targets = bits(39 * width);
+        targets.iter_mut().step_by(5).for_each(|target| *target = IGNORE);
+        let case = new().input(&[3, 13, width]).input(&[1]).ids(targets);
+        table.compare(&format!("squared_error {width}"), &case, T, &|t, v, i| {
+            let (loss, errors) = squared_error(t, v[0], i[0], v[1])?;
+            Ok(vec![loss, errors])
+        });
+    }
     for length in [5, 70, 300] {
         let case = new().input(&[2, length, 50]);
         table.compare(&format!("reverse {length}"), &case, T, &|t, v, _| Ok(vec![reverse(t, v[0], None)?]));

@@ -45,7 +45,7 @@ fn main() -> Result<()> {
     let prompt = Tokenizer::bytes().encode("Now is the winter of our discontent")?;
     let logits = runner.read(&prompt, Logits::Last)?;
     let state = runner.state()?;
-    println!("{} tokens read; the state has {} bytes", state.tokens(), state.bytes());
+    println!("{} tokens read; the state has {} bytes", state.tokens()[0], state.bytes());
 
     // A fork is a clone; nothing is read again.
     for seed in [1, 2] {

@@ -30,7 +30,8 @@ pub struct ConvertArgs {
     /// f32, bf16 or f16 (default: that of most weights)
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<Format>,
-    /// Whether weights that read the same input are one matrix (large family; default: as they are)
+    /// Whether weights that read the same input are one matrix (large family; default: as they are
+    /// for ours, single for others, whose programs open no fused ones)
     #[arg(long, value_name = "MODE", value_enum)]
     pub weights: Option<Mode>,
     /// The folder to write, which must not be there yet
@@ -76,10 +77,11 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let options = OpenOptions {
         config: args.config.clone(),
         sets: args.sets.iter().map(pair).collect::<Result<_>>()?,
-        weight_mode: args.weights.map(|mode| match mode {
-            Mode::Single => WeightMode::Single,
-            Mode::Fused => WeightMode::Fused,
-        }),
+        weight_mode: match (args.weights, args.to) {
+            (Some(Mode::Fused), _) => Some(WeightMode::Fused),
+            (None, To::Ours) => None,
+            (Some(Mode::Single) | None, _) => Some(WeightMode::Single),
+        },
     };
     let source = args.model.open_with(&options)?;
     let target = match args.to {

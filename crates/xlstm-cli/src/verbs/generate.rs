@@ -189,7 +189,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     if let Some(path) = &args.state_out {
         session.save(path, &folder.fingerprint())?;
-        output::note(&format!("state after {} tokens: {}", session.state()?.tokens(), path.display()));
+        output::note(&format!("state after {} tokens: {}", session.state()?.tokens()[0], path.display()));
     }
     let drawn: usize = samples.iter().map(|sample| sample.ids.len()).sum();
     let speed = |tokens: usize, seconds: f64| tokens as f64 / seconds.max(1e-9);

@@ -1,4 +1,5 @@
-//! A batch: token ids in, token ids to predict, and marks for the state.
+//! A batch: token ids in, token ids to predict, and marks for the state; or features in and
+//! classes or numbers to predict, as integers all the same.
 //!
 //! All arrays are row-major, (batch, length). A row is cut from the corpus; it does not
 //! matter to the model where, since the marks tell what to do with the state.
@@ -9,6 +10,9 @@ use crate::{Error, Result};
 
 /// Inputs, targets and marks of shape (batch_size, length).
 ///
+/// Of features, `inputs` are the bits of (batch_size, length, features) numbers, and there are as
+/// many targets as the model has: see [`Batch::of_sequences`].
+///
 /// Made empty by `Batch::default()` and filled by [`Batches::fill`](super::Batches::fill)
 /// or [`Evaluation::fill`](super::Evaluation::fill), which keep the allocations.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -17,9 +21,9 @@ pub struct Batch {
     pub batch_size: usize,
     /// The number of places in a row.
     pub length: usize,
-    /// Token ids; 0 where the mark is [`PAD`].
+    /// Token ids, or the bits of features; 0 where the mark is [`PAD`].
     pub inputs: Vec<u32>,
-    /// The token after each input, or [`IGNORE`].
+    /// The token after each input, a class, or the bits of a number; or [`IGNORE`].
     pub targets: Vec<u32>,
     /// A bit set of [`RESET`] and [`PAD`] for each input.
     pub marks: Vec<u32>,

@@ -18,6 +18,7 @@ mod parquet;
 mod plain;
 mod prefetch;
 mod prepared;
+mod sequence;
 mod shard;
 mod source;
 mod stages;
@@ -34,6 +35,7 @@ pub use evaluation::{Evaluation, sequential, strided_batches, validation_batches
 pub use origin::Origin;
 pub use prefetch::Prefetch;
 pub use prepared::{Index, Prepared, ShardEntry};
+pub use sequence::{Sequence, Targets};
 pub use shard::Width;
 pub use source::{Format, Source, Split};
 pub use stages::{Stage, Stages};

@@ -158,7 +158,7 @@ impl<T: Element> Scorer<T> {
             let (objective, batch) = (&mut self.objective, &self.batch);
             device.install(|| objective.forward(weights.values(), batch, 1.0))?;
             // Summed in f64: over a long text f32 would run out of digits.
-            let losses: Vec<f64> = self.objective.token_losses()?.iter().map(|x| x.to_f64()).collect();
+            let losses: Vec<f64> = self.objective.losses()?.iter().map(|x| x.to_f64()).collect();
             nats += losses.iter().sum::<f64>();
             listen(&self.batch, &losses);
             targets += self.batch.target_count as u64;

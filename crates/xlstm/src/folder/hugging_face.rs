@@ -19,7 +19,7 @@ use super::{Description, readable};
 use crate::engine::Format;
 use crate::error::{Error, Result};
 use crate::model::{Family, ModelConfig};
-use crate::nn::large::LargeConfig;
+use crate::nn::large::{LargeConfig, WeightMode};
 
 /// The `model_type` of these folders.
 pub(crate) const MODEL_TYPE: &str = "xlstm";
@@ -253,6 +253,11 @@ pub(crate) fn config_file(
     };
     let dtype = readable(format);
     let mut warnings = Vec::new();
+    if large.weight_mode == WeightMode::Fused {
+        warnings.push(
+            "transformers (5.24) cannot open fused weights; --weights single writes what it opens".into(),
+        );
+    }
     for (what, width) in ["queries", "values"].into_iter().zip(large.head_dims(config.embedding_dim)) {
         if width % ROUNDED_TO != 0 {
             warnings.push(format!(

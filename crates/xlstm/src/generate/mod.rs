@@ -120,8 +120,8 @@ impl Session {
         }
         let (vocabulary, rows) = (self.logits.len(), samplers.len());
         if rows > 1 {
-            let layout = self.runner.model().state_layout(rows);
-            let state = self.runner.state()?.repeat(&layout, rows);
+            let state = self.runner.state()?;
+            let state = State::stack(&vec![&state; rows])?;
             self.runner.set_state(&state)?;
             self.logits = self.logits.repeat(rows);
         }

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use super::backbone::Backbone;
+use super::interface::{Inputs, Model};
 use super::large::LargeStack;
 use super::lstm::LstmStack;
 use super::original::OriginalStack;
+use super::runner::Logits;
 use super::stack::Stack;
 use super::transformer::TransformerStack;
 use crate::engine::{Ids, Shape, Tape, Var};
@@ -13,7 +15,9 @@ use crate::error::{Error, Result};
 use crate::nn::large::Initialization;
 use crate::nn::transformer::GPT_DEVIATION;
 use crate::nn::{Builder, Context, Family, Init, ModelConfig, Parameter, ParameterSpec};
+use crate::ops::cross_entropy::cross_entropy;
 use crate::ops::embedding::embedding;
+use crate::ops::last_token::last_token;
 use crate::ops::linear::linear;
 use crate::ops::soft_cap::{Capped, soft_cap};
 
@@ -164,6 +168,54 @@ impl LanguageModel {
     /// positions end.
     pub fn most_tokens(&self) -> Option<usize> {
         self.backbone.most_tokens()
+    }
+}
+
+impl Model for LanguageModel {
+    fn specs(&self) -> &Arc<[ParameterSpec]> {
+        &self.specs
+    }
+
+    fn state_layout(&self, batch: usize) -> Vec<(String, Shape)> {
+        self.state_layout(batch)
+    }
+
+    fn inputs(&self) -> Inputs {
+        Inputs::Tokens { vocabulary: self.config.vocab_size }
+    }
+
+    fn output_width(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    fn target_len(&self, shape: [usize; 2]) -> usize {
+        shape[0] * shape[1]
+    }
+
+    fn most_tokens(&self) -> Option<usize> {
+        self.most_tokens()
+    }
+
+    /// Logits.
+    fn outputs(
+        &self,
+        tape: &mut Tape,
+        tokens: Ids,
+        shape: [usize; 2],
+        wanted: Logits,
+        state: Option<&[Var]>,
+        context: &mut Context,
+    ) -> Result<(Var, Vec<Var>)> {
+        let (features, after) = self.features(tape, tokens, shape, state, context)?;
+        let features = match wanted {
+            Logits::All => features,
+            Logits::Last => last_token(tape, features, context.marks)?,
+        };
+        Ok((self.logits(tape, features)?, after))
+    }
+
+    fn loss(&self, tape: &mut Tape, logits: Var, targets: Ids, scale: Var) -> Result<(Var, Var)> {
+        cross_entropy(tape, logits, targets, scale)
     }
 }
 

@@ -1,7 +1,12 @@
-//! The recorded pass that training and scoring replay: tokens -> loss, with the state in
-//! and out where it is carried from batch to batch.
+//! The recorded pass that training and scoring replay: inputs -> loss, with the state in and out
+//! where it is carried from batch to batch.
+//!
+//! A carried state enters a batch as a constant, by rule: it is an input of the tape that has no
+//! gradient. So back-propagation through a stream is truncated at the batches' borders, and a
+//! stream of any length takes the memory of one batch.
 
-use super::language_model::LanguageModel;
+use super::interface::{Inputs, Model};
+use super::runner::Logits;
 use crate::data::Batch;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaExecutor, CudaParameters, CudaTensors, launch::Queue};
@@ -12,7 +17,6 @@ use crate::engine::{Device, Gradients, Ids, Mode, OperationTime, Program, Shape,
 use crate::error::ErrorKind;
 use crate::error::{Error, Result};
 use crate::nn::Context;
-use crate::ops::cross_entropy::cross_entropy;
 
 /// What the state does between batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +25,7 @@ pub enum Carry {
     Fresh,
     /// Every batch starts from an empty state, documents begin and end within.
     Marked,
-    /// The state is carried from one batch to the next.
+    /// The state is carried from one batch to the next; gradients are not.
     Carried,
 }
 
@@ -32,9 +36,11 @@ pub struct Objective<T> {
     mode: Mode,
     carry: Carry,
     shape: [usize; 2],
-    vocabulary: usize,
-    tokens: Ids,
+    kind: Inputs,
+    inputs: Ids,
     targets: Ids,
+    /// Integers of the inputs and of the targets.
+    lengths: [usize; 2],
     marks: Option<Ids>,
     seed: Ids,
     scale: Var,
@@ -43,16 +49,16 @@ pub struct Objective<T> {
     before: Vec<Var>,
     after: Vec<Var>,
     loss: Var,
-    token_losses: Var,
+    losses: Var,
 }
 
 impl<T: Element> Objective<T> {
-    /// Records the pass for batches of `shape` (sequences, tokens), to be run on `device`.
+    /// Records the pass for batches of `shape` (sequences, places), to be run on `device`.
     ///
     /// # Errors
     /// When shapes do not fit, or a GPU's memory runs out.
     pub fn new(
-        model: &LanguageModel,
+        model: &dyn Model,
         mode: Mode,
         shape: [usize; 2],
         carry: Carry,
@@ -70,19 +76,20 @@ impl<T: Element> Objective<T> {
         }
         let mut tape = Tape::new(mode);
         let count = shape[0] * shape[1];
-        let (tokens, targets, seed) = (tape.ids(count), tape.ids(count), tape.ids(4));
+        let kind = model.inputs();
+        let lengths = [count * kind.width(), model.target_len(shape)];
+        let (inputs, targets, seed) = (tape.ids(lengths[0]), tape.ids(lengths[1]), tape.ids(4));
         let marks = (carry != Carry::Fresh).then(|| tape.ids(count));
         let scale = tape.input([1]);
         let layout = if carry == Carry::Carried { model.state_layout(shape[0]) } else { Vec::new() };
         let before: Vec<Var> = layout.iter().map(|(_, shape)| tape.input(shape.dims())).collect();
         let mut context = Context::new(marks, Some(seed));
         let state = (carry == Carry::Carried).then_some(&before[..]);
-        let (features, after) = model.features(&mut tape, tokens, shape, state, &mut context)?;
-        let logits = model.logits(&mut tape, features)?;
+        let (outputs, after) = model.outputs(&mut tape, inputs, shape, Logits::All, state, &mut context)?;
         tape.scope("loss");
-        let (loss, token_losses) = cross_entropy(&mut tape, logits, targets, scale)?;
+        let (loss, losses) = model.loss(&mut tape, outputs, targets, scale)?;
         tape.keep(loss);
-        tape.keep(token_losses);
+        tape.keep(losses);
         tape.seed_gradient(loss);
         let after = if carry == Carry::Carried { after } else { Vec::new() };
         after.iter().for_each(|&var| tape.keep(var));
@@ -90,15 +97,15 @@ impl<T: Element> Objective<T> {
         if mode == Mode::Train {
             program.set_seed(loss, &[T::ONE])?;
         }
-        let vocabulary = model.config().vocab_size;
         Ok(Objective {
             program,
             mode,
             carry,
             shape,
-            vocabulary,
-            tokens,
+            kind,
+            inputs,
             targets,
+            lengths,
             marks,
             seed,
             scale,
@@ -106,7 +113,7 @@ impl<T: Element> Objective<T> {
             before,
             after,
             loss,
-            token_losses,
+            losses,
         })
     }
 
@@ -120,7 +127,7 @@ impl<T: Element> Objective<T> {
     ///
     /// # Errors
     /// As [`new`](Objective::new).
-    pub fn reshape(&mut self, model: &LanguageModel, shape: [usize; 2], device: &Device) -> Result<()> {
+    pub fn reshape(&mut self, model: &dyn Model, shape: [usize; 2], device: &Device) -> Result<()> {
         let state = if shape[0] == self.shape[0] { Some(self.state()?) } else { None };
         *self = Objective::new(model, self.mode, shape, self.carry, device)?;
         state.map_or(Ok(()), |state| self.set_state(&state))
@@ -140,7 +147,7 @@ impl<T: Element> Objective<T> {
         self.program.set_ids(self.seed, &values)
     }
 
-    /// What the sum of the token losses is multiplied by.
+    /// What the sum of the losses is multiplied by.
     ///
     /// # Errors
     /// When a copy to a GPU fails.
@@ -148,10 +155,10 @@ impl<T: Element> Objective<T> {
         self.program.set_input(self.scale, &[T::from_f64(scale)])
     }
 
-    /// Sets tokens, targets and marks.
+    /// Sets inputs, targets and marks.
     ///
     /// # Errors
-    /// When the batch has another shape, or a token lies outside the vocabulary.
+    /// When the batch has another shape, or inputs that the model cannot read.
     pub fn set_batch(&mut self, batch: &Batch) -> Result<()> {
         if [batch.batch_size, batch.length] != self.shape {
             return Err(Error::shape(format!(
@@ -159,16 +166,23 @@ impl<T: Element> Objective<T> {
                 batch.batch_size, batch.length, self.shape[0], self.shape[1]
             )));
         }
-        check_tokens(&batch.inputs, self.vocabulary)?;
-        self.program.set_ids(self.tokens, &batch.inputs)?;
+        let found = [batch.inputs.len(), batch.targets.len()];
+        if found != self.lengths {
+            return Err(Error::shape(format!(
+                "a batch of {} inputs and {} targets for a model that has {} and {}",
+                found[0], found[1], self.lengths[0], self.lengths[1]
+            )));
+        }
+        self.kind.check(&batch.inputs)?;
+        self.program.set_ids(self.inputs, &batch.inputs)?;
         self.program.set_ids(self.targets, &batch.targets)?;
         self.marks.map_or(Ok(()), |marks| self.program.set_ids(marks, &batch.marks))
     }
 
-    /// Runs forward on a batch; returns the sum of the token losses times `scale`.
+    /// Runs forward on a batch; returns the sum of the losses times `scale`.
     ///
     /// # Errors
-    /// When the batch has another shape, a token lies outside the vocabulary, or a GPU fails.
+    /// When the batch has another shape, or inputs that the model cannot read, or a GPU fails.
     pub fn forward<'a>(
         &mut self,
         parameters: impl Into<Values<'a, T>>,
@@ -199,12 +213,13 @@ impl<T: Element> Objective<T> {
         self.program.backward(parameters, gradients)
     }
 
-    /// The loss of every token of the last batch, in nats; 0 where it has no target.
+    /// The loss of every output of the last batch, such as of every token in nats; 0 where it has
+    /// no target.
     ///
     /// # Errors
     /// When a GPU fails.
-    pub fn token_losses(&self) -> Result<Vec<T>> {
-        self.program.value(self.token_losses)
+    pub fn losses(&self) -> Result<Vec<T>> {
+        self.program.value(self.losses)
     }
 
     /// Makes the state after the last batch the state before the next.
@@ -331,16 +346,4 @@ pub(super) fn check_length(tokens: usize, most: usize) -> Result<()> {
         .hint("use shorter sequences (data.length in training), or model.transformer.positions: rotary"));
     }
     Ok(())
-}
-
-/// Refuses token ids outside a vocabulary.
-pub(super) fn check_tokens(tokens: &[u32], vocabulary: usize) -> Result<()> {
-    match tokens.iter().position(|&token| token as usize >= vocabulary) {
-        None => Ok(()),
-        Some(at) => Err(Error::data(format!(
-            "token {} at position {at} lies outside the model's vocabulary of {vocabulary}",
-            tokens[at]
-        ))
-        .hint("the tokenizer does not belong to this model")),
-    }
 }

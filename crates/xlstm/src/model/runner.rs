@@ -1,19 +1,21 @@
-//! Runs a model on tokens, the state staying on the device between calls: prefill and
+//! Runs a model on sequences, the state staying on the device between calls: prefill and
 //! decode. A pass is recorded once for every (batch, length) met, and kept.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::feature_model::FeatureModel;
+use super::interface::Model;
 use super::language_model::LanguageModel;
-use super::objective::{check_length, check_tokens};
+use super::objective::check_length;
 use crate::engine::operation::Element;
 use crate::engine::{Device, Ids, Mode, Program, Tape, Var};
 use crate::error::{Error, Result};
+use crate::marks::PAD;
 use crate::nn::{Context, Weights};
-use crate::ops::last_token::last_token;
 use crate::state::State;
 
-/// Which positions logits are wanted for.
+/// Which positions logits, or the outputs of features, are wanted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Logits {
     /// (B, S, V).
@@ -25,19 +27,25 @@ pub enum Logits {
 /// The most tokens a pass is recorded for; longer inputs go through in pieces.
 pub const PIECE: usize = 512;
 
-/// What a pass is recorded for: sequences, tokens, and which logits.
-type Key = (usize, usize, Logits);
+/// What a pass is recorded for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    batch: usize,
+    length: usize,
+    logits: Logits,
+    /// Some sequences are shorter than the others.
+    padded: bool,
+}
 
 /// A model that reads sequences, and stands somewhere in them.
 #[derive(Debug)]
-pub struct Runner<T> {
-    model: Arc<LanguageModel>,
+pub struct Runner<T, M = LanguageModel> {
+    model: Arc<M>,
     weights: Weights<T>,
     device: Device,
     passes: HashMap<Key, Pass<T>>,
-    batch: usize,
     /// Tokens that each sequence has seen.
-    tokens: u64,
+    tokens: Vec<u64>,
     standing: Standing<T>,
 }
 
@@ -53,32 +61,33 @@ enum Standing<T> {
 #[derive(Debug)]
 struct Pass<T> {
     program: Program<T>,
-    tokens: Ids,
+    inputs: Ids,
+    marks: Option<Ids>,
     /// Each part of the state after the tokens, and before them.
     state: Vec<(Var, Var)>,
-    logits: Var,
+    outputs: Var,
 }
 
-impl<T: Element> Runner<T> {
+impl<T: Element, M: Model> Runner<T, M> {
     /// A runner of `model` with `weights` on `device`, before the first token of one sequence.
-    pub fn new(model: Arc<LanguageModel>, weights: Weights<T>, device: Device) -> Runner<T> {
+    pub fn new(model: Arc<M>, weights: Weights<T>, device: Device) -> Runner<T, M> {
         let empty = State::empty(&model.state_layout(1));
         let standing = Standing::Given(empty);
-        Runner { model, weights, device, passes: HashMap::new(), batch: 1, tokens: 0, standing }
+        Runner { model, weights, device, passes: HashMap::new(), tokens: vec![0], standing }
     }
 
     /// The model.
-    pub fn model(&self) -> &Arc<LanguageModel> {
+    pub fn model(&self) -> &Arc<M> {
         &self.model
     }
 
     /// Goes back to before the first token, of `batch` sequences.
     pub fn reset(&mut self, batch: usize) {
-        (self.batch, self.tokens) = (batch, 0);
+        self.tokens = vec![0; batch];
         self.standing = Standing::Given(State::empty(&self.model.state_layout(batch)));
     }
 
-    /// The state after the last token read.
+    /// The state after the last token read; of each sequence after its own.
     ///
     /// # Errors
     /// When a GPU fails.
@@ -88,7 +97,7 @@ impl<T: Element> Runner<T> {
             Standing::Before(key) => {
                 let pass = &self.passes[key];
                 let parts = pass.state.iter().map(|&(_, before)| pass.program.value(before));
-                State::from_parts(&self.model.state_layout(self.batch), parts, self.tokens)
+                State::from_parts(&self.model.state_layout(key.batch), parts, self.tokens.clone())
             }
         }
     }
@@ -99,64 +108,95 @@ impl<T: Element> Runner<T> {
     /// When it belongs to another model.
     pub fn set_state(&mut self, state: &State<T>) -> Result<()> {
         state.check(&self.model.state_layout(state.batch()))?;
-        (self.batch, self.tokens) = (state.batch(), state.tokens());
+        self.tokens = state.tokens().to_vec();
         self.standing = Standing::Given(state.clone());
         Ok(())
     }
 
-    /// Reads tokens (B S, row by row) after those read so far; returns the logits asked for.
-    ///
-    /// # Errors
-    /// When tokens lie outside the vocabulary or are not a whole number of rows, or go beyond the
-    /// end of learned positions, or a GPU fails.
-    pub fn read(&mut self, tokens: &[u32], logits: Logits) -> Result<Vec<T>> {
-        let batch = self.batch;
-        check_tokens(tokens, self.model.config().vocab_size)?;
-        if tokens.is_empty() || !tokens.len().is_multiple_of(batch) {
-            return Err(Error::shape(format!("{} tokens for a batch of {batch} sequences", tokens.len())));
+    /// Reads places row by row after those read so far; returns the outputs row by row.
+    fn read_whole(&mut self, inputs: &[u32], logits: Logits) -> Result<Vec<T>> {
+        let (batch, width) = (self.tokens.len(), self.model.inputs().width());
+        if inputs.is_empty() || !inputs.len().is_multiple_of(batch * width) {
+            let unit =
+                if width == 1 { String::from("tokens") } else { format!("features in rows of {width}") };
+            return Err(Error::shape(format!("{} {unit} for a batch of {batch} sequences", inputs.len())));
         }
-        let length = tokens.len() / batch;
-        if let Some(most) = self.model.most_tokens() {
-            check_length(self.tokens as usize + length, most)?;
+        let rows: Vec<&[u32]> = inputs.chunks_exact(inputs.len() / batch).collect();
+        Ok(self.read_rows(&rows, logits)?.concat())
+    }
+
+    /// Reads sequences of any lengths at once, each after what it has read so far; returns the
+    /// outputs of each. Those that are shorter than the longest are padded.
+    fn read_rows(&mut self, rows: &[&[u32]], logits: Logits) -> Result<Vec<Vec<T>>> {
+        let (batch, width) = (self.tokens.len(), self.model.inputs().width());
+        if rows.len() != batch {
+            return Err(Error::shape(format!("{} sequences for a batch of {batch}", rows.len()))
+                .hint("reset the runner, or give it a state, of as many sequences"));
         }
-        if length <= PIECE {
-            return self.piece(tokens, length, logits, true);
-        }
-        let mut pieces = Vec::new();
-        for start in (0..length).step_by(PIECE) {
-            let end = length.min(start + PIECE);
-            let rows =
-                tokens.chunks_exact(length).flat_map(|row| &row[start..end]).copied().collect::<Vec<_>>();
-            let wanted = logits == Logits::All || end == length;
-            pieces.push((end - start, self.piece(&rows, end - start, logits, wanted)?));
-        }
-        let vocabulary = self.model.config().vocab_size;
-        let mut joined = Vec::new();
-        for row in 0..batch {
-            for (length, piece) in &pieces {
-                let rows = if logits == Logits::All { *length } else { 1 };
-                let width = if piece.is_empty() { 0 } else { rows * vocabulary };
-                joined.extend_from_slice(&piece[row * width..(row + 1) * width]);
+        for row in rows {
+            self.model.inputs().check(row)?;
+            if !row.len().is_multiple_of(width) {
+                return Err(Error::shape(format!("{} features are not rows of {width}", row.len())));
             }
         }
-        Ok(joined)
+        let lengths: Vec<usize> = rows.iter().map(|row| row.len() / width).collect();
+        if let Some(most) = self.model.most_tokens() {
+            let ends = self.tokens.iter().zip(&lengths).map(|(before, length)| *before as usize + length);
+            check_length(ends.max().unwrap_or_default(), most)?;
+        }
+        let longest = lengths.iter().copied().max().unwrap_or_default();
+        let mut outputs = vec![Vec::new(); batch];
+        for start in (0..longest).step_by(PIECE) {
+            let end = longest.min(start + PIECE);
+            // Where each sequence ends in this piece.
+            let ends: Vec<usize> = lengths.iter().map(|length| (*length).clamp(start, end)).collect();
+            let mut inputs = Vec::with_capacity(batch * (end - start) * width);
+            for (b, row) in rows.iter().enumerate() {
+                inputs.extend_from_slice(&row[(start * width).min(row.len())..(end * width).min(row.len())]);
+                inputs.resize((b + 1) * (end - start) * width, 0);
+            }
+            let key = Key { batch, length: end - start, logits, padded: ends.iter().any(|e| *e < end) };
+            let is_last = |b: usize| start < lengths[b] && lengths[b] <= end;
+            let wanted = logits == Logits::All || (0..batch).any(is_last);
+            let piece =
+                self.piece(key, &inputs, &ends.iter().map(|end| end - start).collect::<Vec<_>>(), wanted)?;
+            let (size, each) = (self.model.output_width(), piece.len() / batch);
+            for (b, output) in outputs.iter_mut().enumerate().filter(|_| wanted) {
+                let own = &piece[b * each..(b + 1) * each];
+                match logits {
+                    Logits::All if each == key.length * size => {
+                        output.extend_from_slice(&own[..(ends[b] - start) * size]);
+                    }
+                    _ if is_last(b) => output.extend_from_slice(own),
+                    _ => {}
+                }
+            }
+        }
+        Ok(outputs)
     }
 
-    fn piece(&mut self, tokens: &[u32], length: usize, logits: Logits, wanted: bool) -> Result<Vec<T>> {
-        let key = (self.batch, length, logits);
+    /// Reads one piece, of which `lengths` places count in each sequence.
+    fn piece(&mut self, key: Key, inputs: &[u32], lengths: &[usize], wanted: bool) -> Result<Vec<T>> {
         let mut pass = match self.passes.remove(&key) {
             Some(pass) => pass,
-            None => Pass::record(&self.model, [self.batch, length], logits, &self.device)?,
+            None => Pass::record(&*self.model, key, &self.device)?,
         };
-        let read = self.read_with(&mut pass, key, tokens, wanted);
+        let read = self.read_with(&mut pass, key, inputs, lengths, wanted);
         self.passes.insert(key, pass);
-        let logits = read?;
+        let outputs = read?;
         self.standing = Standing::Before(key);
-        self.tokens += length as u64;
-        Ok(logits)
+        self.tokens.iter_mut().zip(lengths).for_each(|(tokens, length)| *tokens += *length as u64);
+        Ok(outputs)
     }
 
-    fn read_with(&self, pass: &mut Pass<T>, key: Key, tokens: &[u32], wanted: bool) -> Result<Vec<T>> {
+    fn read_with(
+        &self,
+        pass: &mut Pass<T>,
+        key: Key,
+        inputs: &[u32],
+        lengths: &[usize],
+        wanted: bool,
+    ) -> Result<Vec<T>> {
         match &self.standing {
             Standing::Before(other) if *other == key => {}
             Standing::Before(other) => {
@@ -171,44 +211,96 @@ impl<T: Element> Runner<T> {
                 }
             }
         }
-        pass.program.set_ids(pass.tokens, tokens)?;
+        pass.program.set_ids(pass.inputs, inputs)?;
+        if let Some(marks) = pass.marks {
+            let row = |length: usize| (0..key.length).map(move |t| if t < length { 0 } else { PAD });
+            let values: Vec<u32> = lengths.iter().copied().flat_map(row).collect();
+            pass.program.set_ids(marks, &values)?;
+        }
         let (program, state, values) = (&mut pass.program, &pass.state, self.weights.values());
         self.device.install(|| program.forward_feeding(values, state))?;
-        if wanted { pass.program.value(pass.logits) } else { Ok(Vec::new()) }
+        if wanted { pass.program.value(pass.outputs) } else { Ok(Vec::new()) }
     }
 }
 
+impl<T: Element> Runner<T> {
+    /// Reads tokens (B S, row by row) after those read so far; returns the logits asked for.
+    ///
+    /// # Errors
+    /// When tokens lie outside the vocabulary or are not a whole number of rows, or go beyond the
+    /// end of learned positions, or a GPU fails.
+    pub fn read(&mut self, tokens: &[u32], logits: Logits) -> Result<Vec<T>> {
+        self.read_whole(tokens, logits)
+    }
+
+    /// Reads sequences of any lengths at once, each after what it has read so far; returns the
+    /// logits after the last token of each, or after all of them. To the state a sequence is read
+    /// as if alone; the cost is that of the longest. One without tokens stands still and has no
+    /// logits.
+    ///
+    /// # Errors
+    /// When there are not as many sequences as the runner has, tokens lie outside the vocabulary,
+    /// or a GPU fails.
+    pub fn read_batch(&mut self, sequences: &[&[u32]], logits: Logits) -> Result<Vec<Vec<T>>> {
+        self.read_rows(sequences, logits)
+    }
+}
+
+impl<T: Element> Runner<T, FeatureModel> {
+    /// Reads rows of features (B S, row by row) after those read so far, one or many; returns the
+    /// outputs asked for. A model that pools has one a sequence, of all that was read.
+    ///
+    /// # Errors
+    /// When features are not finite or not a whole number of rows, or a GPU fails.
+    pub fn read(&mut self, features: &[f32], outputs: Logits) -> Result<Vec<T>> {
+        self.read_whole(&bits(features), outputs)
+    }
+
+    /// Reads sequences of any lengths at once, as [`Runner::read_batch`] does those of tokens.
+    ///
+    /// # Errors
+    /// When there are not as many sequences as the runner has, features are not finite or not a
+    /// whole number of rows, or a GPU fails.
+    pub fn read_batch(&mut self, sequences: &[&[f32]], outputs: Logits) -> Result<Vec<Vec<T>>> {
+        let rows: Vec<Vec<u32>> = sequences.iter().map(|row| bits(row)).collect();
+        self.read_rows(&rows.iter().map(Vec::as_slice).collect::<Vec<_>>(), outputs)
+    }
+}
+
+fn bits(features: &[f32]) -> Vec<u32> {
+    features.iter().map(|x| x.to_bits()).collect()
+}
+
 impl<T: Element> Pass<T> {
-    fn record(model: &LanguageModel, shape: [usize; 2], logits: Logits, device: &Device) -> Result<Pass<T>> {
-        let Recording { tape, tokens, state, logits } = Recording::new(model, shape, logits)?;
-        Ok(Pass { program: Program::new(tape, device)?, tokens, state, logits })
+    fn record(model: &impl Model, key: Key, device: &Device) -> Result<Pass<T>> {
+        let Recording { tape, inputs, marks, state, outputs } = Recording::new(model, key)?;
+        Ok(Pass { program: Program::new(tape, device)?, inputs, marks, state, outputs })
     }
 }
 
 /// A pass before it is on a device.
 struct Recording {
     tape: Tape,
-    tokens: Ids,
+    inputs: Ids,
+    marks: Option<Ids>,
     state: Vec<(Var, Var)>,
-    logits: Var,
+    outputs: Var,
 }
 
 impl Recording {
-    fn new(model: &LanguageModel, shape: [usize; 2], logits: Logits) -> Result<Recording> {
+    fn new(model: &impl Model, key: Key) -> Result<Recording> {
+        let Key { batch, length, logits, padded } = key;
         let mut tape = Tape::new(Mode::Evaluate);
-        let tokens = tape.ids(shape[0] * shape[1]);
-        let layout = model.state_layout(shape[0]);
+        let inputs = tape.ids(batch * length * model.inputs().width());
+        let marks = padded.then(|| tape.ids(batch * length));
+        let layout = model.state_layout(batch);
         let before: Vec<Var> = layout.iter().map(|(_, shape)| tape.input(shape.dims())).collect();
-        let mut context = Context::default();
-        let (features, after) = model.features(&mut tape, tokens, shape, Some(&before), &mut context)?;
-        let features = match logits {
-            Logits::All => features,
-            Logits::Last => last_token(&mut tape, features)?,
-        };
-        let logits = model.logits(&mut tape, features)?;
-        after.iter().chain([&logits]).for_each(|&var| tape.keep(var));
+        let mut context = Context::new(marks, None);
+        let (outputs, after) =
+            model.outputs(&mut tape, inputs, [batch, length], logits, Some(&before), &mut context)?;
+        after.iter().chain([&outputs]).for_each(|&var| tape.keep(var));
         let state = after.into_iter().zip(before).collect();
-        Ok(Recording { tape, tokens, state, logits })
+        Ok(Recording { tape, inputs, marks, state, outputs })
     }
 }
 
@@ -218,6 +310,6 @@ impl Recording {
 /// # Errors
 /// When the model's shapes do not fit.
 pub fn narrow_parameters(model: &LanguageModel) -> Result<Vec<bool>> {
-    let recording = Recording::new(model, [1, 1], Logits::Last)?;
-    Ok(recording.tape.narrow_parameters(model.specs().len()))
+    let key = Key { batch: 1, length: 1, logits: Logits::Last, padded: false };
+    Ok(Recording::new(model, key)?.tape.narrow_parameters(model.specs().len()))
 }

@@ -18,16 +18,19 @@ pub mod concat_linear;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
+pub mod from_bits;
 pub mod headwise;
 pub mod last_token;
 pub mod learned_positions;
 pub mod linear;
+pub mod mean_tokens;
 pub mod norm;
 pub mod positions;
 pub mod reverse;
 pub mod rotary;
 pub mod skip_gate;
 pub mod soft_cap;
+pub mod squared_error;
 pub mod window;
 
 #[cfg(test)]

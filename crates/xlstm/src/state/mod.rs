@@ -3,7 +3,8 @@
 //!
 //! A state file is one safetensors file: a tensor a part, named as in the model's layout,
 //! and in the header's metadata `format` (`xlstm-state`), `version` (1), `fingerprint` (of
-//! the model's parameters) and `tokens` (seen so far). Parts are f32. A tensor `logits` holds
+//! the model's parameters) and `tokens` (seen so far, a
+//! number a sequence). Parts are f32. A tensor `logits` holds
 //! the logits after the last token, so that generation can go on from the file alone.
 
 use std::collections::HashMap;
@@ -23,24 +24,39 @@ const VERSION: &str = "1";
 pub struct State<T> {
     layout: Vec<(String, Shape)>,
     data: Vec<Vec<T>>,
-    tokens: u64,
+    tokens: Vec<u64>,
+}
+
+/// Sequences of a layout.
+fn batch_of(layout: &[(String, Shape)]) -> usize {
+    layout.first().map_or(1, |(_, shape)| shape.dims()[0])
+}
+
+/// The layout of another number of sequences.
+fn resized(layout: &[(String, Shape)], batch: usize) -> Vec<(String, Shape)> {
+    let resize = |shape: &Shape| {
+        let mut dims = shape.dims().to_vec();
+        dims[0] = batch;
+        Shape::from(&dims[..])
+    };
+    layout.iter().map(|(name, shape)| (name.clone(), resize(shape))).collect()
 }
 
 impl<T: Scalar> State<T> {
     /// The state of sequences that have not begun.
     pub fn empty(layout: &[(String, Shape)]) -> State<T> {
         let data = layout.iter().map(|(_, shape)| vec![T::ZERO; shape.len()]).collect();
-        State { layout: layout.to_vec(), data, tokens: 0 }
+        State { layout: layout.to_vec(), data, tokens: vec![0; batch_of(layout)] }
     }
 
     /// Number of sequences.
     pub fn batch(&self) -> usize {
-        self.layout.first().map_or(1, |(_, shape)| shape.dims()[0])
+        self.tokens.len()
     }
 
     /// Tokens that each sequence has seen.
-    pub fn tokens(&self) -> u64 {
-        self.tokens
+    pub fn tokens(&self) -> &[u64] {
+        &self.tokens
     }
 
     /// Bytes of all parts in f32.
@@ -48,16 +64,42 @@ impl<T: Scalar> State<T> {
         self.data.iter().map(|part| 4 * part.len()).sum()
     }
 
-    /// The state of one sequence as that of `count` sequences; `layout` is theirs.
-    pub(crate) fn repeat(&self, layout: &[(String, Shape)], count: usize) -> State<T> {
-        let data = self.data.iter().map(|part| part.repeat(count)).collect();
-        State { layout: layout.to_vec(), data, tokens: self.tokens }
+    /// The state of sequence `i` alone.
+    ///
+    /// # Errors
+    /// When there are not so many.
+    pub fn row(&self, i: usize) -> Result<State<T>> {
+        let batch = self.batch();
+        if i >= batch {
+            return Err(Error::shape(format!("there is no sequence {i} in a state of {batch}"))
+                .hint("sequences count from 0"));
+        }
+        let parts = self.data.iter().map(|part| {
+            let size = part.len() / batch;
+            part[i * size..(i + 1) * size].to_vec()
+        });
+        Ok(State { layout: resized(&self.layout, 1), data: parts.collect(), tokens: vec![self.tokens[i]] })
+    }
+
+    /// The sequences of all these states, one after the other, as those of one.
+    ///
+    /// # Errors
+    /// When they are of different models, or there is none.
+    pub fn stack(states: &[&State<T>]) -> Result<State<T>> {
+        let Some((first, rest)) = states.split_first() else {
+            return Err(Error::shape("no states to stack"));
+        };
+        rest.iter().try_for_each(|state| state.check(&resized(&first.layout, state.batch())))?;
+        let tokens = states.iter().flat_map(|state| state.tokens.iter().copied()).collect::<Vec<u64>>();
+        let joined = |part: usize| states.iter().flat_map(|state| state.data[part].iter().copied()).collect();
+        let data = (0..first.data.len()).map(joined).collect();
+        Ok(State { layout: resized(&first.layout, tokens.len()), data, tokens })
     }
 
     /// Forgets everything: the state of sequences that have not begun.
     pub fn reset(&mut self) {
         self.data.iter_mut().for_each(|part| part.fill(T::ZERO));
-        self.tokens = 0;
+        self.tokens.fill(0);
     }
 
     /// The parts, in the order of the layout.
@@ -65,11 +107,11 @@ impl<T: Scalar> State<T> {
         self.data.iter().map(Vec::as_slice)
     }
 
-    /// The state of these parts, after `tokens` tokens.
+    /// The state of these parts, each sequence after so many tokens.
     pub(crate) fn from_parts(
         layout: &[(String, Shape)],
         parts: impl Iterator<Item = Result<Vec<T>>>,
-        tokens: u64,
+        tokens: Vec<u64>,
     ) -> Result<State<T>> {
         Ok(State { layout: layout.to_vec(), data: parts.collect::<Result<_>>()?, tokens })
     }
@@ -107,7 +149,7 @@ impl<T: Scalar> State<T> {
                 ("format", FORMAT),
                 ("version", VERSION),
                 ("fingerprint", fingerprint),
-                ("tokens", &self.tokens.to_string()),
+                ("tokens", &self.tokens.iter().map(u64::to_string).collect::<Vec<_>>().join(" ")),
             ]
             .map(|(k, v)| (k.to_owned(), v.to_owned())),
         );
@@ -139,7 +181,10 @@ impl<T: Scalar> State<T> {
         }
         let tensors = SafeTensors::deserialize(&file).map_err(|e| damaged(e.to_string()))?;
         let mut state = State::empty(layout);
-        state.tokens = field("tokens").parse().map_err(|_| damaged("no number of tokens".into()))?;
+        let tokens: Option<Vec<u64>> = field("tokens").split(' ').map(|n| n.parse().ok()).collect();
+        state.tokens = tokens
+            .filter(|tokens| tokens.len() == state.tokens.len())
+            .ok_or_else(|| damaged(format!("tokens {:?} of {} sequences", field("tokens"), state.batch())))?;
         let read = |name: &str, shape: Option<&Shape>| {
             let view = tensors.tensor(name).map_err(|e| damaged(e.to_string()))?;
             if view.dtype() != Dtype::F32 || shape.is_some_and(|shape| view.shape() != shape.dims()) {

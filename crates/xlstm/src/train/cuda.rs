@@ -13,7 +13,7 @@ use crate::engine::cuda::{CudaParameters, CudaTensors, Gpu};
 use crate::engine::executor::Culprit;
 use crate::engine::{Device, Mode, OperationTime, Precision};
 use crate::error::Result;
-use crate::model::{LanguageModel, Objective};
+use crate::model::{Model, Objective};
 use crate::nn::{Parameters, Weights};
 use crate::optim::cuda::{CudaOptimizer, layout_of};
 
@@ -21,7 +21,7 @@ use crate::optim::cuda::{CudaOptimizer, layout_of};
 pub(super) struct CudaLearner {
     gpu: Arc<Gpu>,
     device: Device,
-    model: Arc<LanguageModel>,
+    model: Arc<dyn Model>,
     parameters: Arc<CudaParameters>,
     gradients: CudaTensors,
     optimizer: CudaOptimizer,
@@ -43,7 +43,7 @@ struct Queued {
 
 impl CudaLearner {
     pub(super) fn new(
-        model: &Arc<LanguageModel>,
+        model: Arc<dyn Model>,
         parameters: &Parameters<f32>,
         task: Task,
         gpu: &Arc<Gpu>,
@@ -56,12 +56,12 @@ impl CudaLearner {
         let device = Device::Cuda(gpu.clone(), precision);
         Ok(CudaLearner {
             gpu: gpu.clone(),
-            model: model.clone(),
             parameters: Arc::new(placed),
             gradients: CudaTensors::zeros(gpu, &layout)?,
             optimizer: CudaOptimizer::new(gpu, model.specs(), task.options)?,
-            objective: Objective::new(model, Mode::Train, task.shape, task.carry, &device)?,
+            objective: Objective::new(&*model, Mode::Train, task.shape, task.carry, &device)?,
             device,
+            model,
             seed: task.seed,
             captured: task.captured,
             queued: None,
@@ -71,7 +71,7 @@ impl CudaLearner {
 
 impl Learner for CudaLearner {
     fn step(&mut self, batches: &[Batch], step: u64, rate: f64) -> Result<Learned> {
-        if fit(&mut self.objective, &self.model, batches, &self.device)? {
+        if fit(&mut self.objective, &*self.model, batches, &self.device)? {
             self.queued = None;
         }
         let mut ids = Vec::new();

@@ -1,26 +1,11 @@
 //! The loss curves of a run as an SVG picture.
 //!
 //! Training loss is drawn raw in a pale tone and smoothed above it, validation loss as dots
-//! joined by a line. The picture carries its own background and needs no fonts or scripts, so
-//! it looks the same in a browser, on GitHub and in a dark page.
+//! joined by a line.
 
-use std::fmt::Write;
-
+use super::chart::{Axis, HEIGHT, SOFT_INK, Svg, WIDTH, finite, place};
 use super::metrics::Row;
 
-/// Size of the picture and of the margins around the plot, in pixels.
-const WIDTH: f64 = 880.0;
-const HEIGHT: f64 = 460.0;
-const LEFT: f64 = 72.0;
-const RIGHT: f64 = 28.0;
-const TOP: f64 = 76.0;
-const BOTTOM: f64 = 58.0;
-
-const BACKGROUND: &str = "#ffffff";
-const INK: &str = "#24292f";
-const SOFT_INK: &str = "#656d76";
-const GRID: &str = "#e7eaee";
-const AXIS: &str = "#afb8c1";
 const TRAINING: &str = "#2f6fde";
 const TRAINING_PALE: &str = "#bcd2f7";
 const VALIDATION: &str = "#d9480f";
@@ -57,18 +42,13 @@ impl Curve {
         let training = thin(&finite(&self.training));
         let validation = finite(&self.validation);
         let smooth = smoothed(&training);
-        let x = Axis::steps(training.iter().chain(&validation).map(|p| p.0));
-        let y = Axis::losses(&training, &smooth, &validation);
-        let place = |&(step, loss): &(f64, f64)| {
-            (
-                LEFT + x.part(step) * (WIDTH - LEFT - RIGHT),
-                HEIGHT - BOTTOM - y.part(loss) * (HEIGHT - TOP - BOTTOM),
-            )
-        };
+        let x = Axis::between(0.0, training.iter().chain(&validation).map(|p| p.0).fold(0.0, f64::max));
+        let y = losses(&training, &smooth, &validation);
+        let place = |point: &(f64, f64)| place(&x, &y, *point);
         let places = |points: &[(f64, f64)]| points.iter().map(place).collect::<Vec<_>>();
 
         let mut svg = Svg::new(&self.title);
-        svg.axes(&x, &y);
+        svg.axes((&x, "steps"), (&y, "loss, nats a token"));
         svg.open_clip();
         svg.line(&places(&training), TRAINING_PALE, 1.0);
         svg.line(&places(&smooth), TRAINING, 2.0);
@@ -97,10 +77,6 @@ impl Curve {
     }
 }
 
-fn finite(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    points.iter().copied().filter(|(step, loss)| step.is_finite() && loss.is_finite()).collect()
-}
-
 /// At most [`MOST_POINTS`] points: the means of groups of neighbours.
 fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let group = points.len().div_ceil(MOST_POINTS).max(1);
@@ -124,203 +100,12 @@ fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     points.iter().enumerate().map(average).collect()
 }
 
-/// A range of values with the marks on it.
-struct Axis {
-    low: f64,
-    high: f64,
-    ticks: Vec<f64>,
-    step: f64,
-}
-
-impl Axis {
-    /// From 0 to the last step.
-    fn steps(steps: impl Iterator<Item = f64>) -> Self {
-        let last = steps.fold(0.0, f64::max).max(1.0);
-        let step = nice_step(last / 8.0).max(1.0);
-        Axis { low: 0.0, high: last, ticks: ticks(0.0, last, step), step }
-    }
-
-    /// Around all losses, but a first few that tower over the rest do not squash them: the top is
-    /// a little above the start of the smooth curve.
-    fn losses(training: &[(f64, f64)], smooth: &[(f64, f64)], validation: &[(f64, f64)]) -> Self {
-        let low = training.iter().chain(validation).map(|p| p.1).fold(f64::INFINITY, f64::min);
-        let top = smooth.iter().chain(validation).map(|p| p.1).fold(f64::NEG_INFINITY, f64::max);
-        if low > top {
-            return Axis { low: 0.0, high: 1.0, ticks: ticks(0.0, 1.0, 0.2), step: 0.2 };
-        }
-        // Equal values get a range of their own size to lie in the middle of.
-        let span = if top - low > 1e-9 * top.abs() { top - low } else { (top.abs() * 0.2).max(1e-3) };
-        let step = nice_step(span * 1.1 / 6.0);
-        let low = ((low - 0.04 * span) / step).floor() * step;
-        let high = ((top + 0.04 * span) / step).ceil() * step;
-        Axis { low, high, ticks: ticks(low, high, step), step }
-    }
-
-    /// Where `value` lies between the ends, 0 to 1.
-    fn part(&self, value: f64) -> f64 {
-        (value - self.low) / (self.high - self.low)
-    }
-
-    /// A mark's label, with the digits that tell it from its neighbours.
-    fn label(&self, tick: f64) -> String {
-        let digits = (-self.step.log10().floor()).clamp(0.0, 12.0) as usize;
-        let text = format!("{tick:.digits$}");
-        if digits == 0 { thousands(&text) } else { text }
-    }
-}
-
-/// The smallest of 1, 2 and 5 times a power of ten that is at least `step`.
-fn nice_step(step: f64) -> f64 {
-    let power = 10_f64.powf(step.log10().floor());
-    let factor = [1.0, 2.0, 5.0, 10.0].into_iter().find(|f| f * power >= step * (1.0 - 1e-9)).unwrap_or(10.0);
-    factor * power
-}
-
-fn ticks(low: f64, high: f64, step: f64) -> Vec<f64> {
-    let (first, last) = ((low / step - 1e-6).ceil() as i64, (high / step + 1e-6).floor() as i64);
-    (first..=last).map(|k| k as f64 * step).collect()
-}
-
-/// `12345` as `12,345`.
-fn thousands(digits: &str) -> String {
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) && digit.is_ascii_digit() {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-/// An SVG document in the making. Writing to a `String` cannot fail, hence the ignored results.
-struct Svg(String);
-
-impl Svg {
-    fn new(title: &str) -> Self {
-        let title = escaped(title);
-        let mut svg = Svg(String::new());
-        let _ = write!(
-            svg.0,
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" width=\"{WIDTH}\" \
-             height=\"{HEIGHT}\" role=\"img\" font-family=\"-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', \
-             'DejaVu Sans', Arial, sans-serif\">\n<title>{title}</title>\n<rect width=\"{WIDTH}\" height=\"{HEIGHT}\" \
-             rx=\"8\" fill=\"{BACKGROUND}\"/>\n<text x=\"{LEFT}\" y=\"34\" font-size=\"17\" font-weight=\"600\" \
-             fill=\"{INK}\">{title}</text>\n"
-        );
-        svg
-    }
-
-    fn axes(&mut self, x: &Axis, y: &Axis) {
-        let (right, bottom) = (WIDTH - RIGHT, HEIGHT - BOTTOM);
-        for &tick in &y.ticks {
-            let at = bottom - y.part(tick) * (bottom - TOP);
-            let _ = writeln!(
-                self.0,
-                "<path d=\"M{LEFT} {at:.1}H{right}\" stroke=\"{GRID}\" stroke-width=\"1\" fill=\"none\"/>"
-            );
-            self.text(LEFT - 10.0, at + 4.0, 12.0, SOFT_INK, "end", &y.label(tick));
-        }
-        let _ = writeln!(
-            self.0,
-            "<path d=\"M{LEFT} {bottom}H{right}\" stroke=\"{AXIS}\" stroke-width=\"1\" fill=\"none\"/>"
-        );
-        for &tick in &x.ticks {
-            let at = LEFT + x.part(tick) * (right - LEFT);
-            let _ = writeln!(
-                self.0,
-                "<path d=\"M{at:.1} {bottom}v5\" stroke=\"{AXIS}\" stroke-width=\"1\" fill=\"none\"/>"
-            );
-            self.text(at, bottom + 20.0, 12.0, SOFT_INK, "middle", &x.label(tick));
-        }
-        self.text((LEFT + right) / 2.0, HEIGHT - 14.0, 12.5, SOFT_INK, "middle", "steps");
-        let middle = (TOP + bottom) / 2.0;
-        let _ = writeln!(
-            self.0,
-            "<text transform=\"translate(20 {middle:.1}) rotate(-90)\" font-size=\"12.5\" text-anchor=\"middle\" \
-             fill=\"{SOFT_INK}\">loss, nats a token</text>"
-        );
-    }
-
-    /// What follows, up to `close_clip`, is cut at the plot's edges.
-    fn open_clip(&mut self) {
-        let (width, height) = (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM);
-        let _ = writeln!(
-            self.0,
-            "<clipPath id=\"plot\"><rect x=\"{LEFT}\" y=\"{TOP}\" width=\"{width}\" height=\"{height}\"/></clipPath>\n\
-             <g clip-path=\"url(#plot)\">"
-        );
-    }
-
-    fn close_clip(&mut self) {
-        self.0.push_str("</g>\n");
-    }
-
-    fn line(&mut self, points: &[(f64, f64)], colour: &str, width: f64) {
-        if points.len() < 2 {
-            return;
-        }
-        self.0.push_str("<path d=\"");
-        for (index, (x, y)) in points.iter().enumerate() {
-            let _ = write!(self.0, "{}{x:.1} {y:.1}", if index == 0 { "M" } else { "L" });
-        }
-        let _ = writeln!(
-            self.0,
-            "\" stroke=\"{colour}\" stroke-width=\"{width}\" stroke-linejoin=\"round\" stroke-linecap=\"round\" \
-             fill=\"none\"/>"
-        );
-    }
-
-    fn dot(&mut self, (x, y): (f64, f64), colour: &str) {
-        let _ = writeln!(
-            self.0,
-            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.6\" fill=\"{colour}\" stroke=\"{BACKGROUND}\" \
-             stroke-width=\"1.4\"/>"
-        );
-    }
-
-    /// One row below the title: a sample of each line with its name and last value.
-    fn legend(&mut self, entries: &[(String, &str, bool)]) {
-        let mut x = LEFT;
-        for (text, colour, dotted) in entries {
-            self.line(&[(x, 54.0), (x + 22.0, 54.0)], colour, 2.0);
-            if *dotted {
-                self.dot((x + 11.0, 54.0), colour);
-            }
-            self.text(x + 30.0, 58.0, 12.5, INK, "start", text);
-            // Fonts differ; 7 pixels a character leave a gap with all the usual ones.
-            x += 30.0 + 7.0 * text.chars().count() as f64 + 20.0;
-        }
-    }
-
-    fn text(&mut self, x: f64, y: f64, size: f64, colour: &str, anchor: &str, text: &str) {
-        let text = escaped(text);
-        let _ = writeln!(
-            self.0,
-            "<text x=\"{x:.1}\" y=\"{y:.1}\" font-size=\"{size}\" text-anchor=\"{anchor}\" fill=\"{colour}\">{text}</text>"
-        );
-    }
-
-    fn finish(mut self) -> String {
-        self.0.push_str("</svg>\n");
-        self.0
-    }
-}
-
-/// `text` with what XML reserves, and control characters XML cannot hold, replaced.
-fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            c if c.is_control() => out.push(' '),
-            c => out.push(c),
-        }
-    }
-    out
+/// Around all losses, but a first few that tower over the rest do not squash them: the top is
+/// a little above the start of the smooth curve.
+fn losses(training: &[(f64, f64)], smooth: &[(f64, f64)], validation: &[(f64, f64)]) -> Axis {
+    let low = training.iter().chain(validation).map(|p| p.1).fold(f64::INFINITY, f64::min);
+    let top = smooth.iter().chain(validation).map(|p| p.1).fold(f64::NEG_INFINITY, f64::max);
+    Axis::around(low, top)
 }
 
 #[cfg(test)]
@@ -375,23 +160,5 @@ mod tests {
     fn many_points_stay_a_small_file() {
         let points: Vec<_> = (0..1_000_000).map(|i| (f64::from(i), 2.0)).collect();
         assert!(curve(&points, &[]).len() < 60_000);
-    }
-
-    #[test]
-    fn steps_are_nice() {
-        assert_eq!(
-            (nice_step(0.13), nice_step(0.2), nice_step(3.1), nice_step(700.0)),
-            (0.2, 0.2, 5.0, 1000.0)
-        );
-        assert_eq!(ticks(0.0, 1.0, 0.25).len(), 5);
-        let axis = Axis { low: 0.0, high: 20000.0, ticks: vec![], step: 5000.0 };
-        assert_eq!(axis.label(15000.0), "15,000");
-        assert_eq!(thousands("100"), "100");
-    }
-
-    #[test]
-    fn titles_are_escaped() {
-        let svg = Curve { title: "<a & \"b\">\u{1}".into(), ..Curve::default() }.to_svg();
-        assert!(svg.contains("&lt;a &amp; &quot;b&quot;&gt; </text>"));
     }
 }

@@ -9,14 +9,14 @@ use crate::engine::executor::Culprit;
 use crate::engine::{Device, Mode, OperationTime};
 use crate::error::Result;
 use crate::model::objective::Carry;
-use crate::model::{LanguageModel, Objective};
+use crate::model::{Model, Objective};
 use crate::nn::{Parameters, Weights};
 use crate::optim::{AdamW, AdamWOptions, global_norm};
 
 /// What a step came to. Where one of the two is not finite, it has changed nothing.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Learned {
-    /// The mean loss of its targets, in nats.
+    /// The mean loss of its targets: of classes and tokens in nats, of numbers the squared error.
     pub loss: f64,
     /// The global norm of the gradients before clipping.
     pub norm: f64,
@@ -51,7 +51,7 @@ pub trait Learner {
     /// of one shape; where it is not that of the step before, the pass is recorded anew.
     ///
     /// # Errors
-    /// When a token lies outside the vocabulary, or a GPU fails.
+    /// When the model cannot read an input, or a GPU fails.
     fn step(&mut self, batches: &[Batch], step: u64, rate: f64) -> Result<Learned>;
 
     /// The parameters as they are, for evaluation.
@@ -89,11 +89,12 @@ pub trait Learner {
 /// # Errors
 /// When shapes do not fit, or a GPU's memory runs out.
 pub fn learner(
-    model: &Arc<LanguageModel>,
+    model: &Arc<impl Model + 'static>,
     parameters: Parameters<f32>,
     task: Task,
     device: &Device,
 ) -> Result<Box<dyn Learner>> {
+    let model: Arc<dyn Model> = model.clone();
     match device {
         Device::Cpu(_) => Ok(Box::new(CpuLearner::new(model, parameters, task, device)?)),
         #[cfg(feature = "cuda")]
@@ -112,7 +113,7 @@ pub(super) fn scale_of(batches: &[Batch]) -> f64 {
 /// Records the pass anew where these batches are not of its shape; returns whether it was.
 pub(super) fn fit(
     objective: &mut Objective<f32>,
-    model: &LanguageModel,
+    model: &dyn Model,
     batches: &[Batch],
     device: &Device,
 ) -> Result<bool> {
@@ -127,7 +128,7 @@ pub(super) fn fit(
 /// A learner on the processor.
 struct CpuLearner {
     device: Device,
-    model: Arc<LanguageModel>,
+    model: Arc<dyn Model>,
     parameters: Arc<Parameters<f32>>,
     gradients: Vec<Vec<f32>>,
     optimizer: AdamW<f32>,
@@ -137,24 +138,24 @@ struct CpuLearner {
 
 impl CpuLearner {
     fn new(
-        model: &Arc<LanguageModel>,
+        model: Arc<dyn Model>,
         parameters: Parameters<f32>,
         task: Task,
         device: &Device,
     ) -> Result<CpuLearner> {
         Ok(CpuLearner {
             device: device.clone(),
-            model: model.clone(),
             gradients: parameters.zeros_like(),
             optimizer: AdamW::new(task.options, &parameters),
-            objective: Objective::new(model, Mode::Train, task.shape, task.carry, device)?,
+            objective: Objective::new(&*model, Mode::Train, task.shape, task.carry, device)?,
             parameters: Arc::new(parameters),
+            model,
             seed: task.seed,
         })
     }
 
     fn step_in_pool(&mut self, batches: &[Batch], step: u64, rate: f64) -> Result<Learned> {
-        fit(&mut self.objective, &self.model, batches, &self.device)?;
+        fit(&mut self.objective, &*self.model, batches, &self.device)?;
         self.gradients.iter_mut().for_each(|g| g.fill(0.0));
         let scale = scale_of(batches);
         let mut loss = 0.0;

@@ -1,5 +1,6 @@
 //! Training: the configuration of a run, its records and what it reports while it runs.
 pub mod bench;
+pub mod chart;
 pub mod config;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -15,6 +16,7 @@ pub mod sources;
 pub mod texts;
 pub mod trainer;
 
+pub use chart::{Chart, Line};
 pub use config::{
     DataConfig, OptimizerConfig, RunConfig, SampleConfig, ScheduleConfig, StageConfig, TrainingConfig,
 };

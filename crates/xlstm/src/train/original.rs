@@ -339,7 +339,12 @@ num_epochs: 10
                 "keys of the original's",
             ),
             ("100", "long", "run.yaml:5:13: max_length: expected a whole number", ""),
-            ("mLSTM", "gru", "run.yaml:12:12: lstm_type: expected one of slstm", ""),
+            (
+                "mLSTM",
+                "gru",
+                "run.yaml:12:12: lstm_type: expected one of sLSTM, slstm, mLSTM, mlstm; found `gru`",
+                "",
+            ),
             ("false", "true", "run.yaml:11: bidirectional is true", "bidirectional: false"),
             ("batch_size: 8", "batch_size: 0", "run.yaml:14: batch_size is 0", "batch_size is at least 1"),
             ("0.002", "-1", "run.yaml:13: lr is -1", "lr is a finite number"),

@@ -282,7 +282,7 @@ pub fn check_language_model<T: Element>(golden: &Golden, config: &ModelConfig) -
     };
     let (shape, device) = ([shape[0], shape[1]], device());
     let mut objective =
-        Objective::<T>::new(&model, Mode::Train, shape, Carry::Fresh, &device).expect("a pass");
+        Objective::<T>::new(&*model, Mode::Train, shape, Carry::Fresh, &device).expect("a pass");
     let mut held = Held::new(&parameters);
     let loss = objective.forward(held.values(), &batch, 1.0 / inputs.len() as f64).expect("a loss");
     assert_close(

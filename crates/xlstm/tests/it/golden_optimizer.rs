@@ -46,7 +46,7 @@ fn in_f64(
 ) -> Trained {
     let mut optimizer = AdamW::new(task.options, &parameters);
     let mut objective =
-        Objective::new(model, Mode::Train, task.shape, task.carry, &device()).expect("a pass");
+        Objective::new(&**model, Mode::Train, task.shape, task.carry, &device()).expect("a pass");
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
     for (step, batch) in batches.iter().enumerate() {
         let mut gradients = parameters.zeros_like();

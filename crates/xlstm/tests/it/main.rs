@@ -21,6 +21,8 @@ mod original;
 
 // Cuts, resets, padding and neighbours in the batch change nothing, gradients included.
 mod equivalence;
+// Sequences of features and of unequal lengths; streams, and where their gradients end.
+mod streams;
 // The number of threads changes no bit; the seed does.
 mod threads;
 // Accumulation, steps that are not finite, snapshots, graphs.

@@ -3,7 +3,12 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
+use std::sync::Arc;
+
 use xlstm::engine::Device;
+use xlstm::model::objective::Carry;
+use xlstm::model::{Logits, Runner};
+use xlstm::nn::{Parameters, Weights};
 
 use crate::threads::{Run, batch, model};
 
@@ -49,7 +54,7 @@ fn a_step_taken_again_keeps_no_new_memory() {
     let batch = batch(1, model.config().vocab_size);
     // With one thread all the work is on that thread, and so is the count.
     let device = Device::cpu(1).expect("a thread");
-    let mut run = Run::new(&model, 1, &device);
+    let mut run = Run::new(&model, Carry::Marked, 1, &device);
     let mut balance = || {
         (0..4).for_each(|_| _ = run.step(&batch));
         device.install(|| BALANCE.get())
@@ -58,4 +63,24 @@ fn a_step_taken_again_keeps_no_new_memory() {
     let kept = balance() - before;
     // A queue of tasks may double once; a buffer of the step would show.
     assert!(kept < 16 << 10, "{kept} bytes more after four steps");
+}
+
+/// A state that is carried on takes its place again and again, in training and in reading.
+#[test]
+fn a_stream_of_any_length_takes_the_memory_of_a_batch() {
+    let model = model();
+    let device = Device::cpu(1).expect("a thread");
+    let mut run = Run::new(&model, Carry::Carried, 1, &device);
+    let weights = Weights::new(Arc::new(Parameters::initialize(model.specs(), 1)), &device).expect("weights");
+    let mut runner = Runner::<f32>::new(model.clone(), weights, device.clone());
+    let mut balance = |length: u64| {
+        for step in 0..length {
+            run.step(&batch(step, model.config().vocab_size));
+            runner.read(&[step as u32], Logits::Last).expect("logits");
+        }
+        device.install(|| BALANCE.get()) + BALANCE.get()
+    };
+    let before = balance(3);
+    let kept = balance(12) - before;
+    assert!(kept < 16 << 10, "{kept} bytes more after twelve batches");
 }

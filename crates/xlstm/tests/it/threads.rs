@@ -46,10 +46,10 @@ pub struct Run {
 }
 
 impl Run {
-    pub fn new(model: &Arc<LanguageModel>, seed: u64, device: &Device) -> Run {
+    pub fn new(model: &Arc<LanguageModel>, carry: Carry, seed: u64, device: &Device) -> Run {
         let parameters = Parameters::initialize(model.specs(), 1);
         let options = AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(0.5) };
-        let task = Task { shape: SHAPE, carry: Carry::Marked, options, seed, captured: true };
+        let task = Task { shape: SHAPE, carry, options, seed, captured: true };
         Run { learner: learner(model, parameters, task, device).expect("a learner"), steps: 0 }
     }
 
@@ -65,7 +65,7 @@ impl Run {
 fn bits(threads: usize, seed: u64) -> (Vec<(u64, u64)>, Vec<u32>) {
     let model = model();
     let device = Device::cpu(threads).expect("threads");
-    let mut run = Run::new(&model, seed, &device);
+    let mut run = Run::new(&model, Carry::Marked, seed, &device);
     let steps = (0..3).map(|step| {
         let batch = batch(step, model.config().vocab_size);
         let (loss, norm) = run.step(&batch);

@@ -115,7 +115,8 @@ fn a_run_by_epochs_ends_with_them_and_goes_on() {
     let folder = Folder::new("epochs");
     let sets = ["data.validation_fraction=0", "training.epochs=0.6", "sample.tokens=0"];
     let stage = "data.stages=[{from_step: 5, batch_size: 8, length: 24}]";
-    for (name, sets) in [("plain", &sets[..]), ("stages", &[&sets[..], &[stage]].concat())] {
+    let staged = [&sets[..], &[stage]].concat();
+    for (name, sets) in [("plain", &sets[..]), ("stages", &staged[..])] {
         let config = config(sets);
         let tokens = Texts::load(&config.data, TEXT, &mut |_| {}).expect("texts").training.len();
         // Windows in an epoch; a step has two batches of four, and of eight from step 5 on.
