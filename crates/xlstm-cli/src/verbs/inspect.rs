@@ -6,7 +6,7 @@ use clap::Args;
 use xlstm::data::Prepared;
 use xlstm::engine::Device;
 use xlstm::folder::ModelFolder;
-use xlstm::model::BlockKind;
+use xlstm::model::{BlockKind, Family};
 use xlstm::state::State;
 use xlstm::{Error, Result};
 
@@ -63,8 +63,14 @@ fn inspect_data(folders: &[PathBuf]) -> Result<()> {
 /// Configuration, parameters, state and cost of a model.
 fn describe(folder: &ModelFolder) -> Result<String> {
     let model = &folder.model;
-    let kinds = model.config().block_kinds();
-    let slstm = kinds.iter().filter(|kind| **kind == BlockKind::Slstm).count();
+    let blocks = match model.config().family {
+        Family::Small => {
+            let kinds = model.config().block_kinds();
+            let slstm = kinds.iter().filter(|kind| **kind == BlockKind::Slstm).count();
+            format!("{} mLSTM, {slstm} sLSTM", kinds.len() - slstm)
+        }
+        _ => model.config().blocks_in_words(),
+    };
     let state = State::<f32>::empty(&model.state_layout(1));
     let tokenizer = match &folder.tokenizer {
         Some(tokenizer) => format!("{}, {} tokens", tokenizer.kind(), tokenizer.vocabulary_size()),
@@ -72,7 +78,7 @@ fn describe(folder: &ModelFolder) -> Result<String> {
     };
     let mut text = format!(
         "folder        {} ({})\n\
-         blocks        {} mLSTM, {slstm} sLSTM\n\
+         blocks        {blocks}\n\
          parameters    {}\n\
          weights       {} bytes, {}\n\
          state         {} bytes a sequence, whatever its length\n\
@@ -82,7 +88,6 @@ fn describe(folder: &ModelFolder) -> Result<String> {
          fingerprint   {}\n\n",
         folder.path.display(),
         folder.kind.name(),
-        kinds.len() - slstm,
         model.parameter_count(),
         folder.files.bytes(),
         folder.files.format().name(),

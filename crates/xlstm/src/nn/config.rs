@@ -314,6 +314,15 @@ impl ModelConfig {
             .collect()
     }
 
+    /// The blocks in words: `mlstm slstm`, or of another family how many: `4 transformer`.
+    pub fn blocks_in_words(&self) -> String {
+        if self.family != Family::Small {
+            return format!("{} {}", self.num_blocks, self.family.name());
+        }
+        let name = |kind: &BlockKind| if *kind == BlockKind::Mlstm { "mlstm" } else { "slstm" };
+        self.block_kinds().iter().map(name).collect::<Vec<_>>().join(" ")
+    }
+
     /// Checks that the numbers fit together.
     ///
     /// # Errors
@@ -534,6 +543,8 @@ mod tests {
         let mixed = model(|m| m.slstm_at = SlstmAt::Positions(vec![1]));
         assert_eq!(mixed.block_kinds(), [Mlstm, Slstm, Mlstm, Mlstm]);
         assert_eq!(ModelConfig::default().block_kinds(), [Mlstm; 4]);
+        assert_eq!(mixed.blocks_in_words(), "mlstm slstm mlstm mlstm");
+        assert_eq!(model(|m| m.family = Family::Transformer).blocks_in_words(), "4 transformer");
     }
 
     #[test]

@@ -229,6 +229,18 @@ mod tests {
         assert!(error.hint_text().unwrap_or_default().contains("lm-mlstm-128"), "{error}");
     }
 
+    /// The baselines are as large as the same layers in PyTorch: an LSTM of two biases a layer, and a
+    /// GPT of norms with biases and projections without.
+    #[test]
+    fn baselines_have_the_sizes_of_their_peers() {
+        let count =
+            |name: &str| LanguageModel::new(&Preset::named(name).unwrap().model).unwrap().parameter_count();
+        let layer = |inputs: usize| 4 * 160 * (inputs + 160) + 2 * 4 * 160;
+        assert_eq!(count("lstm-128"), 1000 * 128 + layer(128) + 3 * layer(160) + 1000 * 160);
+        let gpt = |v: usize, d: usize| 2 * v * d + 256 * d + 4 * (12 * d * d + 4 * d) + 2 * d;
+        assert_eq!((count("gpt-128"), count("gpt-256")), (gpt(1000, 128), gpt(5000, 256)));
+    }
+
     #[test]
     fn steps_are_timed() {
         let model = ModelConfig {

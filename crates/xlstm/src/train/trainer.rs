@@ -26,7 +26,7 @@ use crate::files::{partial_folder, recover_folder, replace_folder, write_atomica
 use crate::folder;
 use crate::generate::{Sampler, Sampling, Session};
 use crate::model::objective::Carry;
-use crate::model::{BlockKind, LanguageModel, Runner};
+use crate::model::{LanguageModel, Runner};
 use crate::nn::Parameters;
 use crate::optim::{AdamWOptions, Schedule};
 
@@ -222,13 +222,11 @@ impl<'a> Run<'a> {
     }
 
     fn summary(&self) -> Summary {
-        let name = |kind: &BlockKind| if *kind == BlockKind::Mlstm { "mlstm" } else { "slstm" };
-        let blocks: Vec<&str> = self.model.config().block_kinds().iter().map(name).collect();
         let data = &self.config.data;
         Summary {
             folder: self.folder.clone(),
             parameters: self.model.parameter_count() as u64,
-            blocks: blocks.join(" "),
+            blocks: self.model.config().blocks_in_words(),
             vocab_size: self.model.config().vocab_size,
             training_tokens: self.texts.training.len() as u64,
             validation_tokens: self.texts.validation.as_ref().map_or(0, |corpus| corpus.len() as u64),
