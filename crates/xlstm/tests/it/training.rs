@@ -266,8 +266,9 @@ fn damaged_model_folders_are_refused() {
     let weights = std::fs::read(last.join("model.safetensors")).expect("weights");
     check("model.safetensors", &weights[..weights.len() - 9], "no sound safetensors file");
     check("model.safetensors", b"not weights", "no sound safetensors file");
-    check("config.json", b"{\"model_type\": \"gpt2\"}", "does not describe an xlstm model");
-    check("config.json", b"{", "does not describe an xlstm model");
+    check("config.json", b"{\"model_type\": \"gpt2\"}", "expected \"xlstm\", found \"gpt2\"");
+    check("config.json", b"{\"format\": \"other\"}", "does not describe a model that we know");
+    check("config.json", b"{", "expected a configuration");
     ModelFolder::load(&last).expect("whole again");
     assert!(ModelFolder::load(&folder.0.join("nowhere")).expect_err("missing").hint_text().is_some());
 }
