@@ -69,7 +69,7 @@ pub(super) fn to_f16(x: f32) -> u16 {
         0x7e00
     } else if magnitude >= 65520.0 {
         0x7c00
-    } else if magnitude < 6.103515625e-5 {
+    } else if magnitude < 6.103_515_6e-5 {
         // The sum's last place is worth 2^-24, f16's smallest step, so that the addition rounds.
         ((magnitude + 0.5).to_bits() - 0.5_f32.to_bits()) as u16
     } else {

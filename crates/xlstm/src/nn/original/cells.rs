@@ -45,6 +45,8 @@ impl Linear {
 }
 
 /// One cell.
+// One a layer: its size does not matter.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Cell {
     Slstm { options: SlstmConfig, weight_ih: Parameter, weight_hh: Parameter, bias: Parameter },
