@@ -20,7 +20,7 @@ use crate::ops::positions::whole;
 #[derive(Debug)]
 struct LearnedPositions;
 
-/// Records x + weight[position].
+/// Records x plus the row of the weight at each position.
 ///
 /// Whoever runs the tape refuses documents of more than P tokens; a position beyond the last
 /// row, which a pad after a document of P tokens has, reads the last row.
