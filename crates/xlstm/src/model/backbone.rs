@@ -2,9 +2,14 @@
 
 use std::fmt::{Debug, Display};
 
+use super::large::LargeStack;
+use super::lstm::LstmStack;
+use super::original::OriginalStack;
+use super::stack::Stack;
+use super::transformer::TransformerStack;
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
-use crate::nn::Context;
+use crate::nn::{Builder, Context, Family, ModelConfig};
 
 /// Layers that map features to features and carry a state, whatever the family.
 pub trait Backbone: Debug + Send + Sync {
@@ -35,6 +40,17 @@ pub trait Backbone: Debug + Send + Sync {
     /// The most tokens of a document, where there is such a limit.
     fn most_tokens(&self) -> Option<usize> {
         None
+    }
+}
+
+/// Asks for the parameters of the backbone that a configuration describes.
+pub(super) fn backbone_of(config: &ModelConfig, builder: &mut Builder) -> Box<dyn Backbone> {
+    match config.family {
+        Family::Small => Box::new(Stack::new(config, builder)),
+        Family::Large => Box::new(LargeStack::new(config, builder)),
+        Family::Original => Box::new(OriginalStack::new(config, builder)),
+        Family::Lstm => Box::new(LstmStack::new(config, builder)),
+        Family::Transformer => Box::new(TransformerStack::new(config, builder)),
     }
 }
 

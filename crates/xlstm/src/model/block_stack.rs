@@ -1,11 +1,6 @@
 //! Blocks for sequences that are not words: features -> features.
 
-use super::backbone::Backbone;
-use super::large::LargeStack;
-use super::lstm::LstmStack;
-use super::original::OriginalStack;
-use super::stack::Stack;
-use super::transformer::TransformerStack;
+use super::backbone::{Backbone, backbone_of};
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
 use crate::nn::config::at_least_one;
@@ -32,15 +27,7 @@ impl BlockStack {
         at_least_one("input_size", input_size)?;
         let width = config.embedding_dim;
         let input = (input_size != width).then(|| projection(builder, "input", width, input_size));
-        let backbone = builder.scope("stack", |b| -> Box<dyn Backbone> {
-            match config.family {
-                Family::Small => Box::new(Stack::new(config, b)),
-                Family::Large => Box::new(LargeStack::new(config, b)),
-                Family::Original => Box::new(OriginalStack::new(config, b)),
-                Family::Lstm => Box::new(LstmStack::new(config, b)),
-                Family::Transformer => Box::new(TransformerStack::new(config, b)),
-            }
-        });
+        let backbone = builder.scope("stack", |b| backbone_of(config, b));
         let width = match config.family {
             Family::Lstm => config.lstm.hidden_dim(width),
             _ => width,

@@ -2,14 +2,9 @@
 
 use std::sync::Arc;
 
-use super::backbone::Backbone;
+use super::backbone::{Backbone, backbone_of};
 use super::interface::{Inputs, Model};
-use super::large::LargeStack;
-use super::lstm::LstmStack;
-use super::original::OriginalStack;
 use super::runner::Logits;
-use super::stack::Stack;
-use super::transformer::TransformerStack;
 use crate::engine::{Ids, Shape, Tape, Var};
 use crate::error::{Error, Result};
 use crate::nn::large::Initialization;
@@ -50,10 +45,10 @@ impl LanguageModel {
         let decay = config.weight_decay_on_embedding;
         let torch = Init::Uniform(1.0 / (config.embedding_dim as f64).sqrt());
         let (mut logit_soft_cap, mut head_bias) = (None, None);
-        let backbone: Box<dyn Backbone>;
+        let backbone;
         let [embedding, head] = match config.family {
             Family::Small => {
-                backbone = Box::new(builder.scope("xlstm_block_stack", |b| Stack::new(config, b)));
+                backbone = builder.scope("xlstm_block_stack", |b| backbone_of(config, b));
                 let embedding =
                     builder.parameter_with_decay("token_embedding.weight", &shape, small.clone(), decay);
                 [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, small))]
@@ -64,7 +59,7 @@ impl LanguageModel {
                     Initialization::Pytorch => (Init::Normal(1.0), torch),
                 };
                 let embedding = builder.parameter_with_decay("embedding.weight", &shape, first, decay);
-                backbone = Box::new(builder.scope("backbone", |b| LargeStack::new(config, b)));
+                backbone = builder.scope("backbone", |b| backbone_of(config, b));
                 logit_soft_cap = config.large.output_logit_soft_cap;
                 [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, last))]
             }
@@ -72,7 +67,7 @@ impl LanguageModel {
                 // As in PyTorch's layers.
                 let embedding =
                     builder.parameter_with_decay("embedding.weight", &shape, Init::Normal(1.0), decay);
-                backbone = Box::new(builder.scope("lstm", |b| LstmStack::new(config, b)));
+                backbone = builder.scope("lstm", |b| backbone_of(config, b));
                 let hidden = config.lstm.hidden_dim(config.embedding_dim);
                 let (shape, last) =
                     ([config.vocab_size, hidden], Init::Uniform(1.0 / (hidden as f64).sqrt()));
@@ -81,14 +76,14 @@ impl LanguageModel {
             Family::Transformer => {
                 let (first, last) = (Init::Normal(GPT_DEVIATION), Init::Normal(GPT_DEVIATION));
                 let embedding = builder.parameter_with_decay("transformer.wte.weight", &shape, first, decay);
-                backbone = Box::new(builder.scope("transformer", |b| TransformerStack::new(config, b)));
+                backbone = builder.scope("transformer", |b| backbone_of(config, b));
                 [embedding, tied_or(config, embedding, || builder.parameter("lm_head.weight", &shape, last))]
             }
             // As PyTorch's layers start.
             Family::Original => {
                 let first = Init::Normal(1.0);
                 let embedding = builder.parameter_with_decay("embedding.weight", &shape, first, decay);
-                backbone = Box::new(OriginalStack::new(config, &mut builder));
+                backbone = backbone_of(config, &mut builder);
                 let head = builder.parameter("output_layer.weight", &shape, torch.clone());
                 head_bias = Some(builder.parameter("output_layer.bias", &[config.vocab_size], torch));
                 [embedding, head]
