@@ -163,7 +163,7 @@ impl Problem {
         let what = format!("{batch} x {length}, {window}, {heads} x {size}, {before}, {:?}", self.marks);
         assert_eq!(got.len(), want.len());
         for (i, (got, want)) in got.iter().zip(want).enumerate() {
-            let scale = want.iter().fold(1e-3 * self.spread * self.spread, |m: f64, x| m.max(x.abs()));
+            let scale = want.iter().fold(0.1 * self.spread * self.spread, |m: f64, x| m.max(x.abs()));
             assert_eq!(got.len(), want.len());
             for (j, (g, w)) in got.iter().zip(want).enumerate() {
                 assert!((g - w).abs() <= tolerance * scale, "tensor {i}[{j}]: {g} and {w}, {what}");
