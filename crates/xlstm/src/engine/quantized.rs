@@ -153,47 +153,79 @@ fn signed(code: Code, bytes: &[u8]) -> [i8; GROUP] {
 
 /// Appends codes and scales of `weights`, a whole number of groups.
 pub fn quantize(code: Code, weights: &[f32], codes: &mut Vec<u8>, scales: &mut Vec<u16>) {
-    for group in weights.chunks_exact(GROUP) {
-        let scale = match code {
-            Code::Int8 => to_bf16(group.iter().fold(0.0_f32, |most, w| most.max(w.abs())) / 127.0),
-            Code::Int4 => to_bf16(best_scale(group)),
-        };
+    let range = match code {
+        Code::Int8 => [-127.0, 127.0],
+        Code::Int4 => [-8.0, 7.0],
+    };
+    for group in weights.as_chunks::<GROUP>().0 {
+        let mut nearest = [0.0_f32; GROUP];
+        let scale = vectorize!(|| {
+            let scale = match code {
+                Code::Int8 => to_bf16(extreme(group).abs() / 127.0),
+                Code::Int4 => to_bf16(best_scale(group)),
+            };
+            for i in 0..GROUP {
+                nearest[i] = round(group[i], from_bf16(scale), range);
+            }
+            scale
+        });
         scales.push(scale);
-        let [low, high] = match code {
-            Code::Int8 => [-127.0, 127.0],
-            Code::Int4 => [-8.0, 7.0],
-        };
-        let nearest = |w: &f32| round(w, from_bf16(scale), low, high) as i8;
         match code {
-            Code::Int8 => codes.extend(group.iter().map(|w| nearest(w) as u8)),
+            Code::Int8 => codes.extend(nearest.map(|code| code as i8 as u8)),
             Code::Int4 => {
-                let (first, second) = group.split_at(GROUP / 2);
-                let nibble = |w| (nearest(w) + 8) as u8;
-                codes.extend(first.iter().zip(second).map(|(a, b)| nibble(a) | nibble(b) << 4));
+                let (low, high) = nearest.split_at(GROUP / 2);
+                let nibble = |code: &f32| (code + 8.0) as u8;
+                codes.extend(low.iter().zip(high).map(|(a, b)| nibble(a) | nibble(b) << 4));
             }
         }
     }
 }
 
-fn round(w: &f32, scale: f32, low: f32, high: f32) -> f32 {
-    if scale == 0.0 { 0.0 } else { (w / scale).round_ties_even().clamp(low, high) }
+/// The number of the largest magnitude.
+#[inline(always)]
+fn extreme(group: &[f32; GROUP]) -> f32 {
+    let mut most = 0.0_f32;
+    for &w in group {
+        most = if w.abs() > most.abs() { w } else { most };
+    }
+    most
+}
+
+/// The nearest code.
+#[inline(always)]
+fn round(w: f32, scale: f32, [low, high]: [f32; 2]) -> f32 {
+    if scale == 0.0 { 0.0 } else { nearest_integer((w / scale).max(low).min(high)) }
+}
+
+/// For numbers of up to 22 bits: adding and taking away 1.5 * 2^23 rounds, ties to even.
+#[inline(always)]
+fn nearest_integer(x: f32) -> f32 {
+    x + 12_582_912.0 - 12_582_912.0
 }
 
 /// The scale for 4 bits of the least squared error among some: the extreme weight on -8 or a
 /// little inside or outside of it, and for each the best scale of the codes that it gives.
-fn best_scale(group: &[f32]) -> f32 {
-    let extreme = group.iter().fold(0.0_f32, |most, w| if w.abs() > most.abs() { *w } else { most });
+#[inline(always)]
+fn best_scale(group: &[f32; GROUP]) -> f32 {
+    let range = [-8.0, 7.0];
+    let extreme = extreme(group);
     let mut best = (f32::INFINITY, 0.0);
     for step in -8..=12 {
         let first = extreme / (-8.0 + 0.125 * step as f32);
-        let (mut product, mut square) = (0.0, 0.0);
-        for w in group {
-            let code = round(w, first, -8.0, 7.0);
-            product += w * code;
-            square += code * code;
+        let (mut products, mut squares) = ([0.0; GROUP], [0.0; GROUP]);
+        for i in 0..GROUP {
+            let code = round(group[i], first, range);
+            products[i] = group[i] * code;
+            squares[i] = code * code;
         }
-        let scale = from_bf16(to_bf16(if square > 0.0 { product / square } else { 0.0 }));
-        let error: f32 = group.iter().map(|w| (w - scale * round(w, scale, -8.0, 7.0)).powi(2)).sum();
+        let square = sum(&squares);
+        let scale = from_bf16(to_bf16(if square > 0.0 { sum(&products) / square } else { 0.0 }));
+        let mut errors = [0.0; GROUP];
+        for i in 0..GROUP {
+            let error = group[i] - scale * round(group[i], scale, range);
+            errors[i] = error * error;
+        }
+        let error = sum(&errors);
         if error < best.0 {
             best = (error, scale);
         }
@@ -220,6 +252,13 @@ pub fn activation_space(inner: usize) -> usize {
 }
 
 impl<'a> Activations<'a> {
+    #[cfg(target_arch = "x86_64")]
+    fn assert_groups(&self, groups: usize) {
+        assert_eq!(self.scales.len(), groups);
+        assert_eq!(self.codes.len(), groups * GROUP);
+        assert_eq!(self.start.len(), groups * GROUP / LANE);
+    }
+
     /// The nearest codes of a row of a whole number of groups, for a product with weights of
     /// `code`.
     pub fn new(x: &[f32], code: Code, space: &'a mut [f32]) -> Activations<'a> {
@@ -244,8 +283,7 @@ impl<'a> Activations<'a> {
                 scales[group] = scale;
                 let codes = &mut codes[group * GROUP..][..GROUP];
                 for i in 0..GROUP {
-                    // Adding and taking away 1.5 * 2^23 rounds to the nearest integer.
-                    codes[i] = (x[i] * inverse + 12_582_912.0 - 12_582_912.0) as i8;
+                    codes[i] = nearest_integer(x[i] * inverse) as i8;
                 }
                 let start = &mut start[group * GROUP / LANE..][..GROUP / LANE];
                 for (lane, start) in start.iter_mut().enumerate() {
@@ -268,10 +306,17 @@ pub fn dots<const R: usize>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantize
     for (n, y) in y.chunks_exact_mut(R).enumerate() {
         let w = w.at(n * inner, inner);
         #[cfg(target_arch = "x86_64")]
-        if vnni::is_there() {
-            // SAFETY: the processor has the instructions.
-            unsafe { vnni::dots(y, x, w) };
-            continue;
+        {
+            if vnni::is_there() {
+                // SAFETY: the processor has the instructions.
+                unsafe { vnni::dots(y, x, w) };
+                continue;
+            }
+            if avx2::is_there() {
+                // SAFETY: as above.
+                unsafe { avx2::dots(y, x, w) };
+                continue;
+            }
         }
         plain::<R>(y, x, w);
     }
@@ -307,6 +352,107 @@ fn plain<const R: usize>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'
     });
 }
 
+/// With the byte products of AVX2.
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::*;
+
+    use super::{Activations, Code, GROUP, LANE, PARTS, Quantized, from_bf16, sum};
+
+    pub fn is_there() -> bool {
+        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+    }
+
+    /// Groups with a sum of their own.
+    const BLOCK: usize = 2 * PARTS;
+
+    #[target_feature(enable = "avx2,fma")]
+    pub fn dots<const R: usize>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'_>) {
+        match w.code {
+            Code::Int8 => row::<R, true>(y, x, w),
+            Code::Int4 => row::<R, false>(y, x, w),
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn row<const R: usize, const EIGHT: bool>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'_>) {
+        let groups = w.scales.len();
+        // What the loads below rest on.
+        assert_eq!(w.codes.len(), groups * w.code.group_bytes());
+        x.iter().for_each(|x| x.assert_groups(groups));
+        let mut sums = [[_mm256_setzero_ps(); BLOCK]; R];
+        let whole = groups / BLOCK * BLOCK;
+        // SAFETY: all groups are there by the assertions.
+        unsafe {
+            for first in (0..whole).step_by(BLOCK) {
+                // Written out by the compiler, so that the sums stay in registers.
+                for i in 0..BLOCK {
+                    add_group::<R, EIGHT>(&mut sums, i, x, w, first + i);
+                }
+            }
+            for i in 0..groups - whole {
+                add_group::<R, EIGHT>(&mut sums, i, x, w, whole + i);
+            }
+        }
+        for r in 0..R {
+            let mut lanes = [0.0_f32; 16];
+            for half in 0..2 {
+                let all = _mm256_add_ps(sums[r][half], sums[r][2 + half]);
+                // SAFETY: 8 numbers have room behind the first 8 of each half.
+                unsafe { _mm256_storeu_ps(lanes[8 * half..].as_mut_ptr(), all) };
+            }
+            y[r] = sum(&lanes);
+        }
+    }
+
+    /// Adds a group, 32 codes in 8 lanes, to the sums of place `i`.
+    ///
+    /// # Safety
+    /// The group is there in `w` and in every `x`.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn add_group<const R: usize, const EIGHT: bool>(
+        sums: &mut [[__m256; BLOCK]; R],
+        i: usize,
+        x: &[Activations<'_>; R],
+        w: Quantized<'_>,
+        group: usize,
+    ) {
+        // SAFETY: what is read is the group's, by the contract.
+        unsafe {
+            let codes = match EIGHT {
+                true => _mm256_loadu_si256(w.codes.as_ptr().add(group * GROUP).cast()),
+                // From 0.
+                false => {
+                    let halves = _mm_loadu_si128(w.codes.as_ptr().add(group * GROUP / 2).cast());
+                    let both = _mm256_set_m128i(_mm_srli_epi16(halves, 4), halves);
+                    _mm256_and_si256(both, _mm256_set1_epi8(15))
+                }
+            };
+            let scale = from_bf16(*w.scales.as_ptr().add(group));
+            for r in 0..R {
+                let x_codes = _mm256_loadu_si256(x[r].codes.as_ptr().add(group * GROUP).cast());
+                let products = match EIGHT {
+                    // Neither pair of products, each of at most 127 squared, leaves 16 bits.
+                    true => {
+                        let signed = _mm256_sign_epi8(x_codes, codes);
+                        let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), signed);
+                        _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+                    }
+                    false => {
+                        let start = x[r].start.as_ptr().add(group * GROUP / LANE);
+                        let pairs = _mm256_maddubs_epi16(codes, x_codes);
+                        let products = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+                        _mm256_add_epi32(_mm256_loadu_si256(start.cast()), products)
+                    }
+                };
+                let scale = _mm256_set1_ps(scale * *x[r].scales.as_ptr().add(group));
+                sums[r][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scale, sums[r][i]);
+            }
+        }
+    }
+}
+
 /// With the byte products of AVX-512.
 #[cfg(target_arch = "x86_64")]
 mod vnni {
@@ -327,7 +473,18 @@ mod vnni {
     /// Two groups are multiplied at a time: 64 codes in 16 lanes.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     pub fn dots<const R: usize>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'_>) {
+        match w.code {
+            Code::Int8 => row::<R, true>(y, x, w),
+            Code::Int4 => row::<R, false>(y, x, w),
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    fn row<const R: usize, const EIGHT: bool>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'_>) {
         let groups = w.scales.len();
+        // What the loads below rest on.
+        assert_eq!(w.codes.len(), groups * w.code.group_bytes());
+        x.iter().for_each(|x| x.assert_groups(groups));
         let mut sums = [[_mm512_setzero_ps(); PARTS]; R];
         for first in (0..groups).step_by(BLOCK) {
             let count = BLOCK.min(groups - first);
@@ -341,36 +498,18 @@ mod vnni {
                 let x = unsafe { _mm512_maskz_loadu_ps(mask, x[r].scales[first..].as_ptr()) };
                 own[r] = _mm512_mul_ps(scales, x);
             }
-            for pair in 0..count.div_ceil(2) {
-                let group = first + 2 * pair;
-                let alone = group + 1 == groups;
-                let codes = codes(w, group, alone);
-                // The first group's scale in the lower lanes, the second's in the upper.
-                let index = _mm512_add_epi32(
-                    _mm512_set1_epi32(2 * pair as i32),
-                    _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0),
-                );
-                for r in 0..R {
-                    let (x_codes, start) =
-                        (&x[r].codes[group * GROUP..], &x[r].start[group * GROUP / LANE..]);
-                    // SAFETY: both are of two groups, or of one that is masked.
-                    let (x_codes, start) = unsafe {
-                        if alone {
-                            (
-                                _mm512_maskz_loadu_epi8(0xffff_ffff, x_codes.as_ptr()),
-                                _mm512_maskz_loadu_epi32(0xff, start.as_ptr()),
-                            )
-                        } else {
-                            (
-                                _mm512_loadu_si512(x_codes.as_ptr().cast()),
-                                _mm512_loadu_si512(start.as_ptr().cast()),
-                            )
-                        }
-                    };
-                    let products = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, codes, x_codes));
-                    let scale = _mm512_permutexvar_ps(index, own[r]);
-                    let part = &mut sums[r][pair % PARTS];
-                    *part = _mm512_fmadd_ps(products, scale, *part);
+            let pairs = count.div_ceil(2);
+            let whole = pairs / PARTS * PARTS;
+            // SAFETY: all groups are there by the assertions.
+            unsafe {
+                for pair in (0..whole).step_by(PARTS) {
+                    // Written out by the compiler, so that the sums stay in registers.
+                    for i in 0..PARTS {
+                        add_pair::<R, EIGHT>(&mut sums, i, x, w, &own, [first, pair + i]);
+                    }
+                }
+                for pair in whole..pairs {
+                    add_pair::<R, EIGHT>(&mut sums, pair - whole, x, w, &own, [first, pair]);
                 }
             }
         }
@@ -383,39 +522,55 @@ mod vnni {
         }
     }
 
-    /// The codes of two groups (zero for the second where the first is `alone`), from 0.
+    /// Adds pair `pair` of the groups from `first` on, 64 codes in 16 lanes, to the sums of place
+    /// `i`; `scales` are those groups' scales, of both factors.
+    ///
+    /// # Safety
+    /// The pair, or its first group where that is the last, is there in `w` and in every `x`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    fn codes(w: Quantized<'_>, group: usize, alone: bool) -> __m512i {
-        match w.code {
-            Code::Int8 => {
-                let from = w.codes[group * GROUP..].as_ptr();
-                // SAFETY: two groups of 32 bytes, or one that is masked.
-                let codes = unsafe {
-                    if alone {
-                        _mm512_maskz_loadu_epi8(0xffff_ffff, from.cast())
-                    } else {
-                        _mm512_loadu_si512(from.cast())
-                    }
-                };
-                _mm512_xor_si512(codes, _mm512_set1_epi8(-128))
-            }
-            Code::Int4 => {
-                let from = w.codes[group * GROUP / 2..].as_ptr();
-                // SAFETY: two groups of 16 bytes, or one that is masked.
-                let bytes = unsafe {
-                    if alone {
-                        _mm256_maskz_loadu_epi8(0xffff, from.cast())
-                    } else {
-                        _mm256_loadu_si256(from.cast())
-                    }
-                };
-                let twice = _mm512_permutexvar_epi64(
-                    _mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0),
-                    _mm512_castsi256_si512(bytes),
-                );
-                let halves = _mm512_srlv_epi64(twice, _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0));
-                _mm512_and_si512(halves, _mm512_set1_epi8(15))
+    unsafe fn add_pair<const R: usize, const EIGHT: bool>(
+        sums: &mut [[__m512; PARTS]; R],
+        i: usize,
+        x: &[Activations<'_>; R],
+        w: Quantized<'_>,
+        scales: &[__m512; R],
+        [first, pair]: [usize; 2],
+    ) {
+        let group = first + 2 * pair;
+        // The first group's scale in the lower lanes, the second's in the upper.
+        let index = _mm512_add_epi32(
+            _mm512_set1_epi32(2 * pair as i32),
+            _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0),
+        );
+        let (bytes, halves, lanes) = match group + 1 == w.scales.len() {
+            true => (0xffff_ffff, 0xffff, 0xff),
+            false => (u64::MAX, u32::MAX, u16::MAX),
+        };
+        // SAFETY: both groups are there by the contract; of one alone, the rest is masked out.
+        unsafe {
+            let codes = match EIGHT {
+                true => {
+                    let codes = _mm512_maskz_loadu_epi8(bytes, w.codes.as_ptr().add(group * GROUP).cast());
+                    _mm512_xor_si512(codes, _mm512_set1_epi8(-128))
+                }
+                false => {
+                    let from = w.codes.as_ptr().add(group * GROUP / 2);
+                    let halves = _mm256_maskz_loadu_epi8(halves, from.cast());
+                    let twice = _mm512_permutexvar_epi64(
+                        _mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0),
+                        _mm512_castsi256_si512(halves),
+                    );
+                    let codes = _mm512_srlv_epi64(twice, _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0));
+                    _mm512_and_si512(codes, _mm512_set1_epi8(15))
+                }
+            };
+            for r in 0..R {
+                let x_codes = _mm512_maskz_loadu_epi8(bytes, x[r].codes.as_ptr().add(group * GROUP));
+                let start = _mm512_maskz_loadu_epi32(lanes, x[r].start.as_ptr().add(group * GROUP / LANE));
+                let products = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, codes, x_codes));
+                let scale = _mm512_permutexvar_ps(index, scales[r]);
+                sums[r][i] = _mm512_fmadd_ps(products, scale, sums[r][i]);
             }
         }
     }
@@ -497,6 +652,12 @@ mod tests {
                     let mut again = [0.0; 4];
                     plain(&mut again, &x, w.at(n * inner, inner));
                     assert_eq!(again, y[n * 4..n * 4 + 4], "{code:?}, {groups} groups: with and without");
+                    #[cfg(target_arch = "x86_64")]
+                    if avx2::is_there() {
+                        // SAFETY: the processor has the instructions.
+                        unsafe { avx2::dots(&mut again, &x, w.at(n * inner, inner)) };
+                        assert_eq!(again, y[n * 4..n * 4 + 4], "{code:?}, {groups} groups: AVX2");
+                    }
                     for r in 0..4 {
                         let x = |i: usize| f64::from(x[r].codes[i]) * f64::from(x[r].scales[i / GROUP]);
                         let want: f64 = (0..inner).map(|i| wide[i] * x(i)).sum();
