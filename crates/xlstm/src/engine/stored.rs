@@ -185,6 +185,14 @@ impl<T: Scalar> Stored<T> {
         Stored(Numbers::Wide(Place::Owned(values)))
     }
 
+    /// Bytes of its numbers as they are kept.
+    pub fn bytes(&self) -> usize {
+        match &self.0 {
+            Numbers::Wide(place) => size_of_val(place.numbers()),
+            Numbers::Narrow(_, place) => size_of_val(place.numbers()),
+        }
+    }
+
     /// Bytes in memory that no file backs.
     pub fn copied_bytes(&self) -> usize {
         match &self.0 {
