@@ -110,17 +110,13 @@ impl Cell {
     }
 
     fn shape(&self) -> String {
+        let heads = |count: usize| if count == 1 { "1 head".into() } else { format!("{count} heads") };
         match self {
-            Cell::Mlstm { config: MlstmConfig { heads, .. }, chunk, widths: [qk, v] } => {
-                format!(
-                    "{heads} heads, queries of {}, values of {}, chunks of {chunk}",
-                    qk / heads,
-                    v / heads
-                )
+            Cell::Mlstm { config, chunk, widths } => {
+                let [qk, v] = widths.map(|width| width / config.heads);
+                format!("{}, queries of {qk}, values of {v}, chunks of {chunk}", heads(config.heads))
             }
-            Cell::Slstm { config, width } => {
-                format!("{} heads of {}", config.heads, width / config.heads)
-            }
+            Cell::Slstm { config, width } => format!("{} of {}", heads(config.heads), width / config.heads),
         }
     }
 

@@ -28,8 +28,11 @@ const NUMBERS: usize = 64 << 20;
 /// Numbers that a thread reads in a row.
 const PIECE: usize = 1 << 16;
 
-/// Medians are of this many repetitions, after some that do not count.
-const REPEATS: usize = 15;
+/// Medians are of this many repetitions.
+const REPEATS: usize = 11;
+
+/// Repetitions before those: frequencies and pages have settled by then.
+const WARM_UP: usize = 2;
 
 impl Floor {
     /// Measures the processor, with the threads of `device`, in a second or two. None on a GPU.
@@ -48,10 +51,10 @@ impl Floor {
 /// The median time of `work`.
 fn seconds(mut work: impl FnMut()) -> f64 {
     let mut times = Vec::with_capacity(REPEATS);
-    for repeat in 0..REPEATS + 3 {
+    for repeat in 0..REPEATS + WARM_UP {
         let start = Instant::now();
         work();
-        if repeat >= 3 {
+        if repeat >= WARM_UP {
             times.push(start.elapsed().as_secs_f64());
         }
     }
