@@ -56,6 +56,10 @@ def middle(runs, key):
     return statistics.median(found) if found else None
 
 
+def whole(number):
+    return None if number is None else int(number)
+
+
 def ratio(a, b):
     return a / b if a and b else None
 
@@ -71,7 +75,7 @@ def row(case, mine, others, key, loads):
         "ratio": ratio(middle(mine, "tokens_per_s"), medians.get(best)), "floor_share": middle(mine, "floor_share"),
         "ours_memory_mb": memory[0], "peer_memory_mb": memory[1], "memory_ratio": ratio(*memory),
         "framework_memory_mb": middle(theirs, "framework_memory_mb"),
-        "params": middle(mine, "params"), "peer_params": middle(theirs, "params"), "gflops": middle(mine, "gflops"),
+        "params": whole(middle(mine, "params")), "peer_params": whole(middle(theirs, "params")), "gflops": middle(mine, "gflops"),
         "product_gflops": middle(mine, "product_gflops"), "bandwidth_gb_s": middle(mine, "bandwidth_gb_s"),
         "runs": [len(mine), len(theirs)], "peers": medians, "failed": sorted(n for n, runs in others.items() if not runs),
         "load": loads, "date": datetime.date.today().isoformat(),

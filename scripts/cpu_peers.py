@@ -5,7 +5,7 @@ usage: cpu_peers.py --candidates PRESET    the names of those that fit a preset
 
 Needs PyTorch, `xlstm` 2.0.6 with `mlstm_kernels` 2.0.6, `transformers` 5.24 and, for the presets
 `pyx-*`, version 2 of PyxLSTM from its repository (1.0.1, the last on PyPI, fails with two layers).
-THREADS (default 2) and SECONDS (at least so long, after what does not count; default 3) are read
+THREADS (default 2) and PEER_SECONDS (at least so long, after what does not count; default 3) are read
 from the environment.
 """
 
@@ -250,7 +250,7 @@ def main():
     torch.manual_seed(1)
     framework = megabytes()
     work = infer if preset == "infer-50m" else train
-    model, measured = work(preset, candidate, float(os.environ.get("SECONDS", "3")))
+    model, measured = work(preset, candidate, float(os.environ.get("PEER_SECONDS", "3")))
     print(json.dumps({
         "preset": preset, "peer": candidate, "torch": torch.__version__,
         "params": sum(parameter.numel() for parameter in model.parameters()), **measured,
