@@ -16,7 +16,7 @@ use xlstm::optim::{AdamWOptions, Decay, Schedule};
 use xlstm::rng::Rng;
 use xlstm::train::learner::{Task, learner};
 
-const STEPS: u64 = 3000;
+const STEPS: u64 = 6000;
 const BATCH: usize = 64;
 const TRAINED: [usize; 2] = [3, 40];
 const TESTED: [usize; 2] = [40, 256];

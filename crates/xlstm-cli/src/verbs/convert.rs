@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use xlstm::engine::Format;
+use xlstm::engine::{Code, Format};
 use xlstm::folder::OpenOptions;
 use xlstm::folder::convert::{Conversion, Target, convert};
 use xlstm::nn::large::WeightMode;
@@ -18,6 +18,7 @@ use crate::progress::Meter;
 #[command(
     after_help = "Examples:\n  xlstm convert --model out/1 --to hugging-face --dtype bf16 --out hf\n  \
                         xlstm convert --model NX-AI/xLSTM-7b --to ours --weights fused --out 7b\n  \
+                        xlstm convert --model out/1 --to ours --quantize int8 --out small\n  \
                         xlstm convert --model old --config old.yaml --set slstm_block.slstm.num_heads=4 \
                         --to ours --out new"
 )]
@@ -30,6 +31,9 @@ pub struct ConvertArgs {
     /// f32, bf16 or f16 (default: that of most weights)
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<Format>,
+    /// int8 or int4: weight matrices in groups of 32 that share a scale (into ours only)
+    #[arg(long, value_name = "CODE")]
+    pub quantize: Option<Code>,
     /// Whether weights that read the same input are one matrix (large family; default: as they are
     /// for ours, single for others, whose programs open no fused ones)
     #[arg(long, value_name = "MODE", value_enum)]
@@ -89,7 +93,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         To::HuggingFace => Target::HuggingFace,
         To::NxAi => Target::NxAi,
     };
-    let conversion = Conversion { format: args.dtype, ..Conversion::to(target) };
+    let conversion = Conversion { format: args.dtype, quantize: args.quantize, ..Conversion::to(target) };
     let mut meter = Meter::new("converting");
     let warnings = convert(&source, &conversion, &args.out, &mut |share| meter.set(share))?;
     drop(meter);

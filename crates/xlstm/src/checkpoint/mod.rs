@@ -12,7 +12,7 @@ use crate::engine::Format;
 use crate::error::{Error, Result};
 use crate::files::{partial_folder, replace_folder};
 use crate::folder::tensors::TensorFile;
-use crate::folder::writer::{Entry, write_tensors};
+use crate::folder::writer::{Entry, Part, write_tensors};
 use crate::folder::{self};
 use crate::model::LanguageModel;
 use crate::nn::Parameters;
@@ -99,8 +99,11 @@ pub fn save(
     let seconds = names.map(|name| format!("second.{name}")).zip(second.iter());
     let state = carried.iter().enumerate().map(|(i, part)| (format!("carried.{i}"), part));
     let (names, values): (Vec<String>, Vec<&Vec<f32>>) = firsts.chain(seconds).chain(state).unzip();
-    let entry =
-        |(name, values): (String, &&Vec<f32>)| Entry { name, shape: vec![values.len()], format: Format::F32 };
+    let entry = |(name, values): (String, &&Vec<f32>)| Entry {
+        name,
+        shape: vec![values.len()],
+        part: Part::Dense(Format::F32),
+    };
     let entries: Vec<Entry> = names.into_iter().zip(&values).map(entry).collect();
     write_tensors(&partial.join(TENSORS), &entries, &[], |index| {
         Ok(Cow::Borrowed(values[index].as_slice()))

@@ -122,8 +122,8 @@ impl<T: Element> Executor<T> {
         }
     }
 
-    /// The same with stored parameters; those in 16 bits are such as
-    /// [`narrow_parameters`](Tape::narrow_parameters) allows.
+    /// The same with stored parameters; those in fewer bits are such as
+    /// [`storable_parameters`](Tape::storable_parameters) allows.
     pub fn forward_stored(&mut self, parameters: &[Stored<T>]) {
         for i in 0..self.tape.nodes.len() {
             self.forward_node(i, Reads::Stored(parameters));

@@ -11,7 +11,12 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use super::cuda::{CudaBackward, CudaForward};
-use super::{narrow::Narrow, scalar::Scalar, shape::Shape};
+use super::{
+    narrow::Narrow,
+    scalar::Scalar,
+    shape::Shape,
+    stored::{Slice, Storable},
+};
 use crate::error::Result;
 
 /// The most inputs, and the most outputs, of one operation.
@@ -69,7 +74,7 @@ fn missing(what: &str, i: usize) -> ! {
 pub struct Forward<'a, T> {
     /// Input values.
     pub inputs: [Option<&'a [T]>; MAX_SLOTS],
-    /// Instead of values, inputs of [`Kernel::narrow`] that are stored in 16 bits.
+    /// Instead of values, inputs of [`Kernel::storable`] that are stored in fewer bits.
     pub narrow: [Option<Narrow<'a>>; MAX_SLOTS],
     /// Where results go; the previous content is arbitrary.
     pub outputs: [Option<&'a mut [T]>; MAX_SLOTS],
@@ -85,6 +90,11 @@ impl<'a, T: Scalar> Forward<'a, T> {
     /// Input `i`, which is always there.
     pub fn input(&self, i: usize) -> &'a [T] {
         self.inputs[i].unwrap_or_else(|| missing("input", i))
+    }
+
+    /// Input `i` of [`Kernel::storable`], which is always there, as it is stored.
+    pub fn weight(&self, i: usize) -> Slice<'a, T> {
+        self.narrow[i].map_or_else(|| Slice::Wide(self.input(i)), Slice::Narrow)
     }
 
     /// Takes output `i`.
@@ -209,10 +219,10 @@ pub trait Kernel: Debug + Send + Sync + 'static {
         0
     }
 
-    /// The weight matrices that forward on the processor also reads in 16 bits, from
-    /// [`Forward::narrow`], as a bit set. Everything else is widened before it is read.
-    fn narrow(&self) -> u32 {
-        0
+    /// In how few bits forward on the processor reads input `slot`, a weight matrix, from
+    /// [`Forward::weight`]. Everything else is widened before it is read.
+    fn storable(&self, _slot: usize) -> Storable {
+        Storable::Wide
     }
 
     /// Writes every output.
@@ -251,8 +261,8 @@ pub trait Operation: Debug + Send + Sync {
     fn full_precision(&self) -> Slots;
     /// See [`Kernel::weights`].
     fn weights(&self) -> u32;
-    /// See [`Kernel::narrow`].
-    fn narrow(&self) -> u32;
+    /// See [`Kernel::storable`].
+    fn storable(&self, slot: usize) -> Storable;
     /// [`Kernel::forward`] in f32.
     fn forward_f32(&self, io: &mut Forward<'_, f32>);
     /// [`Kernel::forward`] in f64.
@@ -291,8 +301,8 @@ impl<K: Kernel> Operation for K {
     fn weights(&self) -> u32 {
         Kernel::weights(self)
     }
-    fn narrow(&self) -> u32 {
-        Kernel::narrow(self)
+    fn storable(&self, slot: usize) -> Storable {
+        Kernel::storable(self, slot)
     }
     fn forward_f32(&self, io: &mut Forward<'_, f32>) {
         self.forward(io);

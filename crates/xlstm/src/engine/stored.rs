@@ -1,5 +1,5 @@
 //! Parameters as files store them, for inference: memory-mapped where they can be, weight
-//! matrices in bf16 or f16 where they are stored so.
+//! matrices in as few bits as they are stored in.
 
 use std::fs::File;
 use std::ops::{Deref, Range};
@@ -10,6 +10,7 @@ use memmap2::Mmap;
 
 use super::narrow::{Half, Narrow, from_f16, to_f16};
 use super::precision::{from_bf16, to_bf16};
+use super::quantized::{Code, GROUP, Quantized};
 use super::scalar::Scalar;
 use crate::error::{Error, Result};
 
@@ -132,6 +133,64 @@ impl<N: bytemuck::Pod> Place<N> {
             Place::Owned(numbers) => numbers,
         }
     }
+
+    fn copied_bytes(&self) -> usize {
+        match self {
+            Place::Mapped(_) => 0,
+            Place::Owned(numbers) => size_of_val(&numbers[..]),
+        }
+    }
+}
+
+/// In how few bits a weight can be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Storable {
+    /// As it is computed with.
+    Wide,
+    /// Also in 16 bits.
+    Half,
+    /// Also in groups of 8 or 4 bits.
+    Quantized,
+}
+
+/// Numbers in a file: a tensor, or rows of one.
+#[derive(Clone, Debug)]
+pub enum Piece {
+    /// Number by number.
+    Dense(Format, Mapped),
+    /// Codes, and the scales of their groups in bf16.
+    Quantized(Code, Mapped, Mapped),
+}
+
+impl Piece {
+    /// Its bytes in the file.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Piece::Dense(_, bytes) => bytes.len(),
+            Piece::Quantized(_, codes, scales) => codes.len() + scales.len(),
+        }
+    }
+
+    /// The numbers in f32.
+    pub fn widen(&self) -> Vec<f32> {
+        match self {
+            Piece::Dense(format, bytes) => format.widen(bytes),
+            Piece::Quantized(code, codes, scales) => {
+                let scales = halves(scales).collect::<Vec<u16>>();
+                let mut wide = vec![0.0; scales.len() * GROUP];
+                Quantized { code: *code, codes, scales: &scales }.widen(&mut wide);
+                wide
+            }
+        }
+    }
+
+    fn storable(&self) -> Storable {
+        match self {
+            Piece::Dense(Format::F32, _) => Storable::Wide,
+            Piece::Dense(Format::Bf16 | Format::F16, _) => Storable::Half,
+            Piece::Quantized(..) => Storable::Quantized,
+        }
+    }
 }
 
 /// One parameter.
@@ -141,43 +200,66 @@ pub struct Stored<T>(Numbers<T>);
 #[derive(Clone, Debug)]
 enum Numbers<T> {
     Wide(Place<T>),
-    Narrow(Half, Place<u16>),
+    Half(Half, Place<u16>),
+    Quantized(Code, Place<u8>, Place<u16>),
 }
 
 /// What an operation is handed of a parameter.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Slice<'a, T> {
+pub enum Slice<'a, T> {
+    /// As numbers of the type that is computed with.
     Wide(&'a [T]),
+    /// In fewer bits.
     Narrow(Narrow<'a>),
 }
 
 impl<T: Scalar> Stored<T> {
-    /// The concatenation of `pieces`, each of its format. Where `narrow` allows it, it stays in
-    /// bf16 or f16 if all pieces are in that; one piece alone stays where it is if it can.
-    pub fn new(pieces: &[(Format, Mapped)], narrow: bool) -> Stored<T> {
-        let half = match pieces.first() {
-            Some((Format::Bf16, _)) if narrow => Some(Half::Bf16),
-            Some((Format::F16, _)) if narrow => Some(Half::F16),
-            _ => None,
+    /// The concatenation of `pieces`. Where `storable` allows it, it stays in the few bits that
+    /// all pieces are in alike; one piece alone stays where it is if it can.
+    pub fn new(pieces: &[Piece], storable: Storable) -> Stored<T> {
+        let alike = |first: &Piece| {
+            pieces.iter().all(|piece| match (piece, first) {
+                (Piece::Dense(a, _), Piece::Dense(b, _)) => a == b,
+                (Piece::Quantized(a, ..), Piece::Quantized(b, ..)) => a == b,
+                _ => false,
+            })
         };
-        match half.filter(|_| pieces.iter().all(|(format, _)| *format == pieces[0].0)) {
-            Some(half) => {
-                let copied = || {
-                    let halves = |bytes: &Mapped| bytes.as_chunks::<2>().0.to_vec();
-                    pieces.iter().flat_map(|(_, bytes)| halves(bytes)).map(u16::from_le_bytes).collect()
-                };
-                Stored(Numbers::Narrow(half, mapped(pieces).unwrap_or_else(|| Place::Owned(copied()))))
+        let first = pieces.first().filter(|first| first.storable() <= storable && alike(first));
+        let dense = |piece: &Piece| match piece {
+            Piece::Dense(_, bytes) => Some(bytes.clone()),
+            Piece::Quantized(..) => None,
+        };
+        Stored(match first {
+            Some(Piece::Quantized(code, ..)) => {
+                let (codes, scales): (Vec<Mapped>, Vec<Mapped>) = pieces
+                    .iter()
+                    .filter_map(|piece| match piece {
+                        Piece::Quantized(_, codes, scales) => Some((codes.clone(), scales.clone())),
+                        Piece::Dense(..) => None,
+                    })
+                    .unzip();
+                let copied = || codes.iter().flat_map(|bytes| bytes.to_vec()).collect();
+                let codes = mapped(&codes).unwrap_or_else(|| Place::Owned(copied()));
+                Numbers::Quantized(*code, codes, joined_halves(&scales))
             }
-            None => {
-                let same = size_of::<T>() == 4 && pieces.iter().all(|(format, _)| *format == Format::F32);
-                let copied = || {
-                    let wide = |(format, bytes): &(Format, Mapped)| format.widen(bytes);
-                    pieces.iter().flat_map(wide).map(|x| T::from_f64(f64::from(x))).collect()
-                };
-                let place = if same { mapped(pieces) } else { None };
-                Stored(Numbers::Wide(place.unwrap_or_else(|| Place::Owned(copied()))))
+            Some(Piece::Dense(Format::Bf16, _)) => {
+                Numbers::Half(Half::Bf16, joined_halves(&pieces.iter().filter_map(dense).collect::<Vec<_>>()))
             }
-        }
+            Some(Piece::Dense(Format::F16, _)) => {
+                Numbers::Half(Half::F16, joined_halves(&pieces.iter().filter_map(dense).collect::<Vec<_>>()))
+            }
+            first => {
+                let place = match first {
+                    Some(Piece::Dense(Format::F32, bytes)) if size_of::<T>() == 4 && pieces.len() == 1 => {
+                        mapped(std::slice::from_ref(bytes))
+                    }
+                    _ => None,
+                };
+                let copied =
+                    || pieces.iter().flat_map(Piece::widen).map(|x| T::from_f64(f64::from(x))).collect();
+                Numbers::Wide(place.unwrap_or_else(|| Place::Owned(copied())))
+            }
+        })
     }
 
     /// These numbers.
@@ -196,9 +278,9 @@ impl<T: Scalar> Stored<T> {
     /// Bytes in memory that no file backs.
     pub fn copied_bytes(&self) -> usize {
         match &self.0 {
-            Numbers::Wide(Place::Owned(values)) => size_of_val(&values[..]),
-            Numbers::Narrow(_, Place::Owned(values)) => size_of_val(&values[..]),
-            Numbers::Wide(Place::Mapped(_)) | Numbers::Narrow(_, Place::Mapped(_)) => 0,
+            Numbers::Wide(place) => place.copied_bytes(),
+            Numbers::Half(_, place) => place.copied_bytes(),
+            Numbers::Quantized(_, codes, scales) => codes.copied_bytes() + scales.copied_bytes(),
         }
     }
 
@@ -206,16 +288,27 @@ impl<T: Scalar> Stored<T> {
     pub(crate) fn slice(&self, range: Range<usize>) -> Slice<'_, T> {
         match &self.0 {
             Numbers::Wide(place) => Slice::Wide(&place.numbers()[range]),
-            Numbers::Narrow(half, place) => {
-                Slice::Narrow(Narrow { half: *half, bits: &place.numbers()[range] })
+            Numbers::Half(half, place) => Slice::Narrow(Narrow::Half(*half, &place.numbers()[range])),
+            Numbers::Quantized(code, codes, scales) => {
+                let all = Quantized { code: *code, codes: codes.numbers(), scales: scales.numbers() };
+                Slice::Narrow(Narrow::Quantized(all.at(range.start, range.len())))
             }
         }
     }
 }
 
+/// Little-endian numbers of 16 bits.
+fn halves(bytes: &[u8]) -> impl Iterator<Item = u16> {
+    bytes.as_chunks::<2>().0.iter().map(|bytes| u16::from_le_bytes(*bytes))
+}
+
+fn joined_halves(pieces: &[Mapped]) -> Place<u16> {
+    mapped(pieces).unwrap_or_else(|| Place::Owned(pieces.iter().flat_map(|bytes| halves(bytes)).collect()))
+}
+
 /// The one piece where it lies, if it can be read there as numbers of type N.
-fn mapped<N: bytemuck::Pod>(pieces: &[(Format, Mapped)]) -> Option<Place<N>> {
-    let [(_, bytes)] = pieces else { return None };
+fn mapped<N: bytemuck::Pod>(pieces: &[Mapped]) -> Option<Place<N>> {
+    let [bytes] = pieces else { return None };
     // Files are little-endian, and nothing makes their writers align tensors.
     let readable = cfg!(target_endian = "little") && bytemuck::try_cast_slice::<u8, N>(bytes).is_ok();
     readable.then(|| Place::Mapped(bytes.clone()))

@@ -6,6 +6,7 @@
 
 use super::operation::{NodeShapes, Operation};
 use super::shape::Shape;
+use super::stored::Storable;
 use crate::error::{Error, Result};
 
 /// A buffer of floating-point numbers: the number of a value on its tape.
@@ -176,19 +177,19 @@ impl Tape {
         Ok(vars)
     }
 
-    /// Whether each of `count` parameters may be stored in 16 bits on the processor: all that read
-    /// it can widen it themselves.
-    pub fn narrow_parameters(&self, count: usize) -> Vec<bool> {
-        let mut narrow = vec![true; count];
+    /// In how few bits each of `count` parameters may be stored on the processor: all that read it
+    /// can widen it themselves.
+    pub fn storable_parameters(&self, count: usize) -> Vec<Storable> {
+        let mut storable = vec![Storable::Quantized; count];
         for node in &self.nodes {
             for (slot, var) in node.inputs.iter().enumerate() {
                 let source = var.map(|var| self.values[var.index()].source);
                 if let Some(Source::Parameter { index, .. }) = source {
-                    narrow[index] &= node.operation.narrow() >> slot & 1 == 1;
+                    storable[index] = storable[index].min(node.operation.storable(slot));
                 }
             }
         }
-        narrow
+        storable
     }
 
     fn same_gradient(&self, a: Var, b: Var) -> bool {

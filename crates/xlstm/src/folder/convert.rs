@@ -10,12 +10,13 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::tensors::{INDEX, Index, SINGLE};
-use super::writer::{Entry, write_tensors};
+use super::weights::scales_name;
+use super::writer::{Entry, Part, write_tensors};
 use super::{CONFIG, ModelFolder, TOKENIZER, hugging_face, nx_ai, ours, write_file, write_json};
-use crate::engine::Format;
+use crate::engine::{Code, Format, Storable};
 use crate::error::{Error, Result};
 use crate::files::{partial_folder, replace_folder};
-use crate::model::Family;
+use crate::model::{Family, storable_parameters};
 
 /// What other programs keep beside a tokenizer.
 const TOKENIZER_NOTES: [&str; 2] = ["tokenizer_config.json", "special_tokens_map.json"];
@@ -40,6 +41,8 @@ pub struct Conversion {
     pub target: Target,
     /// Its number format; None keeps that of most weights.
     pub format: Option<Format>,
+    /// How weight matrices of products and look-ups are quantised, if they are (ours only).
+    pub quantize: Option<Code>,
     /// Bytes of weights in a file, unless one tensor alone has more.
     pub file_bytes: usize,
 }
@@ -47,7 +50,7 @@ pub struct Conversion {
 impl Conversion {
     /// To a folder of this kind, with weights as they are and at most 4 GiB a file.
     pub fn to(target: Target) -> Conversion {
-        Conversion { target, format: None, file_bytes: 4 << 30 }
+        Conversion { target, format: None, quantize: None, file_bytes: 4 << 30 }
     }
 }
 
@@ -65,6 +68,10 @@ pub fn convert(
     if out.exists() {
         return Err(Error::config(format!("{} is there already", out.display()))
             .hint("remove it or choose another folder with --out"));
+    }
+    if let (Some(code), true) = (conversion.quantize, conversion.target != Target::Ours) {
+        return Err(Error::config(format!("other programs do not read our {} weights", code.name()))
+            .hint("quantise into a folder of ours: --to ours"));
     }
     let format = conversion.format.unwrap_or_else(|| source.files.format());
     let (config, ends) = (source.model.config(), source.ends.as_deref());
@@ -127,11 +134,23 @@ fn write_weights(
         Target::HuggingFace => hugging_face::tensor_name(name).to_owned(),
         Target::Ours | Target::NxAi => name.to_owned(),
     };
-    let entry = |name: &str, index: usize| {
-        (Entry { name: theirs(name), shape: specs[index].shape.clone(), format }, index)
+    let storable = storable_parameters(&source.model)?;
+    let entries = |name: &str, index: usize| {
+        let entry = |name: String, shape: Vec<usize>, part: Part| (Entry { name, shape, part }, index);
+        match (specs[index].shape.as_slice(), conversion.quantize) {
+            (&[rows, inner], Some(code)) if storable[index] == Storable::Quantized && Code::fits(inner) => {
+                let codes = vec![rows, inner / code.codes_a_byte()];
+                let scales = code.scales_shape(&codes).unwrap_or_default();
+                vec![
+                    entry(theirs(name), codes, Part::Codes(code)),
+                    entry(scales_name(&theirs(name)), scales, Part::Scales(code)),
+                ]
+            }
+            (shape, _) => vec![entry(theirs(name), shape.to_vec(), Part::Dense(format))],
+        }
     };
     let mut tensors: Vec<(Entry, usize)> =
-        specs.iter().enumerate().map(|(index, spec)| entry(&spec.name, index)).collect();
+        specs.iter().enumerate().flat_map(|(index, spec)| entries(&spec.name, index)).collect();
     let config = source.model.config();
     // The others have a head of its own in any case.
     if config.tie_weights
@@ -139,14 +158,13 @@ fn write_weights(
         && conversion.target != Target::Ours
         && let Some(embedding) = specs.iter().position(|spec| spec.name == EMBEDDING)
     {
-        tensors.push(entry(HEAD, embedding));
+        tensors.extend(entries(HEAD, embedding));
     }
-    let size = |entry: &Entry| entry.shape.iter().product::<usize>() * format.bytes();
-    let total: usize = tensors.iter().map(|(entry, _)| size(entry)).sum();
+    let total: usize = tensors.iter().map(|(entry, _)| entry.bytes()).sum();
     let mut files: Vec<Vec<(Entry, usize)>> = vec![Vec::new()];
     let mut filled = 0;
     for (entry, index) in tensors {
-        let bytes = size(&entry);
+        let bytes = entry.bytes();
         if filled + bytes > conversion.file_bytes && filled > 0 {
             files.push(Vec::new());
             filled = 0;
@@ -168,7 +186,7 @@ fn write_weights(
         weight_map.extend(entries.iter().map(|entry| (entry.name.clone(), name.clone())));
         // `transformers` wants to know that the file is not of another framework.
         write_tensors(&folder.join(name), &entries, &[("format", "pt")], |index| {
-            done += size(&entries[index]);
+            done += entries[index].bytes();
             tell(done as f64 / total.max(1) as f64);
             Ok(Cow::Owned(source.files.values(places[index])))
         })?;

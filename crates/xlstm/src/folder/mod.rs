@@ -36,7 +36,7 @@ use serde_json::Value;
 use crate::engine::{Device, Format};
 use crate::error::{Error, Result};
 use crate::files::recover_folder;
-use crate::model::{Family, LanguageModel, ModelConfig, narrow_parameters};
+use crate::model::{Family, LanguageModel, ModelConfig, storable_parameters};
 use crate::nn::large::WeightMode;
 use crate::nn::{ParameterSpec, Parameters, Weights};
 use crate::rng::mix;
@@ -45,7 +45,7 @@ pub use initial::initialize;
 use keys::Keys;
 use tensors::TensorFiles;
 use weights::{Recipe, WeightFiles};
-use writer::{Entry, write_tensors};
+use writer::{Entry, Part, write_tensors};
 
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
@@ -167,7 +167,8 @@ pub fn write_with<'a>(
 ) -> Result<()> {
     write_json(&path.join(CONFIG), &ours::config_file(model.config(), None)?)?;
     let specs = model.specs();
-    let entry = |spec: &ParameterSpec| Entry { name: spec.name.clone(), shape: spec.shape.clone(), format };
+    let part = Part::Dense(format);
+    let entry = |spec: &ParameterSpec| Entry { name: spec.name.clone(), shape: spec.shape.clone(), part };
     let entries: Vec<Entry> = specs.iter().map(entry).collect();
     write_tensors(&path.join(tensors::SINGLE), &entries, &[], |index| Ok(values(index, &specs[index])))?;
     match tokenizer {
@@ -259,7 +260,9 @@ impl ModelFolder {
     /// When a GPU's memory runs out.
     pub fn weights(&self, device: &Device) -> Result<Weights<f32>> {
         match device {
-            Device::Cpu(_) => Ok(Weights::Stored(self.files.stored(&narrow_parameters(&self.model)?).into())),
+            Device::Cpu(_) => {
+                Ok(Weights::Stored(self.files.stored(&storable_parameters(&self.model)?).into()))
+            }
             #[cfg(feature = "cuda")]
             Device::Cuda(..) => Weights::new(Arc::new(self.parameters()), device),
         }

@@ -20,6 +20,7 @@ use safetensors::tensor::Dtype;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use crate::engine::Code;
 use crate::engine::stored::{Format, Mapped};
 use crate::error::{Error, Result};
 
@@ -59,6 +60,15 @@ impl TensorView<'_> {
                 self.name
             ))
             .hint("convert the weights to one of these first")),
+        }
+    }
+
+    /// How it is quantised, where its elements are codes.
+    pub fn code(&self) -> Option<Code> {
+        match self.dtype {
+            Dtype::I8 => Some(Code::Int8),
+            Dtype::U8 => Some(Code::Int4),
+            _ => None,
         }
     }
 

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::tensors::{TensorFiles, TensorView};
-use crate::engine::stored::{Format, Mapped, Stored};
+use crate::engine::Code;
+use crate::engine::stored::{Format, Mapped, Piece as Numbers, Storable, Stored};
 use crate::error::{Error, Result};
 use crate::nn::{ParameterSpec, Parameters};
 use crate::rng::mix;
@@ -67,7 +68,7 @@ pub struct WeightFiles {
 /// A parameter's bytes.
 #[derive(Debug)]
 struct Placed {
-    pieces: Vec<(Format, Mapped)>,
+    pieces: Vec<Numbers>,
     rearrange: Option<Rearrange>,
 }
 
@@ -90,10 +91,14 @@ impl WeightFiles {
             for piece in &pieces {
                 let view = files.get(&piece.tensor).ok_or_else(|| missing(folder, files, spec, piece))?;
                 unused.remove(view.name);
-                found.push(place(&view, piece, spec)?);
+                let scales = scales_of(&view, files)?;
+                if let Some(scales) = &scales {
+                    unused.remove(scales.name);
+                }
+                found.push(place(&view, scales.as_ref(), piece, spec)?);
             }
             check_shape(&found, spec, rearrange.is_some())?;
-            let pieces = found.into_iter().map(|found| (found.format, found.bytes)).collect();
+            let pieces = found.into_iter().map(|found| found.numbers).collect();
             places.push(Placed { pieces, rearrange });
         }
         let unused = unused.into_iter().map(str::to_owned).collect();
@@ -105,19 +110,30 @@ impl WeightFiles {
         &self.unused
     }
 
-    /// The number format of most weights.
+    /// The number format of most weights that are not quantised.
     pub fn format(&self) -> Format {
         let bytes = |wanted: Format| -> usize {
-            let pieces = self.places.iter().flat_map(|place| &place.pieces);
-            pieces.filter(|(format, _)| *format == wanted).map(|(_, bytes)| bytes.len()).sum()
+            let own = |piece: &Numbers| match piece {
+                Numbers::Dense(format, bytes) if *format == wanted => bytes.len(),
+                _ => 0,
+            };
+            self.places.iter().flat_map(|place| &place.pieces).map(own).sum()
         };
         let formats = [Format::F32, Format::Bf16, Format::F16];
         formats.into_iter().max_by_key(|&format| bytes(format)).unwrap_or(Format::F32)
     }
 
+    /// How weights are quantised, where any are.
+    pub fn code(&self) -> Option<Code> {
+        self.places.iter().flat_map(|place| &place.pieces).find_map(|piece| match piece {
+            Numbers::Quantized(code, ..) => Some(*code),
+            Numbers::Dense(..) => None,
+        })
+    }
+
     /// Bytes of all parameters in the files: what inference on the processor reads for a token.
     pub fn bytes(&self) -> usize {
-        self.places.iter().flat_map(|place| &place.pieces).map(|(_, bytes)| bytes.len()).sum()
+        self.places.iter().flat_map(|place| &place.pieces).map(Numbers::bytes).sum()
     }
 
     /// The parameter of this number in f32.
@@ -134,13 +150,13 @@ impl WeightFiles {
         parameters
     }
 
-    /// All parameters as they are stored, mapped where that is possible; in 16 bits only where
-    /// `narrow` says so of the parameter.
-    pub fn stored(&self, narrow: &[bool]) -> Vec<Stored<f32>> {
-        let places = self.places.iter().zip(self.specs.iter()).zip(narrow);
-        let stored = places.map(|((place, spec), &narrow)| match place.rearrange {
+    /// All parameters as they are stored, mapped where that is possible; in fewer bits than
+    /// 32 only where `storable` says so of the parameter.
+    pub fn stored(&self, storable: &[Storable]) -> Vec<Stored<f32>> {
+        let places = self.places.iter().zip(self.specs.iter()).zip(storable);
+        let stored = places.map(|((place, spec), &storable)| match place.rearrange {
             Some(_) => Stored::owned(place.wide(spec)),
-            None => Stored::new(&place.pieces, narrow),
+            None => Stored::new(&place.pieces, storable),
         });
         stored.collect()
     }
@@ -153,16 +169,22 @@ impl WeightFiles {
             let last = rest.iter().fold(bytes.len() as u64, |last, &byte| last << 8 | u64::from(byte));
             words.iter().map(|word| u64::from_le_bytes(*word)).chain([last]).fold(0, |hash, x| mix(hash ^ x))
         };
-        self.places.iter().flat_map(|place| &place.pieces).fold(0, |hash, (format, bytes)| {
+        let tensor = |hash: u64, bytes: &Mapped, kind: u64| {
             let tiles: Vec<u64> = bytes.par_chunks(1 << 20).map(tile).collect();
-            tiles.into_iter().chain([format.bytes() as u64]).fold(hash, |hash, x| mix(hash ^ x))
+            tiles.into_iter().chain([kind]).fold(hash, |hash, x| mix(hash ^ x))
+        };
+        self.places.iter().flat_map(|place| &place.pieces).fold(0, |hash, piece| match piece {
+            Numbers::Dense(format, bytes) => tensor(hash, bytes, format.bytes() as u64),
+            Numbers::Quantized(code, codes, scales) => {
+                tensor(tensor(hash, codes, code.group_bytes() as u64), scales, 2)
+            }
         })
     }
 }
 
 impl Placed {
     fn wide(&self, spec: &ParameterSpec) -> Vec<f32> {
-        let values = self.pieces.iter().flat_map(|(format, bytes)| format.widen(bytes)).collect();
+        let values = self.pieces.iter().flat_map(Numbers::widen).collect();
         match self.rearrange {
             Some(rearrange) => rearrange(spec, values),
             None => values,
@@ -172,32 +194,72 @@ impl Placed {
 
 /// A piece that was found.
 struct Found<'a> {
-    format: Format,
-    bytes: Mapped,
+    numbers: Numbers,
     file: &'a Path,
     name: &'a str,
     shape: Vec<usize>,
 }
 
-fn place<'a>(view: &TensorView<'a>, piece: &Piece, spec: &ParameterSpec) -> Result<Found<'a>> {
-    let format = view.format()?;
-    let (mut bytes, mut shape) = (view.bytes().clone(), view.shape.to_vec());
-    if let Some(rows) = &piece.rows {
-        let count = shape.first().copied().unwrap_or(0);
-        if rows.start > rows.end || rows.end > count {
-            return Err(Error::checkpoint(format!(
-                "{}: parameter {} is rows {rows:?} of tensor {}, which has {count}: its shape is {shape:?}",
-                view.file.display(),
-                spec.name,
-                view.name
-            ))
-            .hint("the config.json belongs to a model of other sizes"));
-        }
+/// The name of the scales of a quantised tensor.
+pub(super) fn scales_name(tensor: &str) -> String {
+    format!("{tensor}.scales")
+}
+
+/// Of a quantised tensor, its scales.
+fn scales_of<'a>(view: &TensorView<'_>, files: &'a TensorFiles) -> Result<Option<TensorView<'a>>> {
+    let Some(code) = view.code() else { return Ok(None) };
+    let name = scales_name(view.name);
+    let refuse = |what: String| {
+        Error::checkpoint(format!("{}: tensor {} is {}, {what}", view.file.display(), view.name, code.name()))
+            .hint("`xlstm convert --quantize` writes the scales of every group of a row beside the codes")
+    };
+    let scales = files.get(&name).ok_or_else(|| refuse(format!("but there is no tensor {name}")))?;
+    let expected = code.scales_shape(view.shape);
+    if scales.format()? != Format::Bf16 || expected.as_deref() != Some(scales.shape) {
+        let expected = expected.map_or("a matrix of whole groups".into(), |shape| format!("BF16 {shape:?}"));
+        return Err(refuse(format!("expected {expected}, found {name} {:?}", scales.shape)));
+    }
+    Ok(Some(scales))
+}
+
+fn place<'a>(
+    view: &TensorView<'a>,
+    scales: Option<&TensorView<'a>>,
+    piece: &Piece,
+    spec: &ParameterSpec,
+) -> Result<Found<'a>> {
+    let code = view.code();
+    let mut shape = view.shape.to_vec();
+    if let (Some(code), Some(last)) = (code, shape.last_mut()) {
+        *last *= code.codes_a_byte();
+    }
+    let count = shape.first().copied().unwrap_or(0);
+    let rows = piece.rows.clone().unwrap_or(0..count);
+    if rows.start > rows.end || rows.end > count {
+        return Err(Error::checkpoint(format!(
+            "{}: parameter {} is rows {rows:?} of tensor {}, which has {count}: its shape is {shape:?}",
+            view.file.display(),
+            spec.name,
+            view.name
+        ))
+        .hint("the config.json belongs to a model of other sizes"));
+    }
+    let rows_of = |bytes: &Mapped| {
         let row = bytes.len() / count.max(1);
-        bytes = bytes.slice(rows.start * row..rows.end * row);
+        bytes.slice(rows.start * row..rows.end * row)
+    };
+    let part = |view: &TensorView<'_>| match piece.rows {
+        Some(_) => rows_of(view.bytes()),
+        None => view.bytes().clone(),
+    };
+    let numbers = match (code, scales) {
+        (Some(code), Some(scales)) => Numbers::Quantized(code, part(view), part(scales)),
+        _ => Numbers::Dense(view.format()?, part(view)),
+    };
+    if piece.rows.is_some() {
         shape[0] = rows.len();
     }
-    Ok(Found { format, bytes, file: view.file, name: view.name, shape })
+    Ok(Found { numbers, file: view.file, name: view.name, shape })
 }
 
 /// Refuses pieces that do not make up the parameter.

@@ -5,9 +5,11 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::engine::stored::Format;
+use crate::engine::quantized::{GROUP, quantize};
+use crate::engine::{Code, Format};
 use crate::error::{Error, Result};
 
 /// A tensor to be written.
@@ -17,13 +19,68 @@ pub struct Entry {
     pub name: String,
     /// Its shape.
     pub shape: Vec<usize>,
-    /// What its elements are rounded to.
-    pub format: Format,
+    /// What is written of its numbers.
+    pub part: Part,
+}
+
+/// What a tensor holds of the numbers of a parameter.
+#[derive(Clone, Copy, Debug)]
+pub enum Part {
+    /// All, rounded to a format.
+    Dense(Format),
+    /// Their codes: `shape` counts bytes.
+    Codes(Code),
+    /// The scales of the groups of these codes, in bf16.
+    Scales(Code),
+}
+
+impl Part {
+    fn dtype(self) -> &'static str {
+        match self {
+            Part::Dense(Format::F32) => "F32",
+            Part::Dense(Format::Bf16) | Part::Scales(_) => "BF16",
+            Part::Dense(Format::F16) => "F16",
+            Part::Codes(Code::Int8) => "I8",
+            Part::Codes(Code::Int4) => "U8",
+        }
+    }
+
+    /// Bytes of an element.
+    fn bytes(self) -> usize {
+        match self {
+            Part::Dense(format) => format.bytes(),
+            Part::Codes(_) => 1,
+            Part::Scales(_) => 2,
+        }
+    }
+
+    /// Numbers of the parameter that an element stands for.
+    fn numbers(self) -> usize {
+        match self {
+            Part::Dense(_) => 1,
+            Part::Codes(code) => code.codes_a_byte(),
+            Part::Scales(_) => GROUP,
+        }
+    }
+
+    /// Appends the bytes of these numbers to `bytes`.
+    fn encode(self, values: &[f32], bytes: &mut Vec<u8>) {
+        match self {
+            Part::Dense(format) => format.narrow(values, bytes),
+            Part::Codes(code) => quantize(code, values, bytes, &mut Vec::new()),
+            Part::Scales(code) => {
+                let mut scales = Vec::new();
+                quantize(code, values, &mut Vec::new(), &mut scales);
+                bytes.extend(scales.into_iter().flat_map(u16::to_le_bytes));
+            }
+        }
+    }
 }
 
 impl Entry {
-    fn bytes(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.format.bytes()
+    /// Its bytes.
+    pub fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.part.bytes()
     }
 }
 
@@ -48,8 +105,7 @@ pub fn write_tensors<'a>(
     let mut offset = 0;
     for entry in entries {
         let end = offset + entry.bytes();
-        let dtype = entry.format.name().to_uppercase();
-        let value = json!({"dtype": dtype, "shape": entry.shape, "data_offsets": [offset, end]});
+        let value = json!({"dtype": entry.part.dtype(), "shape": entry.shape, "data_offsets": [offset, end]});
         if header.insert(entry.name.clone(), value).is_some() {
             return Err(Error::checkpoint(format!("{}: two tensors {}", path.display(), entry.name)));
         }
@@ -62,17 +118,21 @@ pub fn write_tensors<'a>(
     let mut file = BufWriter::new(File::create(path).map_err(failed)?);
     file.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
     file.write_all(&header).map_err(failed)?;
-    let mut bytes = Vec::new();
     for (index, entry) in entries.iter().enumerate() {
         let values = values(index)?;
-        if values.len() * entry.format.bytes() != entry.bytes() {
+        if values.len() != entry.shape.iter().product::<usize>() * entry.part.numbers() {
             let (found, name) = (values.len(), &entry.name);
             return Err(Error::checkpoint(format!("{found} values for tensor {name} {:?}", entry.shape)));
         }
-        for part in values.chunks(1 << 16) {
-            bytes.clear();
-            entry.format.narrow(part, &mut bytes);
-            file.write_all(&bytes).map_err(failed)?;
+        // On all threads a part each, and then in order.
+        for parts in values.chunks(1 << 20) {
+            let encode = |values: &[f32]| {
+                let mut bytes = Vec::new();
+                entry.part.encode(values, &mut bytes);
+                bytes
+            };
+            let encoded: Vec<Vec<u8>> = parts.par_chunks(1 << 16).map(encode).collect();
+            encoded.iter().try_for_each(|bytes| file.write_all(bytes)).map_err(failed)?;
         }
     }
     file.flush().map_err(failed)

@@ -9,7 +9,7 @@ use super::interface::Model;
 use super::language_model::LanguageModel;
 use super::objective::check_length;
 use crate::engine::operation::Element;
-use crate::engine::{Device, Ids, Mode, Program, Tape, Var};
+use crate::engine::{Device, Ids, Mode, Program, Storable, Tape, Var};
 use crate::error::{Error, Result};
 use crate::marks::PAD;
 use crate::nn::{Context, Weights};
@@ -304,12 +304,12 @@ impl Recording {
     }
 }
 
-/// Whether each parameter of `model` may be in 16 bits where it runs on the processor: see
-/// [`Tape::narrow_parameters`].
+/// In how few bits each parameter of `model` may be where it runs on the processor: see
+/// [`Tape::storable_parameters`].
 ///
 /// # Errors
 /// When the model's shapes do not fit.
-pub fn narrow_parameters(model: &LanguageModel) -> Result<Vec<bool>> {
+pub fn storable_parameters(model: &LanguageModel) -> Result<Vec<Storable>> {
     let key = Key { batch: 1, length: 1, logits: Logits::Last, padded: false };
-    Ok(Recording::new(model, key)?.tape.narrow_parameters(model.specs().len()))
+    Ok(Recording::new(model, key)?.tape.storable_parameters(model.specs().len()))
 }

@@ -10,13 +10,13 @@ use rayon::prelude::*;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::ROWS};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
-use crate::engine::narrow;
 use crate::engine::operation::{Backward, Forward, Kernel, Slots, scratch};
 #[cfg(feature = "cuda")]
 use crate::engine::operation::{MAX_SLOTS, NodeShapes};
+use crate::engine::projection::project;
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{add_to, axpy, vectorize};
-use crate::engine::{Scalar, Shape};
+use crate::engine::{Scalar, Shape, Storable};
 use crate::error::{Error, Result};
 use crate::ops::TILE;
 use crate::ops::linear::{reduce_tiles, sum_rows};
@@ -101,8 +101,9 @@ impl Kernel for ConcatLinear {
         1 << self.parts
     }
 
-    fn narrow(&self) -> u32 {
-        1 << self.parts
+    fn storable(&self, slot: usize) -> Storable {
+        // Groups of quantised weights may lie across two parts.
+        if slot == self.parts { Storable::Half } else { Storable::Wide }
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -120,13 +121,8 @@ impl Kernel for ConcatLinear {
             if width == 0 {
                 continue;
             }
-            if let Some(w) = io.narrow[self.parts] {
-                narrow::linear(y, x, w, [rows, width, outer], [first, total], true, io.scratch);
-            } else {
-                let w = MatRef::new(io.input(self.parts), outer, total).columns_at(first, width);
-                let x = MatRef::new(x, rows, width);
-                product(MatMut::new(y, rows, outer), T::ONE, x, w.t(), true, Threads::All);
-            }
+            let w = io.weight(self.parts);
+            project(y, x, w, [rows, width, outer], [first, total], true, io.scratch);
             first += width;
         }
     }

@@ -8,7 +8,7 @@ use crate::engine::matrix::MatMut;
 use crate::engine::operation::{Backward, Forward, Kernel, Slots};
 use crate::engine::tape::{Ids, Tape, Var};
 use crate::engine::vector::{add_to, vectorize};
-use crate::engine::{Scalar, Shape};
+use crate::engine::{Scalar, Shape, Storable};
 use crate::error::{Error, Result};
 use crate::ops::TILE;
 
@@ -56,8 +56,8 @@ impl Kernel for Embedding {
         1
     }
 
-    fn narrow(&self) -> u32 {
-        1
+    fn storable(&self, _slot: usize) -> Storable {
+        Storable::Quantized
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {

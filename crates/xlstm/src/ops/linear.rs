@@ -5,11 +5,11 @@ use rayon::prelude::*;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, blas::Operand, blas::Product};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
-use crate::engine::narrow;
 use crate::engine::operation::{Backward, Forward, Kernel, Slots, scratch};
+use crate::engine::projection::project;
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{add_to, vectorize};
-use crate::engine::{Scalar, Shape};
+use crate::engine::{Scalar, Shape, Storable};
 use crate::error::{Error, Result};
 use crate::ops::TILE;
 
@@ -52,8 +52,8 @@ impl Kernel for Linear {
         1 << 1
     }
 
-    fn narrow(&self) -> u32 {
-        1 << 1
+    fn storable(&self, slot: usize) -> Storable {
+        if slot == 1 { Storable::Quantized } else { Storable::Wide }
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -66,13 +66,8 @@ impl Kernel for Linear {
             });
         }
         let accumulate = io.inputs[2].is_some();
-        if let Some(w) = io.narrow[1] {
-            let (size, columns) = ([rows, inner, outer], [0, inner]);
-            return narrow::linear(y, io.input(0), w, size, columns, accumulate, io.scratch);
-        }
-        let x = MatRef::new(io.input(0), rows, inner);
-        let w = MatRef::new(io.input(1), outer, inner);
-        product(MatMut::new(y, rows, outer), T::ONE, x, w.t(), accumulate, Threads::All);
+        let (size, columns) = ([rows, inner, outer], [0, inner]);
+        project(y, io.input(0), io.weight(1), size, columns, accumulate, io.scratch);
     }
 
     /// dx += dy W, dW += dy^T x, db += sum over rows of dy.

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use xlstm::engine::Storable;
 use xlstm::folder::tensors::{TensorFile, TensorFiles};
 use xlstm::folder::weights::{Recipe, WeightFiles};
 use xlstm::nn::{Builder, Init, ParameterSpec};
@@ -217,7 +218,38 @@ fn weights_that_do_not_fit_are_refused_before_they_are_read() {
     let twice = placed(&folder.0, &[8, 3], Recipe::stacked(["f", "f"])).expect("a model");
     assert_eq!(twice.parameters().values[0], [&all[..], &all[..]].concat());
     // One piece stays where it is; two are copied, in 16 bits.
-    assert_eq!(rows.stored(&[true])[0].copied_bytes(), 0);
-    assert_eq!(twice.stored(&[true])[0].copied_bytes(), 48);
-    assert_eq!(twice.stored(&[false])[0].copied_bytes(), 96);
+    assert_eq!(rows.stored(&[Storable::Half])[0].copied_bytes(), 0);
+    assert_eq!(twice.stored(&[Storable::Half])[0].copied_bytes(), 48);
+    assert_eq!(twice.stored(&[Storable::Wide])[0].copied_bytes(), 96);
+}
+
+#[test]
+fn quantised_weights_come_with_the_scales_of_all_groups() {
+    let folder = Folder::new("quantised");
+    let fails = |entries: &[String], bytes: usize, texts: &[&str]| {
+        folder.write("model.safetensors", &file(&format!("{{{}}}", entries.join(",")), bytes));
+        let error = placed(&folder.0, &[2, 64], Recipe::tensor("w")).expect_err("refused");
+        says(&error, &[&["model.safetensors", "tensor w is int8"], texts].concat());
+    };
+    let codes = format!(r#""w":{}"#, tensor("I8", "[2,64]", 0, 128));
+    fails(std::slice::from_ref(&codes), 128, &["no tensor w.scales"]);
+    let scales = |dtype: &str, shape: &str, end: u64| {
+        [codes.clone(), format!(r#""w.scales":{}"#, tensor(dtype, shape, 128, end))]
+    };
+    fails(&scales("BF16", "[2,1]", 132), 132, &["BF16 [2, 2]", "found w.scales [2, 1]"]);
+    fails(&scales("F16", "[2,2]", 136), 136, &["BF16 [2, 2]"]);
+    // Rows that are no whole number of groups.
+    let ragged = [
+        format!(r#""w":{}"#, tensor("I8", "[2,40]", 0, 80)),
+        format!(r#""w.scales":{}"#, tensor("BF16", "[2,1]", 80, 84)),
+    ];
+    fails(&ragged, 84, &["a matrix of whole groups"]);
+    let sound = scales("BF16", "[2,2]", 136);
+    folder.write("model.safetensors", &file(&format!("{{{}}}", sound.join(",")), 136));
+    let whole = placed(&folder.0, &[2, 64], Recipe::tensor("w")).expect("a matrix");
+    assert!(whole.unused().is_empty());
+    assert!(whole.stored(&[Storable::Quantized])[0].copied_bytes() <= 8, "codes stay in the file");
+    assert_eq!(whole.stored(&[Storable::Half])[0].copied_bytes(), 512);
+    let row = placed(&folder.0, &[1, 64], Recipe::rows("w", 1..2)).expect("a row");
+    assert_eq!(row.parameters().values[0], whole.parameters().values[0][64..]);
 }

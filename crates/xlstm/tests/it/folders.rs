@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use xlstm::engine::{Device, Format};
 use xlstm::folder::convert::{Conversion, Target, convert};
 use xlstm::folder::tensors::TensorFiles;
-use xlstm::folder::writer::{Entry, write_tensors};
+use xlstm::folder::writer::{Entry, Part, write_tensors};
 use xlstm::folder::{Kind, ModelFolder, OpenOptions, write};
 use xlstm::generate::{Sampler, Sampling};
 use xlstm::model::{LanguageModel, Logits, ModelConfig, Runner};
@@ -268,7 +268,7 @@ fn write_small(
     let (mut entries, mut all) = (Vec::new(), Vec::new());
     for (spec, values) in model.specs().iter().zip(&parameters.values) {
         let (shape, values) = theirs(&spec.name, &spec.shape, values.clone());
-        entries.push(Entry { name: spec.name.clone(), shape, format: Format::F32 });
+        entries.push(Entry { name: spec.name.clone(), shape, part: Part::Dense(Format::F32) });
         all.push(values);
     }
     std::fs::create_dir_all(path).expect("a folder");
