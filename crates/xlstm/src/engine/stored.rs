@@ -271,7 +271,10 @@ impl<T: Scalar> Stored<T> {
     pub fn bytes(&self) -> usize {
         match &self.0 {
             Numbers::Wide(place) => size_of_val(place.numbers()),
-            Numbers::Narrow(_, place) => size_of_val(place.numbers()),
+            Numbers::Half(_, place) => size_of_val(place.numbers()),
+            Numbers::Quantized(_, codes, scales) => {
+                size_of_val(codes.numbers()) + size_of_val(scales.numbers())
+            }
         }
     }
 
