@@ -19,7 +19,8 @@ exec python3 - "$@" <<'PYTHON'
 import datetime, json, os, pathlib, statistics, subprocess, sys
 
 CASES = """large-128 large-256 lm-mlstm-128 lm-mlstm-256 lm-slstm-128 lm-slstm-256 lm-mixed-128 pyx-slstm-128
-pyx-slstm-256 pyx-mlstm-128 pyx-mlstm-256 lstm-128 lstm-eq256 gpt-128 gpt-256 infer-50m infer-50m:bf16""".split()
+pyx-slstm-256 pyx-mlstm-128 pyx-mlstm-256 lstm-128 lstm-eq256 gpt-128 gpt-256 infer-50m infer-50m:bf16
+infer-50m:int8 infer-50m:int4""".split()
 rounds, threads = int(os.environ.get("ROUNDS", "5")), os.environ.get("THREADS", "2")
 peers, script = os.environ.get("PEERS"), os.environ.get("PEER_SCRIPT", "scripts/cpu_peers.py")
 results = pathlib.Path("docs/results")

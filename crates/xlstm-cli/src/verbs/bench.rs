@@ -3,8 +3,8 @@
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use xlstm::bench::{Floor, Measured, PRESETS, Preset, Trained, cells, decode, prefill, train_steps};
-use xlstm::engine::{Device, DeviceChoice, Format, OperationTime};
+use xlstm::bench::{Floor, Measured, PRESETS, Preset, Storage, Trained, cells, decode, prefill, train_steps};
+use xlstm::engine::{Device, DeviceChoice, OperationTime};
 use xlstm::{Error, Result};
 
 use crate::device::DeviceArgs;
@@ -58,9 +58,9 @@ struct ReadingArgs {
     /// auto (a GPU where one can be used), cpu or cuda:N
     #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto)]
     device: DeviceChoice,
-    /// What the weights are stored in: f32, bf16 or f16
+    /// What the weights are stored in: f32, bf16, f16, int8 or int4
     #[arg(long, value_name = "DTYPE", default_value = "f32")]
-    dtype: Format,
+    dtype: Storage,
     /// CPU threads; 0 = all
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: usize,

@@ -2,12 +2,14 @@
 //! written, opened and read where it lies, and a [`Runner`] reads the tokens.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Instant;
 
 use super::{Measured, Preset, check_repeats, peak_megabytes};
-use crate::engine::{Device, Format};
+use crate::engine::{Code, Device, Format};
 use crate::error::{Error, Result};
 use crate::files::next_numbered_folder;
+use crate::folder::convert::{Conversion, Target, convert};
 use crate::folder::{ModelFolder, initialize};
 use crate::generate::{Sampler, Sampling};
 use crate::model::{LanguageModel, Logits, Runner};
@@ -15,14 +17,46 @@ use crate::nn::Weights;
 use crate::rng::Rng;
 use crate::state::State;
 
+/// How the weights that are read are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Storage {
+    /// All in a number format.
+    Dense(Format),
+    /// Weight matrices quantised, all else in f32.
+    Quantized(Code),
+}
+
+impl Storage {
+    /// `f32`, `bf16`, `f16`, `int8` or `int4`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Storage::Dense(format) => format.name(),
+            Storage::Quantized(code) => code.name(),
+        }
+    }
+}
+
+impl FromStr for Storage {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Storage> {
+        let code = [Code::Int8, Code::Int4].into_iter().find(|code| code.name() == text);
+        let dense = || text.parse().map(Storage::Dense);
+        code.map_or_else(dense, |code| Ok(Storage::Quantized(code))).map_err(|_| {
+            Error::config(format!("{text:?} is no number format"))
+                .hint("there are f32, bf16, f16, int8 and int4")
+        })
+    }
+}
+
 /// Times the reading of a preset's prompt by one session, with logits after its last token alone,
-/// `repeats` times; weights are stored in `format`.
+/// `repeats` times; weights are stored as `storage` says.
 ///
 /// # Errors
 /// When there is nothing to time, the folder cannot be written, or a GPU fails.
-pub fn prefill(preset: &Preset, device: &Device, format: Format, repeats: usize) -> Result<Measured> {
+pub fn prefill(preset: &Preset, device: &Device, storage: Storage, repeats: usize) -> Result<Measured> {
     check_repeats(repeats)?;
-    let mut opened = Opened::new(preset, device, format)?;
+    let mut opened = Opened::new(preset, device, storage)?;
     let runner = &mut opened.runner;
     let prompt = prompt(preset);
     let mut seconds = Vec::with_capacity(repeats);
@@ -48,14 +82,14 @@ pub fn prefill(preset: &Preset, device: &Device, format: Format, repeats: usize)
 }
 
 /// Times the drawing of a preset's tokens after its prompt, the likeliest each time, one at a time by
-/// each of `sessions`, all as one batch, `repeats` times; weights are stored in `format`.
+/// each of `sessions`, all as one batch, `repeats` times; weights are stored as `storage` says.
 ///
 /// # Errors
 /// As [`prefill`]; when there is no session.
 pub fn decode(
     preset: &Preset,
     device: &Device,
-    format: Format,
+    storage: Storage,
     sessions: usize,
     repeats: usize,
 ) -> Result<Measured> {
@@ -63,7 +97,7 @@ pub fn decode(
     if sessions == 0 {
         return Err(Error::config("0 sessions draw no token").hint("at least 1 is needed"));
     }
-    let mut opened = Opened::new(preset, device, format)?;
+    let mut opened = Opened::new(preset, device, storage)?;
     let runner = &mut opened.runner;
     let logits = runner.read(&prompt(preset), Logits::Last)?;
     let after = runner.state()?;
@@ -109,11 +143,19 @@ struct Opened {
 }
 
 impl Opened {
-    fn new(preset: &Preset, device: &Device, format: Format) -> Result<Opened> {
+    fn new(preset: &Preset, device: &Device, storage: Storage) -> Result<Opened> {
         let model = LanguageModel::new(&preset.model)?;
         let folder = Temporary::new()?;
         let path = folder.0.join("model");
-        initialize(&path, &model, format, 1, device)?;
+        match storage {
+            Storage::Dense(format) => initialize(&path, &model, format, 1, device)?,
+            Storage::Quantized(code) => {
+                let wide = folder.0.join("wide");
+                initialize(&wide, &model, Format::F32, 1, device)?;
+                let conversion = Conversion { quantize: Some(code), ..Conversion::to(Target::Ours) };
+                convert(&ModelFolder::load(&wide)?, &conversion, &path, &mut |_| {})?;
+            }
+        }
         forget_peak();
         let opened = ModelFolder::load(&path)?;
         let weights = opened.weights(device)?;
@@ -166,17 +208,20 @@ mod tests {
     #[test]
     fn prefill_and_decode_are_timed() {
         let (preset, device) = (tiny(), Device::cpu(1).unwrap());
-        let read = prefill(&preset, &device, Format::F32, 2).unwrap();
+        let read = prefill(&preset, &device, Storage::Dense(Format::F32), 2).unwrap();
         assert_eq!((read.seconds.len(), read.tokens), (2, preset.prompt));
         assert!(read.tokens_per_second() > 0.0 && read.operations > 0.0);
-        let wide = decode(&preset, &device, Format::F32, 3, 2).unwrap();
+        let wide = decode(&preset, &device, Storage::Dense(Format::F32), 3, 2).unwrap();
         assert_eq!((wide.seconds.len(), wide.tokens), (2, 3 * preset.drawn));
         // Of the embedding (11, 16) a step reads a row, of all else every number.
         let numbers = |bytes: f64| bytes / 4.0;
         assert_eq!(numbers(read.bytes), (read.parameters - 11 * 16) as f64);
-        let narrow = decode(&preset, &device, Format::Bf16, 3, 1).unwrap();
+        let narrow = decode(&preset, &device, Storage::Dense(Format::Bf16), 3, 1).unwrap();
         assert!(narrow.bytes < wide.bytes, "{} and {}", narrow.bytes, wide.bytes);
-        assert!(decode(&preset, &device, Format::F32, 0, 1).is_err());
-        assert!(prefill(&preset, &device, Format::F32, 0).is_err());
+        let coded = decode(&preset, &device, "int8".parse().unwrap(), 3, 1).unwrap();
+        assert!(coded.bytes < wide.bytes, "{} and {}", coded.bytes, wide.bytes);
+        assert!("int3".parse::<Storage>().unwrap_err().hint_text().is_some());
+        assert!(decode(&preset, &device, Storage::Dense(Format::F32), 0, 1).is_err());
+        assert!(prefill(&preset, &device, Storage::Dense(Format::F32), 0).is_err());
     }
 }

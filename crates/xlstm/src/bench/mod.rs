@@ -20,7 +20,7 @@ pub mod training;
 
 pub use cell::{CellTimes, cells};
 pub use floor::Floor;
-pub use inference::{decode, prefill};
+pub use inference::{Storage, decode, prefill};
 pub use presets::{PRESETS, Preset};
 pub use training::{Trained, train_steps};
 
