@@ -91,6 +91,9 @@ mod tests {
             "xlstm convert --model m --to hugging-face --dtype bf16 --weights fused --out o",
             "xlstm convert --model m --config c.yaml --set a.b=1 --to nx-ai --out o",
             "xlstm bench train --preset lm-mlstm-128 --threads 2 --json",
+            "xlstm bench prefill --preset infer-50m --dtype bf16 --threads 2 --repeats 5",
+            "xlstm bench decode --preset infer-50m --dtype f32 --sessions 4 --device cpu --json",
+            "xlstm bench cell --preset lm-mixed-128 --threads 1 --json",
             "xlstm doctor",
         ] {
             Cli::try_parse_from(line.split(' ')).unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -115,6 +118,8 @@ mod tests {
             "xlstm bench",
             "xlstm bench train --preset gpt-5",
             "xlstm bench train --preset lm-mlstm-128 --steps 0",
+            "xlstm bench decode --preset infer-50m --sessions 0",
+            "xlstm bench prefill --preset infer-50m --dtype int3",
             "xlstm init shakespeare",
             "xlstm init shakespeare --out m --dtype int8",
             "xlstm inspect",

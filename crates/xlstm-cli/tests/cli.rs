@@ -395,6 +395,36 @@ fn a_full_disk_is_an_error() {
     assert!(stderr.contains("cannot write to stdout") && !stderr.contains("panicked"), "{stderr}");
 }
 
+/// Every kind of bench with as few repetitions as there can be: one JSON object for each thing
+/// measured, and lines for people.
+#[test]
+fn benches() {
+    let folder = Folder::new("bench");
+    let preset = ["--preset", "lm-mixed-128"];
+    let cases: [(&[&str], usize); 4] = [
+        (&["train", "--steps", "1", "--device", "cpu"], 1),
+        (&["prefill", "--repeats", "1", "--device", "cpu"], 1),
+        (&["decode", "--repeats", "1", "--device", "cpu", "--dtype", "bf16", "--sessions", "2"], 1),
+        (&["cell", "--repeats", "1"], 2),
+    ];
+    for (case, objects) in cases {
+        let (lines, _) = folder.ok(&[&["bench"], case, &preset, &["--threads", "1", "--json"]].concat());
+        assert_eq!(lines.lines().count(), objects, "{case:?}: {lines}");
+        for line in lines.lines() {
+            let report: serde_json::Value = serde_json::from_str(line).expect("JSON");
+            assert_eq!(report["preset"], "lm-mixed-128");
+            assert!(report["params"].is_u64(), "{line}");
+            let rates = ["product_gflops", "bandwidth_gb_s"];
+            for key in ["tokens_per_s", "ms", "gflops", "floor_share"].iter().chain(&rates) {
+                assert!(report[key].as_f64().is_some_and(|x| x > 0.0 && x.is_finite()), "{key}: {line}");
+            }
+        }
+    }
+    let (text, _) = folder.ok(&["bench", "cell", "--preset", "lstm-128", "--repeats", "1"]);
+    assert!(text.contains("LSTM cell, 1 head of 160") && text.contains("floor "), "{text}");
+    folder.fails(&["bench", "cell", "--preset", "gpt-128"], &["gpt-128", "no recurrent cell"]);
+}
+
 /// The Python original's configuration, as it stands.
 #[test]
 fn a_configuration_of_the_original() {

@@ -30,6 +30,7 @@
 //! Equations use the symbols of [`notation`]; errors are one type, [`Error`].
 #![deny(missing_docs)]
 
+pub mod bench;
 pub mod cell;
 pub mod checkpoint;
 pub mod data;

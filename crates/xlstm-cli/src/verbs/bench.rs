@@ -1,14 +1,17 @@
-//! `xlstm bench`: how fast this machine is.
+//! `xlstm bench`: how fast this machine is, and how much of what it could do that is.
 
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use xlstm::train::bench::{PRESETS, Preset, train_steps};
+use xlstm::bench::{Floor, Measured, PRESETS, Preset, Storage, Trained, cells, decode, prefill, train_steps};
+use xlstm::engine::{Device, DeviceChoice, OperationTime};
 use xlstm::{Error, Result};
 
 use crate::device::DeviceArgs;
 use crate::output;
 
-/// Measure how fast this machine is.
+/// Measure how fast this machine is, beside its own floor: the time that matrix products or reads of
+/// memory alone would take, at rates measured in the same run.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     #[command(subcommand)]
@@ -18,88 +21,242 @@ pub struct BenchArgs {
 #[derive(Debug, Subcommand)]
 enum Kind {
     Train(TrainBenchArgs),
+    Prefill(PrefillBenchArgs),
+    Decode(DecodeBenchArgs),
+    Cell(CellBenchArgs),
+}
+
+/// What all kinds have.
+#[derive(Debug, Args)]
+struct Common {
+    /// The model and its shapes
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(PRESETS))]
+    preset: String,
+    /// Print JSON, one object a line, instead of lines for people
+    #[arg(long)]
+    json: bool,
 }
 
 /// Time whole training steps (forward, backward, clipping, AdamW) on random tokens.
 #[derive(Debug, Args)]
 struct TrainBenchArgs {
-    /// The model and batch shape
-    #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(PRESETS))]
-    preset: String,
+    #[command(flatten)]
+    common: Common,
     #[command(flatten)]
     device: DeviceArgs,
     /// Steps to time, after three that do not count
-    #[arg(long, value_name = "N", default_value_t = 7, value_parser = steps)]
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = count)]
     steps: usize,
     /// Also show where the time goes, operation by operation
     #[arg(long)]
     profile: bool,
-    /// Print one JSON object instead of lines for people
-    #[arg(long)]
-    json: bool,
 }
 
-fn steps(text: &str) -> std::result::Result<usize, String> {
+/// Where a model is read, and how it is stored.
+#[derive(Debug, Args)]
+struct ReadingArgs {
+    /// auto (a GPU where one can be used), cpu or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto)]
+    device: DeviceChoice,
+    /// What the weights are stored in: f32, bf16, f16, int8 or int4
+    #[arg(long, value_name = "DTYPE", default_value = "f32")]
+    dtype: Storage,
+    /// CPU threads; 0 = all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    threads: usize,
+    /// Repetitions to time, after one that does not count
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = count)]
+    repeats: usize,
+}
+
+impl ReadingArgs {
+    fn choose(&self) -> Result<Device> {
+        let (device, line) = Device::choose(self.device, None, self.threads)?;
+        output::note(&line);
+        Ok(device)
+    }
+}
+
+/// Time the reading of a prompt by one session, with logits after its last token alone.
+#[derive(Debug, Args)]
+struct PrefillBenchArgs {
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    reading: ReadingArgs,
+}
+
+/// Time the drawing of tokens, the likeliest each time, one after the other.
+#[derive(Debug, Args)]
+struct DecodeBenchArgs {
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    reading: ReadingArgs,
+    /// Sessions that are decoded at once, as one batch
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count)]
+    sessions: usize,
+}
+
+/// Time the recurrent cell of a model alone at its training shape, on the processor.
+#[derive(Debug, Args)]
+struct CellBenchArgs {
+    #[command(flatten)]
+    common: Common,
+    /// CPU threads; 0 = all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    threads: usize,
+    /// Repetitions to time, after two that do not count
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = count)]
+    repeats: usize,
+}
+
+fn count(text: &str) -> std::result::Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".into())
 }
 
-#[derive(Serialize)]
+/// The `--json` object.
+#[derive(Default, Serialize)]
 struct Report<'a> {
     preset: &'a str,
     params: usize,
     tokens_per_s: f64,
     ms: f64,
-    /// Launched kernel by kernel, on a GPU.
+    /// Of launches kernel by kernel, on a GPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     plain_ms: Option<f64>,
+    /// Of a cell: forward alone, as evaluation has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    forward_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cell: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dtype: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sessions: Option<usize>,
     peak_memory_mb: Option<f64>,
     gflops: f64,
+    /// None on a GPU, as the rates.
+    floor_share: Option<f64>,
+    product_gflops: Option<f64>,
+    bandwidth_gb_s: Option<f64>,
+}
+
+impl<'a> Report<'a> {
+    fn new(preset: &'a Preset, measured: &Measured, floor: Option<&Floor>) -> Report<'a> {
+        Report {
+            preset: preset.name,
+            params: measured.parameters,
+            tokens_per_s: measured.tokens_per_second(),
+            ms: measured.median() * 1e3,
+            peak_memory_mb: measured.peak_megabytes,
+            gflops: measured.gigaflops(),
+            floor_share: floor.map(|floor| measured.floor_share(floor)),
+            product_gflops: floor.map(|floor| floor.product_gigaflops),
+            bandwidth_gb_s: floor.map(|floor| floor.bandwidth_gigabytes),
+            ..Report::default()
+        }
+    }
+
+    /// Prints it as JSON, or for people: `what` ran, and the name of a repetition.
+    fn print(&self, json: bool, what: &str, (unit, repeats): (&str, usize), more: &str) -> Result<()> {
+        if json {
+            let line = serde_json::to_string(self)
+                .map_err(|e| Error::config(format!("the report cannot be written as JSON: {e}")))?;
+            return output::data(&format!("{line}\n"));
+        }
+        let plain =
+            self.plain_ms.map_or_else(String::new, |ms| format!(", {ms:.1} ms launched kernel by kernel"));
+        let forward = self.forward_ms.map_or_else(String::new, |ms| format!(", {ms:.2} ms forward alone"));
+        let memory = self.peak_memory_mb.map_or_else(|| "unknown".into(), |mb| format!("{mb:.0} MB"));
+        let floor = match (self.floor_share, self.product_gflops, self.bandwidth_gb_s) {
+            (Some(share), Some(products), Some(bandwidth)) => format!(
+                "floor        {:.0} % of it ({products:.0} GFLOP/s in products, {bandwidth:.1} GB/s read)\n",
+                share * 100.0
+            ),
+            _ => String::new(),
+        };
+        output::data(&format!(
+            "preset       {} ({what})\nparameters   {}\nspeed        {:.0} tokens/s\n\
+             {unit:<12} {:.2} ms (median of {repeats}){plain}{forward}\npeak memory  {memory}\n\
+             products     {:.1} GFLOP/s\n{floor}{more}",
+            self.preset, self.params, self.tokens_per_s, self.ms, self.gflops,
+        ))
+    }
 }
 
 /// Runs the verb.
 ///
 /// # Errors
-/// Those of starting the threads and building the model.
+/// Those of starting the threads, building the model and writing its folder.
 pub fn run(args: &BenchArgs) -> Result<()> {
-    let Kind::Train(args) = &args.kind;
-    let preset = Preset::named(&args.preset)?;
+    match &args.kind {
+        Kind::Train(args) => train(args),
+        Kind::Prefill(args) => read(&args.common, &args.reading, None),
+        Kind::Decode(args) => read(&args.common, &args.reading, Some(args.sessions)),
+        Kind::Cell(args) => time_cells(args),
+    }
+}
+
+fn train(args: &TrainBenchArgs) -> Result<()> {
+    let preset = Preset::named(&args.common.preset)?;
     let device = args.device.choose()?;
-    let measured = train_steps(&preset, &device, args.steps)?;
-    let report = Report {
-        preset: preset.name,
-        params: measured.parameters,
-        tokens_per_s: measured.tokens_per_second,
-        ms: measured.median * 1e3,
-        plain_ms: measured.plain_median.map(|seconds| seconds * 1e3),
-        peak_memory_mb: measured.peak_megabytes,
-        gflops: measured.gigaflops,
+    let Trained { measured, plain, operations, .. } = train_steps(&preset, &device, args.steps)?;
+    let floor = Floor::measure(&device);
+    let plain_ms = plain.map(|plain| plain.median() * 1e3);
+    let report = Report { plain_ms, ..Report::new(&preset, &measured, floor.as_ref()) };
+    let what = format!("batch {} x {}, {device}", preset.batch_size, preset.length);
+    let table = if args.profile { table(&operations) } else { String::new() };
+    report.print(args.common.json, &what, ("step", measured.seconds.len()), &table)
+}
+
+/// Where the time goes.
+fn table(operations: &[OperationTime]) -> String {
+    let row = |row: &OperationTime| {
+        format!("{:<16} {:>5} {:>11.2} {:>12.2}\n", row.name, row.nodes, row.forward, row.backward)
     };
-    if args.json {
-        let line = serde_json::to_string(&report)
-            .map_err(|e| Error::config(format!("the report cannot be written as JSON: {e}")))?;
-        return output::data(&format!("{line}\n"));
-    }
-    let mut table = String::new();
-    if args.profile {
-        table += "\noperation        nodes  forward ms  backward ms\n";
-        for row in &measured.operations {
-            table +=
-                &format!("{:<16} {:>5} {:>11.2} {:>12.2}\n", row.name, row.nodes, row.forward, row.backward);
+    let rows: String = operations.iter().map(row).collect();
+    format!("\noperation        nodes  forward ms  backward ms\n{rows}")
+}
+
+/// Prefill, or decoding by so many sessions.
+fn read(common: &Common, args: &ReadingArgs, sessions: Option<usize>) -> Result<()> {
+    let preset = Preset::named(&common.preset)?;
+    let device = args.choose()?;
+    let (dtype, (prompt, drawn)) = (args.dtype.name(), (preset.prompt, preset.drawn));
+    let (measured, unit, what) = match sessions {
+        None => {
+            let measured = prefill(&preset, &device, args.dtype, args.repeats)?;
+            (measured, "prompt", format!("prefill of {prompt}, weights in {dtype}, {device}"))
         }
+        Some(sessions) => {
+            let measured = decode(&preset, &device, args.dtype, sessions, args.repeats)?;
+            let by = if sessions == 1 { "1 session".into() } else { format!("{sessions} sessions") };
+            let what = format!("decode of {drawn} after {prompt} by {by}, weights in {dtype}, {device}");
+            (measured, "all tokens", what)
+        }
+    };
+    let floor = Floor::measure(&device);
+    let report = Report { dtype: Some(dtype), sessions, ..Report::new(&preset, &measured, floor.as_ref()) };
+    report.print(common.json, &what, (unit, measured.seconds.len()), "")
+}
+
+fn time_cells(args: &CellBenchArgs) -> Result<()> {
+    let preset = Preset::named(&args.common.preset)?;
+    let (device, line) = Device::choose(DeviceChoice::Cpu, None, args.threads)?;
+    output::note(&line);
+    let times = cells(&preset, &device, args.repeats)?;
+    let floor = Floor::measure(&device);
+    for cell in &times {
+        let forward_ms = Some(cell.forward.median() * 1e3);
+        let report = Report {
+            forward_ms,
+            cell: Some(cell.name),
+            ..Report::new(&preset, &cell.training, floor.as_ref())
+        };
+        let (batch, length) = (preset.batch_size, preset.length);
+        let what = format!("{} cell, {}, batch {batch} x {length}, {device}", cell.name, cell.shape);
+        report.print(args.common.json, &what, ("both ways", cell.training.seconds.len()), "")?;
     }
-    let memory = report.peak_memory_mb.map_or_else(|| "unknown".into(), |mb| format!("{mb:.0} MB"));
-    let plain =
-        report.plain_ms.map_or_else(String::new, |ms| format!(", {ms:.1} ms launched kernel by kernel"));
-    output::data(&format!(
-        "preset       {} (batch {} x {}, {device})\nparameters   {}\nspeed        {:.0} tokens/s\n\
-         step         {:.1} ms (median of {}){plain}\npeak memory  {memory}\nproducts     {:.1} GFLOP/s\n{table}",
-        report.preset,
-        preset.batch_size,
-        preset.length,
-        report.params,
-        report.tokens_per_s,
-        report.ms,
-        measured.seconds.len(),
-        report.gflops,
-    ))
+    Ok(())
 }

@@ -267,6 +267,17 @@ impl<T: Scalar> Stored<T> {
         Stored(Numbers::Wide(Place::Owned(values)))
     }
 
+    /// Bytes of its numbers as they are kept.
+    pub fn bytes(&self) -> usize {
+        match &self.0 {
+            Numbers::Wide(place) => size_of_val(place.numbers()),
+            Numbers::Half(_, place) => size_of_val(place.numbers()),
+            Numbers::Quantized(_, codes, scales) => {
+                size_of_val(codes.numbers()) + size_of_val(scales.numbers())
+            }
+        }
+    }
+
     /// Bytes in memory that no file backs.
     pub fn copied_bytes(&self) -> usize {
         match &self.0 {

@@ -9,7 +9,7 @@ use super::stack::Stack;
 use super::transformer::TransformerStack;
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
-use crate::nn::{Builder, Context, Family, ModelConfig};
+use crate::nn::{Builder, Context, Family, ModelConfig, Parameter};
 
 /// Layers that map features to features and carry a state, whatever the family.
 pub trait Backbone: Debug + Send + Sync {
@@ -32,9 +32,9 @@ pub trait Backbone: Debug + Send + Sync {
     /// Multiplications that a token costs besides those with weight matrices.
     fn cell_products(&self) -> usize;
 
-    /// Numbers in matrices that are looked up, not multiplied by.
-    fn looked_up(&self) -> usize {
-        0
+    /// The matrix of which rows are looked up, where there is one.
+    fn looked_up(&self) -> Option<Parameter> {
+        None
     }
 
     /// The most tokens of a document, where there is such a limit.

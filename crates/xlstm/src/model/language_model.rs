@@ -148,15 +148,31 @@ impl LanguageModel {
         }
     }
 
+    /// Whether a token reads the whole of each parameter, in their order: of the others, the
+    /// embedding and learned positions, it reads a row. An embedding that is the head is read whole.
+    pub fn reads_whole(&self) -> Vec<bool> {
+        let embedding = (!self.config.tie_weights).then_some(self.embedding);
+        let tables: Vec<usize> =
+            embedding.into_iter().chain(self.backbone.looked_up()).map(Parameter::index).collect();
+        (0..self.specs.len()).map(|index| !tables.contains(&index)).collect()
+    }
+
+    /// Multiplications of a token with weight matrices, those of the head among them.
+    pub fn weight_products(&self) -> u64 {
+        let read =
+            self.specs.iter().zip(self.reads_whole()).filter(|(spec, whole)| *whole && spec.shape.len() >= 2);
+        read.map(|(spec, _)| spec.shape.iter().product::<usize>() as u64).sum()
+    }
+
+    /// Those of the head alone.
+    pub fn head_products(&self) -> u64 {
+        self.head.len() as u64
+    }
+
     /// Floating-point operations of a forward pass, a token: two for every weight of a
     /// projection and what the cells do with their states. Training takes three times that.
     pub fn flops_per_token(&self) -> u64 {
-        let matrices = self.specs.iter().filter(|spec| spec.shape.len() >= 2);
-        let weights: usize = matrices.map(|spec| spec.shape.iter().product::<usize>()).sum();
-        // Of the embedding a row is read; a head that shares its weights multiplies by all of them.
-        let read_only = if self.config.tie_weights { 0 } else { self.embedding.len() };
-        let read_only = read_only + self.backbone.looked_up();
-        2 * (weights - read_only + self.backbone.cell_products()) as u64
+        2 * (self.weight_products() + self.backbone.cell_products() as u64)
     }
 
     /// The most tokens that a document may have, where the model has such a limit: learned

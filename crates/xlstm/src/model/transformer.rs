@@ -95,8 +95,8 @@ impl Backbone for TransformerStack {
         self.cell_products
     }
 
-    fn looked_up(&self) -> usize {
-        self.wpe.map_or(0, Parameter::len)
+    fn looked_up(&self) -> Option<Parameter> {
+        self.wpe
     }
 
     fn most_tokens(&self) -> Option<usize> {

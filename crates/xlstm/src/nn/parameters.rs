@@ -93,6 +93,11 @@ impl Parameter {
         tape.parameter(self.index, 0, self.shape)
     }
 
+    /// Its place among the model's parameters.
+    pub(crate) fn index(self) -> usize {
+        self.index
+    }
+
     /// Number of its values.
     pub(crate) fn len(self) -> usize {
         self.shape.len()

@@ -1,5 +1,4 @@
 //! Training: the configuration of a run, its records and what it reports while it runs.
-pub mod bench;
 pub mod chart;
 pub mod config;
 #[cfg(feature = "cuda")]

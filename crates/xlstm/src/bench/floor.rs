@@ -1,0 +1,102 @@
+//! The machine's own floor: how fast it multiplies matrices and how fast it reads memory.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use rayon::prelude::*;
+
+use super::median;
+use crate::engine::Device;
+use crate::engine::matrix::{MatMut, MatRef, Threads, product};
+use crate::engine::vector::{dot, vectorize};
+
+/// What a processor can do at the most, measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Floor {
+    /// 10^9 operations a second of an f32 matrix product.
+    pub product_gigaflops: f64,
+    /// 10^9 bytes a second that are read from memory.
+    pub bandwidth_gigabytes: f64,
+}
+
+/// Rows, columns and inner width of the product: a projection of a batch of 8 x 256 tokens.
+const PRODUCT: [usize; 3] = [2048, 768, 256];
+
+/// Numbers that are read: 256 MiB, many times what caches hold.
+const NUMBERS: usize = 64 << 20;
+
+/// Numbers that a thread reads in a row.
+const PIECE: usize = 1 << 16;
+
+/// Medians are of this many repetitions.
+const REPEATS: usize = 11;
+
+/// Repetitions before those: frequencies and pages have settled by then.
+const WARM_UP: usize = 2;
+
+impl Floor {
+    /// Measures the processor, with the threads of `device`, in a second or two. None on a GPU.
+    pub fn measure(device: &Device) -> Option<Floor> {
+        match device {
+            Device::Cpu(_) => Some(device.install(|| Floor {
+                product_gigaflops: product_gigaflops(PRODUCT),
+                bandwidth_gigabytes: bandwidth_gigabytes(NUMBERS),
+            })),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(..) => None,
+        }
+    }
+}
+
+/// The median time of `work`.
+fn seconds(mut work: impl FnMut()) -> f64 {
+    let mut times = Vec::with_capacity(REPEATS);
+    for repeat in 0..REPEATS + WARM_UP {
+        let start = Instant::now();
+        work();
+        if repeat >= WARM_UP {
+            times.push(start.elapsed().as_secs_f64());
+        }
+    }
+    median(&times)
+}
+
+/// x W^T as a linear layer has it, on all threads.
+fn product_gigaflops([rows, columns, inner]: [usize; 3]) -> f64 {
+    let numbers = |count: usize| -> Vec<f32> { (0..count).map(|i| (i % 7) as f32 - 3.0).collect() };
+    let (x, weights) = (numbers(rows * inner), numbers(columns * inner));
+    let mut y = vec![0.0; rows * columns];
+    let seconds = seconds(|| {
+        let (x, weights) = (MatRef::new(&x, rows, inner), MatRef::new(&weights, columns, inner));
+        product(MatMut::new(&mut y, rows, columns), 1.0, x, weights.t(), false, Threads::All);
+        black_box(&mut y);
+    });
+    2.0 * (rows * columns * inner) as f64 / seconds / 1e9
+}
+
+/// A sum over numbers that lie in memory, on all threads.
+fn bandwidth_gigabytes(count: usize) -> f64 {
+    // Written by the threads that read, so that each page is there.
+    let mut numbers = vec![0f32; count];
+    numbers.par_chunks_mut(PIECE).for_each(|piece| piece.fill(1.0));
+    let seconds = seconds(|| {
+        let sums = numbers.par_chunks(PIECE).map(|piece| vectorize!(|| dot(piece, piece)));
+        black_box(sums.sum::<f32>());
+    });
+    (count * size_of::<f32>()) as f64 / seconds / 1e9
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_numbers() {
+        let device = Device::cpu(2).unwrap();
+        let (products, bandwidth) =
+            device.install(|| (product_gigaflops([64, 48, 32]), bandwidth_gigabytes(1 << 20)));
+        // No processor that runs this is slower than 10 MFLOP/s, none reads a terabyte in a ms.
+        assert!((0.01..1e5).contains(&products), "{products}");
+        assert!((0.01..1e6).contains(&bandwidth), "{bandwidth}");
+    }
+}

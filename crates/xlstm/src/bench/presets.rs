@@ -1,0 +1,213 @@
+//! Models and batch shapes with names: the sizes at which public implementations are timed.
+
+use crate::error::Result;
+use crate::model::{BlockForm, Family, LstmType, ModelConfig, OriginalConfig, SlstmAt};
+use crate::nn::lstm::LstmConfig;
+use crate::nn::transformer::{PositionKind, TransformerConfig};
+use crate::train::unknown_name;
+
+/// A model, a batch and a prompt with a name.
+#[derive(Clone, Debug)]
+pub struct Preset {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// The model.
+    pub model: ModelConfig,
+    /// Sequences of a training batch.
+    pub batch_size: usize,
+    /// Tokens of each of them.
+    pub length: usize,
+    /// Tokens of the prompt that prefill reads.
+    pub prompt: usize,
+    /// Tokens that decode draws after it.
+    pub drawn: usize,
+}
+
+/// The names of all presets.
+pub const PRESETS: [&str; 17] = [
+    "large-128",
+    "large-256",
+    "lm-mlstm-128",
+    "lm-mlstm-256",
+    "lm-slstm-128",
+    "lm-slstm-256",
+    "lm-mixed-128",
+    "pyx-slstm-128",
+    "pyx-slstm-256",
+    "pyx-mlstm-128",
+    "pyx-mlstm-256",
+    "lstm-128",
+    "lstm-eq256",
+    "gpt-128",
+    "gpt-256",
+    "infer-50m",
+    "small-125m",
+];
+
+impl Preset {
+    /// The preset of this name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn named(name: &str) -> Result<Preset> {
+        let Some(name) = PRESETS.into_iter().find(|preset| *preset == name) else {
+            return Err(unknown_name("preset", name, &PRESETS));
+        };
+        let of = |family: Family| {
+            let (embedding_dim, vocab_size) = if name.ends_with("256") { (256, 5000) } else { (128, 1000) };
+            ModelConfig { family, vocab_size, embedding_dim, num_blocks: 4, ..ModelConfig::default() }
+        };
+        let small = |slstm_at: SlstmAt| ModelConfig { slstm_at, ..of(Family::Small) };
+        let model = match name {
+            "large-128" | "large-256" => of(Family::Large),
+            "infer-50m" => {
+                ModelConfig { vocab_size: 16000, embedding_dim: 640, num_blocks: 6, ..of(Family::Large) }
+            }
+            "small-125m" => {
+                ModelConfig { vocab_size: 50304, embedding_dim: 768, num_blocks: 24, ..small(SlstmAt::None) }
+            }
+            "lm-slstm-128" | "lm-slstm-256" => small(SlstmAt::All),
+            "lm-mixed-128" => small(SlstmAt::Positions(vec![1])),
+            "pyx-slstm-128" | "pyx-slstm-256" => original(of(Family::Original), LstmType::Slstm),
+            "pyx-mlstm-128" | "pyx-mlstm-256" => original(of(Family::Original), LstmType::Mlstm),
+            "lstm-128" | "lstm-eq256" => {
+                // As wide as has the parameters of an xLSTM of 128, or of 256.
+                let hidden_dim = if name == "lstm-128" { 160 } else { 304 };
+                let lstm = LstmConfig { hidden_dim, ..LstmConfig::default() };
+                ModelConfig { lstm, ..of(Family::Lstm) }
+            }
+            "gpt-128" | "gpt-256" => {
+                let positions = PositionKind::Learned;
+                let transformer = TransformerConfig { positions, ..TransformerConfig::default() };
+                ModelConfig { transformer, ..of(Family::Transformer) }
+            }
+            _ => small(SlstmAt::None),
+        };
+        let (batch_size, length) = match name {
+            "infer-50m" => (1, 512),
+            "small-125m" => (4, 512),
+            _ if model.family == Family::Original => (8, 128),
+            _ => (8, 256),
+        };
+        // Learned positions end at 256.
+        let prompt = if model.family == Family::Transformer { 128 } else { 512 };
+        Ok(Preset { name, model, batch_size, length, prompt, drawn: 128 })
+    }
+}
+
+/// The Python original's model at the size of its own code: two cells a block; two blocks at width
+/// 128, four at 256. Its code has one form of block, without a projection up, and an mLSTM whose
+/// gates are vectors that see the last output; ours are its article's forms and the paper's gates.
+/// The width between the projections is chosen so that the weights are as many: half the cells' width
+/// for the sLSTM, 5.5 times it for the mLSTM, whose gates have so many weights less.
+fn original(shape: ModelConfig, lstm_type: LstmType) -> ModelConfig {
+    let proj_factor = match lstm_type {
+        LstmType::Slstm => 0.5,
+        LstmType::Mlstm => 5.5,
+    };
+    let original = OriginalConfig {
+        hidden_size: shape.embedding_dim,
+        num_layers: 2,
+        lstm_type,
+        block: Some(BlockForm::Post),
+        proj_factor,
+        ..OriginalConfig::default()
+    };
+    ModelConfig { num_blocks: if shape.embedding_dim == 128 { 2 } else { 4 }, original, ..shape }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::model::LanguageModel;
+
+    /// A preset of both cells that takes no time.
+    pub(in crate::bench) fn tiny() -> Preset {
+        let model = ModelConfig {
+            vocab_size: 11,
+            embedding_dim: 16,
+            num_blocks: 2,
+            slstm_at: SlstmAt::Positions(vec![1]),
+            ..ModelConfig::default()
+        };
+        Preset { name: "tiny", model, batch_size: 2, length: 9, prompt: 7, drawn: 3 }
+    }
+
+    fn count(name: &str) -> usize {
+        LanguageModel::new(&Preset::named(name).unwrap().model).unwrap().parameter_count()
+    }
+
+    #[test]
+    fn every_preset_is_a_model() {
+        for name in PRESETS {
+            let preset = Preset::named(name).unwrap();
+            assert_eq!(preset.name, name);
+            let model = LanguageModel::new(&preset.model).unwrap();
+            assert!(model.most_tokens().is_none_or(|most| preset.prompt + preset.drawn <= most), "{name}");
+        }
+        let error = Preset::named("lm-mlstm-12").unwrap_err();
+        assert!(error.hint_text().unwrap_or_default().contains("lm-mlstm-128"), "{error}");
+    }
+
+    /// An LSTM as PyTorch's, of two biases a layer, and a GPT of norms with biases and projections
+    /// without.
+    #[test]
+    fn baselines_have_the_sizes_of_their_peers() {
+        let lstm = |v: usize, d: usize, h: usize| {
+            let layer = |inputs: usize| 4 * h * (inputs + h) + 2 * 4 * h;
+            v * d + layer(d) + 3 * layer(h) + v * h
+        };
+        assert_eq!((count("lstm-128"), count("lstm-eq256")), (lstm(1000, 128, 160), lstm(5000, 256, 304)));
+        let gpt = |v: usize, d: usize| 2 * v * d + 256 * d + 4 * (12 * d * d + 4 * d) + 2 * d;
+        assert_eq!((count("gpt-128"), count("gpt-256")), (gpt(1000, 128), gpt(5000, 256)));
+    }
+
+    /// NX-AI's `xLSTMLarge`: queries and keys of half the width, gates with biases, a feed-forward
+    /// layer of F.
+    #[test]
+    fn large_presets_have_the_sizes_of_their_peer() {
+        let large = |v: usize, d: usize, blocks: usize, f: usize| {
+            2 * v * d + blocks * (4 * d * d + 2 * (4 * d + 4) + 3 * d * f + 3 * d) + d
+        };
+        assert_eq!(count("large-128"), large(1000, 128, 4, 384));
+        assert_eq!(count("large-256"), large(5000, 256, 4, 704));
+        assert_eq!(count("infer-50m"), large(16000, 640, 6, 1728));
+    }
+
+    /// NX-AI's `xLSTMLMModel`: an mLSTM block of inner width 2 D, an sLSTM block with a feed-forward
+    /// layer of F.
+    #[test]
+    fn small_presets_have_the_sizes_of_their_peer() {
+        let mlstm = |d: usize| {
+            let e = 2 * d;
+            let (convolution, gates) = (5 * e, 2 * (4 * 3 * e + 4));
+            d + 2 * e * d + 3 * 4 * e + convolution + gates + 2 * e + e * d
+        };
+        let slstm = |d: usize, f: usize| d + 5 * d + 2 * d * d + 4 * d + d + d + 3 * d * f;
+        let around = |v: usize, d: usize| 2 * v * d + d;
+        assert_eq!(count("lm-mlstm-128"), around(1000, 128) + 4 * mlstm(128));
+        assert_eq!(count("lm-mlstm-256"), around(5000, 256) + 4 * mlstm(256));
+        assert_eq!(count("lm-slstm-128"), around(1000, 128) + 4 * slstm(128, 192));
+        assert_eq!(count("lm-slstm-256"), around(5000, 256) + 4 * slstm(256, 384));
+        assert_eq!(count("lm-mixed-128"), around(1000, 128) + 3 * mlstm(128) + slstm(128, 192));
+    }
+
+    /// PyxLSTM's code: `4 H` or `3 H` gates over the input and the last output, an mLSTM's three
+    /// projections, and a block's norm and projection back. Ours have as many weights; what differs
+    /// is a few vectors: the biases of the projection up that its code lacks, and an mLSTM's gates,
+    /// numbers where its are vectors (their weights are 2 rows instead of 2 H, their biases too).
+    #[test]
+    fn originals_have_the_sizes_of_their_peer() {
+        let peer = |v: usize, h: usize, blocks: usize, cell: usize| {
+            v * h + blocks * (2 * cell + 2 * h + h * h + h) + h * v + v
+        };
+        let slstm = |h: usize| 4 * h * 2 * h + 4 * h;
+        let mlstm = |h: usize| 3 * h * 2 * h + 3 * h + 3 * (h * h + h);
+        for (name, v, h, blocks) in [("pyx-slstm-128", 1000, 128, 2), ("pyx-slstm-256", 5000, 256, 4)] {
+            assert_eq!(count(name), peer(v, h, blocks, slstm(h)) + blocks * h / 2, "{name}");
+        }
+        for (name, v, h, blocks) in [("pyx-mlstm-128", 1000, 128, 2), ("pyx-mlstm-256", 5000, 256, 4)] {
+            assert_eq!(count(name), peer(v, h, blocks, mlstm(h)) + blocks * (11 * h / 2 + 4), "{name}");
+        }
+    }
+}
