@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use super::matrix::{MatMut, MatRef, Threads, product};
 use super::narrow::{Bf16, F16, Half, Narrow, Widen};
 use super::operation::scratch;
-use super::quantized::{Activations, Quantized, activation_space, dots};
+use super::quantized::{Activations, Quantized, Rows, activation_space, dots};
 use super::scalar::Scalar;
 use super::stored::Slice;
 use super::vector::{sum, vectorize};
@@ -19,8 +19,8 @@ use super::vector::{sum, vectorize};
 /// Up to so many rows of x are few.
 const FEW: usize = 8;
 
-/// Elements of W that a task takes then.
-const TASK: usize = 1 << 14;
+/// Bytes of W that a task takes then: a few microseconds' worth.
+const TASK: usize = 1 << 15;
 
 /// Elements of W that are widened at a time for more rows: they stay in the cache until they
 /// are used.
@@ -88,7 +88,12 @@ fn few<T: Scalar>(
     [first, width]: [usize; 2],
     codes: &mut [T],
 ) {
-    let task = (TASK / inner).max(1);
+    let bits = match w {
+        Slice::Wide(_) => 8 * size_of::<T>(),
+        Slice::Narrow(Narrow::Half(..)) => 16,
+        Slice::Narrow(Narrow::Quantized(w)) => 8 / w.code.codes_a_byte(),
+    };
+    let task = (TASK * 8 / bits / inner).max(1);
     let tasks = columns.par_chunks_mut(task * rows).enumerate();
     let start = |i: usize| i * task * width + first;
     match w {
@@ -112,10 +117,8 @@ fn few<T: Scalar>(
             let nothing = Activations::default();
             let x: [Activations; FEW] = std::array::from_fn(|_| x.next().unwrap_or(nothing));
             tasks.for_each(|(i, y)| {
-                let y = bytemuck::cast_slice_mut(y);
-                for (n, y) in y.chunks_exact_mut(rows).enumerate() {
-                    coded(y, &x[..rows], w.at(start(i) + n * width, inner));
-                }
+                let w = Rows { weights: w, first: start(i), stride: width };
+                coded(bytemuck::cast_slice_mut(y), &x[..rows], w);
             });
         }
     }
@@ -180,25 +183,26 @@ fn rows_dot<T: Scalar, W: Widen<T>, const R: usize, const L: usize>(y: &mut [T],
     }
 }
 
-/// y_r = x_r · w for a row w of quantised weights.
-fn coded(y: &mut [f32], x: &[Activations<'_>], w: Quantized<'_>) {
+/// y (count, rows) = W x^T for quantised weights.
+fn coded(y: &mut [f32], x: &[Activations<'_>], w: Rows<'_>) {
+    let rows = x.len();
     let mut start = 0;
-    while let Some(rest) = x.get(start..).filter(|rest| !rest.is_empty()) {
+    while start < rows {
         let y = &mut y[start..];
-        start += match rest {
+        start += match x[start..] {
             [a, b, c, d, ..] => {
-                dots(&mut y[..4], &[*a, *b, *c, *d], w);
+                dots(y, rows, &[a, b, c, d], w);
                 4
             }
             [a, b, ..] => {
-                dots(&mut y[..2], &[*a, *b], w);
+                dots(y, rows, &[a, b], w);
                 2
             }
-            [a, ..] => {
-                dots(&mut y[..1], &[*a], w);
+            [a] => {
+                dots(y, rows, &[a], w);
                 1
             }
-            [] => 0,
+            [] => return,
         };
     }
 }

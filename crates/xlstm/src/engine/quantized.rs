@@ -299,34 +299,55 @@ impl<'a> Activations<'a> {
     }
 }
 
-/// y (rows of W, R) = W x_r: the product of R rows of activations with rows of quantised weights.
-#[inline]
-pub fn dots<const R: usize>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'_>) {
-    let inner = x[0].codes.len();
-    for (n, y) in y.chunks_exact_mut(R).enumerate() {
-        let w = w.at(n * inner, inner);
-        #[cfg(target_arch = "x86_64")]
-        {
-            if vnni::is_there() {
-                // SAFETY: the processor has the instructions.
-                unsafe { vnni::dots(y, x, w) };
-                continue;
-            }
-            if avx2::is_there() {
-                // SAFETY: as above.
-                unsafe { avx2::dots(y, x, w) };
-                continue;
-            }
-        }
-        plain::<R>(y, x, w);
+/// Where the rows of a matrix of quantised weights lie.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    /// The matrix.
+    pub weights: Quantized<'a>,
+    /// Its first weight that counts, and how many from one row to the next: whole groups.
+    pub first: usize,
+    /// See `first`.
+    pub stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    #[inline(always)]
+    fn row(self, n: usize, inner: usize) -> Quantized<'a> {
+        self.weights.at(self.first + n * self.stride, inner)
     }
+}
+
+/// y_nr = w_n · x_r for R rows of activations and the rows of W that y has room for: row n of y
+/// begins at `n * stride`.
+pub fn dots<const R: usize>(y: &mut [f32], stride: usize, x: &[Activations<'_>; R], w: Rows<'_>) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if vnni::is_there() {
+            // SAFETY: the processor has the instructions.
+            return unsafe { vnni::dots(y, stride, x, w) };
+        }
+        if avx2::is_there() {
+            // SAFETY: as above.
+            return unsafe { avx2::dots(y, stride, x, w) };
+        }
+    }
+    plain(y, stride, x, w);
 }
 
 /// Partial sums of a row: lanes of 16, and of two groups each, in turn.
 const PARTS: usize = 2;
 
 /// The same without special instructions, bit for bit.
-fn plain<const R: usize>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'_>) {
+fn plain<const R: usize>(y: &mut [f32], stride: usize, x: &[Activations<'_>; R], w: Rows<'_>) {
+    vectorize!(|| {
+        for (n, y) in y.chunks_mut(stride).enumerate() {
+            plain_row(y, x, w.row(n, x[0].codes.len()));
+        }
+    });
+}
+
+#[inline(always)]
+fn plain_row<const R: usize>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'_>) {
     const LANES: usize = GROUP / LANE;
     vectorize!(|| for r in 0..R {
         let mut sums = [[0.0_f32; 2 * LANES]; PARTS];
@@ -357,41 +378,61 @@ fn plain<const R: usize>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'
 mod avx2 {
     use std::arch::x86_64::*;
 
-    use super::{Activations, Code, GROUP, LANE, PARTS, Quantized, from_bf16, sum};
+    use super::{Activations, Code, GROUP, LANE, PARTS, Quantized, Rows, from_bf16, sum};
 
     pub fn is_there() -> bool {
         is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
     }
 
-    /// Groups with a sum of their own.
-    const BLOCK: usize = 2 * PARTS;
+    /// Sums of groups.
+    const SUMS: usize = 2 * PARTS;
+
+    /// Groups whose scales are multiplied together.
+    const SCALES: usize = 8;
 
     #[target_feature(enable = "avx2,fma")]
-    pub fn dots<const R: usize>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'_>) {
-        match w.code {
-            Code::Int8 => row::<R, true>(y, x, w),
-            Code::Int4 => row::<R, false>(y, x, w),
+    pub fn dots<const R: usize>(y: &mut [f32], stride: usize, x: &[Activations<'_>; R], w: Rows<'_>) {
+        let inner = x[0].codes.len();
+        // What the loads below rest on.
+        x.iter().for_each(|x| x.assert_groups(inner / GROUP));
+        for (n, y) in y.chunks_mut(stride).enumerate() {
+            match w.weights.code {
+                Code::Int8 => row::<R, true>(y, x, w.row(n, inner)),
+                Code::Int4 => row::<R, false>(y, x, w.row(n, inner)),
+            }
         }
     }
 
+    #[inline]
     #[target_feature(enable = "avx2,fma")]
     fn row<const R: usize, const EIGHT: bool>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'_>) {
         let groups = w.scales.len();
-        // What the loads below rest on.
+        // What the loads below rest on, with what was asserted of x.
         assert_eq!(w.codes.len(), groups * w.code.group_bytes());
-        x.iter().for_each(|x| x.assert_groups(groups));
-        let mut sums = [[_mm256_setzero_ps(); BLOCK]; R];
-        let whole = groups / BLOCK * BLOCK;
+        let mut sums = [[_mm256_setzero_ps(); SUMS]; R];
+        let whole = groups / SCALES * SCALES;
+        let mut scales = [[0.0_f32; SCALES]; R];
         // SAFETY: all groups are there by the assertions.
         unsafe {
-            for first in (0..whole).step_by(BLOCK) {
+            for first in (0..whole).step_by(SCALES) {
+                let own = _mm256_cvtepu16_epi32(_mm_loadu_si128(w.scales.as_ptr().add(first).cast()));
+                let own = _mm256_castsi256_ps(_mm256_slli_epi32(own, 16));
+                for r in 0..R {
+                    let both = _mm256_mul_ps(own, _mm256_loadu_ps(x[r].scales.as_ptr().add(first)));
+                    _mm256_storeu_ps(scales[r].as_mut_ptr(), both);
+                }
                 // Written out by the compiler, so that the sums stay in registers.
-                for i in 0..BLOCK {
-                    add_group::<R, EIGHT>(&mut sums, i, x, w, first + i);
+                for i in 0..SCALES {
+                    add_group::<R, EIGHT>(&mut sums, i, x, w, &scales, first + i);
+                }
+            }
+            for r in 0..R {
+                for i in 0..groups - whole {
+                    scales[r][i] = from_bf16(w.scales[whole + i]) * x[r].scales[whole + i];
                 }
             }
             for i in 0..groups - whole {
-                add_group::<R, EIGHT>(&mut sums, i, x, w, whole + i);
+                add_group::<R, EIGHT>(&mut sums, i, x, w, &scales, whole + i);
             }
         }
         for r in 0..R {
@@ -405,17 +446,18 @@ mod avx2 {
         }
     }
 
-    /// Adds a group, 32 codes in 8 lanes, to the sums of place `i`.
+    /// Adds a group, 32 codes in 8 lanes, to its sum; its scales are those of place `i`.
     ///
     /// # Safety
     /// The group is there in `w` and in every `x`.
     #[inline]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn add_group<const R: usize, const EIGHT: bool>(
-        sums: &mut [[__m256; BLOCK]; R],
+        sums: &mut [[__m256; SUMS]; R],
         i: usize,
         x: &[Activations<'_>; R],
         w: Quantized<'_>,
+        scales: &[[f32; SCALES]; R],
         group: usize,
     ) {
         // SAFETY: what is read is the group's, by the contract.
@@ -429,7 +471,6 @@ mod avx2 {
                     _mm256_and_si256(both, _mm256_set1_epi8(15))
                 }
             };
-            let scale = from_bf16(*w.scales.as_ptr().add(group));
             for r in 0..R {
                 let x_codes = _mm256_loadu_si256(x[r].codes.as_ptr().add(group * GROUP).cast());
                 let products = match EIGHT {
@@ -446,8 +487,8 @@ mod avx2 {
                         _mm256_add_epi32(_mm256_loadu_si256(start.cast()), products)
                     }
                 };
-                let scale = _mm256_set1_ps(scale * *x[r].scales.as_ptr().add(group));
-                sums[r][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scale, sums[r][i]);
+                let sum = &mut sums[r][i % SUMS];
+                *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_set1_ps(scales[r][i]), *sum);
             }
         }
     }
@@ -458,7 +499,7 @@ mod avx2 {
 mod vnni {
     use std::arch::x86_64::*;
 
-    use super::{Activations, Code, GROUP, LANE, PARTS, Quantized, sum};
+    use super::{Activations, Code, GROUP, LANE, PARTS, Quantized, Rows, sum};
 
     pub fn is_there() -> bool {
         is_x86_feature_detected!("avx512f")
@@ -472,19 +513,24 @@ mod vnni {
 
     /// Two groups are multiplied at a time: 64 codes in 16 lanes.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    pub fn dots<const R: usize>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'_>) {
-        match w.code {
-            Code::Int8 => row::<R, true>(y, x, w),
-            Code::Int4 => row::<R, false>(y, x, w),
+    pub fn dots<const R: usize>(y: &mut [f32], stride: usize, x: &[Activations<'_>; R], w: Rows<'_>) {
+        let inner = x[0].codes.len();
+        // What the loads below rest on.
+        x.iter().for_each(|x| x.assert_groups(inner / GROUP));
+        for (n, y) in y.chunks_mut(stride).enumerate() {
+            match w.weights.code {
+                Code::Int8 => row::<R, true>(y, x, w.row(n, inner)),
+                Code::Int4 => row::<R, false>(y, x, w.row(n, inner)),
+            }
         }
     }
 
+    #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     fn row<const R: usize, const EIGHT: bool>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'_>) {
         let groups = w.scales.len();
-        // What the loads below rest on.
+        // What the loads below rest on, with what was asserted of x.
         assert_eq!(w.codes.len(), groups * w.code.group_bytes());
-        x.iter().for_each(|x| x.assert_groups(groups));
         let mut sums = [[_mm512_setzero_ps(); PARTS]; R];
         for first in (0..groups).step_by(BLOCK) {
             let count = BLOCK.min(groups - first);
@@ -634,9 +680,10 @@ mod tests {
         for code in CODES {
             for groups in [1, 2, 3, 4, 15, 16, 17, 20, 33, 64] {
                 let inner = groups * GROUP;
-                let weights = numbers(3 * inner, 2);
+                let weights = numbers(3 * (inner + GROUP), 2);
                 let (codes, scales) = quantized(code, &weights);
-                let w = Quantized { code, codes: &codes, scales: &scales };
+                let weights = Quantized { code, codes: &codes, scales: &scales };
+                let w = Rows { weights, first: GROUP, stride: inner + GROUP };
                 let x = numbers(4 * inner, 3);
                 let mut spaces = vec![vec![0.0; activation_space(inner)]; 4];
                 let mut rows = spaces.iter_mut().zip(x.chunks(inner));
@@ -644,33 +691,31 @@ mod tests {
                     let (space, x) = rows.next().unwrap();
                     Activations::new(x, code, space)
                 });
-                let mut y = [0.0; 12];
-                dots(&mut y, &x, w);
-                let mut wide = vec![0.0_f64; 3 * inner];
-                w.widen(&mut wide);
-                for (n, wide) in wide.chunks(inner).enumerate() {
-                    let mut again = [0.0; 4];
-                    plain(&mut again, &x, w.at(n * inner, inner));
-                    assert_eq!(again, y[n * 4..n * 4 + 4], "{code:?}, {groups} groups: with and without");
-                    #[cfg(target_arch = "x86_64")]
-                    if avx2::is_there() {
-                        // SAFETY: the processor has the instructions.
-                        unsafe { avx2::dots(&mut again, &x, w.at(n * inner, inner)) };
-                        assert_eq!(again, y[n * 4..n * 4 + 4], "{code:?}, {groups} groups: AVX2");
-                    }
+                // (3, 5), the last of each row not written to.
+                let mut y = [f32::NAN; 14];
+                dots(&mut y, 5, &x, w);
+                let mut again = [f32::NAN; 14];
+                plain(&mut again, 5, &x, w);
+                let bits = |y: &[f32]| y.iter().map(|y| y.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&again), bits(&y), "{code:?}, {groups} groups: with and without");
+                #[cfg(target_arch = "x86_64")]
+                if avx2::is_there() {
+                    // SAFETY: the processor has the instructions.
+                    unsafe { avx2::dots(&mut again, 5, &x, w) };
+                    assert_eq!(bits(&again), bits(&y), "{code:?}, {groups} groups: AVX2");
+                }
+                for (n, y) in y.chunks(5).enumerate() {
+                    let mut wide = vec![0.0_f64; inner];
+                    w.row(n, inner).widen(&mut wide);
                     for r in 0..4 {
                         let x = |i: usize| f64::from(x[r].codes[i]) * f64::from(x[r].scales[i / GROUP]);
                         let want: f64 = (0..inner).map(|i| wide[i] * x(i)).sum();
-                        let error = (f64::from(y[n * 4 + r]) - want).abs();
-                        assert!(
-                            error < 1e-6 * inner as f64,
-                            "{code:?} {groups}: {} and {want}",
-                            y[n * 4 + r]
-                        );
+                        let error = (f64::from(y[r]) - want).abs();
+                        assert!(error < 1e-6 * inner as f64, "{code:?} {groups}: {} and {want}", y[r]);
                     }
                     let mut one = [0.0];
-                    dots(&mut one, &[x[2]], w.at(n * inner, inner));
-                    assert_eq!(one[0], y[n * 4 + 2], "one row and several");
+                    dots(&mut one, 1, &[x[2]], Rows { first: w.first + n * w.stride, ..w });
+                    assert_eq!(one[0], y[2], "one row and several");
                 }
             }
         }

@@ -229,8 +229,9 @@ impl Kernel for Slstm {
     }
 }
 
-/// Sequences a task holds at most: one pass over R serves so many rows.
-const TILE_ROWS: usize = 8;
+/// Sequences a task holds at most: one pass over R serves so many rows. Of a single head fewer,
+/// so that a batch of 8 is work for two threads.
+const TILE_ROWS: [usize; 2] = [4, 8];
 
 /// Multiplications below which threads cost more than they save.
 const PARALLEL_FROM: usize = 1 << 18;
@@ -249,7 +250,7 @@ struct Layout {
 impl Layout {
     fn new(gate: Shape, heads: usize) -> Layout {
         let (batch, steps) = (gate.dims()[0], gate.dims()[1]);
-        let tiles = batch.div_ceil(TILE_ROWS);
+        let tiles = batch.div_ceil(TILE_ROWS[usize::from(heads > 1)]);
         Layout { batch, steps, heads, dim: gate.last() / heads, tiles, rows: batch.div_ceil(tiles) }
     }
 
