@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use clap::Args;
 use xlstm::data::{Corpus, Origin, Split};
-use xlstm::eval::{Reading, evaluate};
+use xlstm::eval::{PASS, Reading, evaluate};
 use xlstm::text::Tokenizer;
 use xlstm::{Error, Result};
 
-use super::model::ModelArgs;
+use super::model::{ModelArgs, announce};
 use super::text::{TextArgs, note_skipped};
 use crate::device::DeviceArgs;
 use crate::output;
@@ -30,6 +30,10 @@ pub struct EvalArgs {
     /// Begin a window every N tokens; a token is scored in the first window that holds it
     #[arg(long, value_name = "N", requires = "window", value_parser = clap::value_parser!(u64).range(1..))]
     pub stride: Option<u64>,
+    /// Read N tokens at a time where the state is carried on (default 256); 1 reads as generation
+    /// does, with quantised weights multiplied in integers
+    #[arg(long, value_name = "N", conflicts_with = "window", value_parser = clap::value_parser!(u64).range(1..))]
+    pub pass: Option<u64>,
     /// Show the loss by position too: the tokens that the model had read of the document (of the
     /// window, with --window) before the one that it predicts; 1, 2 to 3, 4 to 7, ...
     #[arg(long)]
@@ -46,13 +50,14 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let folder = args.model.open()?;
     let device = args.device.choose()?;
     let corpus = Arc::new(device.install(|| corpus(args, folder.tokenizer()?))?);
+    announce(&folder);
     let weights = folder.weights(&device)?;
     note_skipped(corpus.skipped());
     let tokens = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
     let reading = match (args.window, args.stride) {
         (Some(window), Some(stride)) => Reading::Strided { length: tokens(window), stride: tokens(stride) },
         (Some(window), None) => Reading::Windows(tokens(window)),
-        (None, _) => Reading::Whole,
+        (None, _) => Reading::Whole(args.pass.map_or(PASS, tokens)),
     };
     let mut meter = Meter::new("evaluating");
     let mut report = evaluate(&folder.model, &weights, &corpus, reading, &device, |share| meter.set(share))?;

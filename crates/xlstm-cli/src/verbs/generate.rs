@@ -10,7 +10,7 @@ use xlstm::model::Runner;
 use xlstm::text::{Decoder, Tokenizer};
 use xlstm::{Error, Result};
 
-use super::model::ModelArgs;
+use super::model::{ModelArgs, announce};
 use crate::device::DeviceArgs;
 use crate::output;
 
@@ -127,6 +127,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         None => args.prompt_ids.clone(),
     };
     let device = args.device.choose()?;
+    announce(&folder);
     let weights = folder.weights(&device)?;
     let runner = Runner::new(folder.model.clone(), weights, device);
     let mut session = match &args.state_in {

@@ -10,7 +10,7 @@ use xlstm::model::{BlockKind, Family};
 use xlstm::state::State;
 use xlstm::{Error, Result};
 
-use super::model;
+use super::model::{self, formats};
 use super::prepare::counts;
 use crate::builtin::load_config;
 use crate::output;
@@ -90,7 +90,7 @@ fn describe(folder: &ModelFolder) -> Result<String> {
         folder.kind.name(),
         model.parameter_count(),
         folder.files.bytes(),
-        folder.files.format().name(),
+        formats(folder),
         state.bytes(),
         model.flops_per_token() as f64 / 1e6,
         3.0 * model.flops_per_token() as f64 / 1e6,

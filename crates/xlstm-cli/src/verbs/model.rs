@@ -6,6 +6,7 @@ use clap::Args;
 use xlstm::Result;
 use xlstm::folder::hub::Hub;
 use xlstm::folder::{ModelFolder, OpenOptions};
+use xlstm::state::State;
 
 use crate::output;
 
@@ -64,6 +65,33 @@ pub fn open(name: &Path) -> Result<ModelFolder> {
     let folder = ModelFolder::load(&Hub::from_environment().resolve(name)?)?;
     warn(&folder.warnings);
     Ok(folder)
+}
+
+/// A line on stderr of the memory that the model will take, before a weight is read.
+pub fn announce(folder: &ModelFolder) {
+    let state = State::<f32>::empty(&folder.model.state_layout(1));
+    output::note(&format!(
+        "model: {}, {} parameters; memory: {} of weights in {}, {} of state a sequence",
+        folder.model.config().family.name(),
+        folder.model.parameter_count(),
+        size(folder.files.bytes()),
+        formats(folder),
+        size(state.bytes()),
+    ));
+}
+
+/// The number formats of the weights.
+pub fn formats(folder: &ModelFolder) -> String {
+    let dense = folder.files.format().name();
+    folder.files.code().map_or_else(|| dense.into(), |code| format!("{} and {dense}", code.name()))
+}
+
+fn size(bytes: usize) -> String {
+    match bytes as f64 {
+        bytes if bytes >= 1e9 => format!("{:.2} GB", bytes / 1e9),
+        bytes if bytes >= 1e6 => format!("{:.1} MB", bytes / 1e6),
+        bytes => format!("{:.1} kB", bytes / 1e3),
+    }
 }
 
 /// A line on stderr for each warning.

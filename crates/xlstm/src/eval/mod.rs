@@ -16,14 +16,16 @@ use crate::model::objective::Carry;
 use crate::model::{LanguageModel, Objective};
 use crate::nn::Weights;
 
-/// Tokens of one pass over a text with the state carried on: memory does not grow with it.
-const PASS: usize = 256;
+/// Tokens of one pass over a whole text unless something else is asked for: memory does not grow
+/// with the text.
+pub const PASS: usize = 256;
 
 /// How a text is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reading {
-    /// From beginning to end, the state carried on.
-    Whole,
+    /// From beginning to end, so many tokens at a time, the state carried on: [`PASS`] of them for
+    /// speed, one to read as generation does.
+    Whole(usize),
     /// In windows of this many tokens, each from an empty state.
     Windows(usize),
     /// In windows of `length` tokens, each from an empty state and `stride` after the one before;
@@ -87,7 +89,7 @@ pub fn evaluate<T: Element>(
     mut progress: impl FnMut(f64),
 ) -> Result<Report> {
     let batches = match reading {
-        Reading::Whole => sequential(corpus.clone(), PASS)?,
+        Reading::Whole(pass) => sequential(corpus.clone(), pass)?,
         Reading::Strided { length, stride } => {
             strided_batches(corpus.clone(), (4096 / length.max(1)).clamp(1, 64), length, stride)?
         }
