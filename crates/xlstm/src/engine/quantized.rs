@@ -426,10 +426,9 @@ mod avx2 {
                     add_group::<R, EIGHT>(&mut sums, i, x, w, &scales, first + i);
                 }
             }
-            for r in 0..R {
-                for i in 0..groups - whole {
-                    scales[r][i] = from_bf16(w.scales[whole + i]) * x[r].scales[whole + i];
-                }
+            for (scales, x) in scales.iter_mut().zip(x) {
+                let own = w.scales[whole..].iter().zip(&x.scales[whole..]);
+                scales.iter_mut().zip(own).for_each(|(to, (w, x))| *to = from_bf16(*w) * x);
             }
             for i in 0..groups - whole {
                 add_group::<R, EIGHT>(&mut sums, i, x, w, &scales, whole + i);
