@@ -3,11 +3,12 @@
 # int8 and int4, read 256 tokens at a time and one at a time -> docs/results/quantize.md
 #
 # usage: scripts/quantize.sh [MODEL_FOLDER TEXT]     (default: trains `shakespeare` first)
+#   XLSTM    the program, where it is built already
 # One at a time products with quantised weights are in integers, the activations in 8 bits.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cargo build --release -p xlstm-cli
-xlstm=$PWD/target/release/xlstm
+xlstm=${XLSTM:-$PWD/target/release/xlstm}
+[[ -n ${XLSTM:-} ]] || cargo build --release -p xlstm-cli
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 model=${1:-} text=${2:-$work/validation.txt}
