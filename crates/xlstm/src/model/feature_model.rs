@@ -131,7 +131,7 @@ impl Model for FeatureModel {
     /// The blocks' state and, where outputs are means, `pooling.sum` and `pooling.count`.
     fn state_layout(&self, batch: usize) -> Vec<(String, Shape)> {
         let mut layout = self.stack.state_layout(batch);
-        if self.config.pooling == Pooling::Mean {
+        if self.config.pooling == Pooling::Mean && !layout.is_empty() {
             layout.push(("pooling.sum".to_owned(), [batch, self.stack.width()].into()));
             layout.push(("pooling.count".to_owned(), [batch, 1].into()));
         }
@@ -167,6 +167,7 @@ impl Model for FeatureModel {
         tape.scope("features");
         let x = from_bits(tape, inputs, [batch, length, self.config.input_size])?;
         let parts = self.stack.state_layout(1).len();
+        let state = state.filter(|_| parts > 0);
         let (own, pooled) = match state.map(|state| state.split_at(parts)) {
             Some((own, &[sum, count])) => (Some(own), Some([sum, count])),
             Some((own, _)) => (Some(own), None),

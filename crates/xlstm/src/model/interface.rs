@@ -69,7 +69,8 @@ pub trait Model: Debug + Send + Sync {
     /// The parameters, in order.
     fn specs(&self) -> &Arc<[ParameterSpec]>;
 
-    /// Names and shapes of the state of `batch` sequences.
+    /// Names and shapes of the state of `batch` sequences. Empty for a model that reads from both
+    /// ends: it reads whole sequences and carries nothing on.
     fn state_layout(&self, batch: usize) -> Vec<(String, Shape)>;
 
     /// What it reads.

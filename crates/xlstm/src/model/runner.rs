@@ -47,6 +47,8 @@ pub struct Runner<T, M = LanguageModel> {
     /// Tokens that each sequence has seen.
     tokens: Vec<u64>,
     standing: Standing<T>,
+    /// Whether the model has no state, so that a sequence is read at once.
+    whole: bool,
 }
 
 /// Where the state before the next token is.
@@ -71,9 +73,9 @@ struct Pass<T> {
 impl<T: Element, M: Model> Runner<T, M> {
     /// A runner of `model` with `weights` on `device`, before the first token of one sequence.
     pub fn new(model: Arc<M>, weights: Weights<T>, device: Device) -> Runner<T, M> {
-        let empty = State::empty(&model.state_layout(1));
-        let standing = Standing::Given(empty);
-        Runner { model, weights, device, passes: HashMap::new(), tokens: vec![0], standing }
+        let layout = model.state_layout(1);
+        let (standing, whole) = (Standing::Given(State::empty(&layout)), layout.is_empty());
+        Runner { model, weights, device, passes: HashMap::new(), tokens: vec![0], standing, whole }
     }
 
     /// The model.
@@ -139,6 +141,12 @@ impl<T: Element, M: Model> Runner<T, M> {
                 return Err(Error::shape(format!("{} features are not rows of {width}", row.len())));
             }
         }
+        if self.whole && self.tokens.iter().any(|tokens| *tokens > 0) {
+            return Err(Error::shape(
+                "this model reads sequences from both ends, and these have begun already",
+            )
+            .hint("reset the runner, and give it whole sequences"));
+        }
         let lengths: Vec<usize> = rows.iter().map(|row| row.len() / width).collect();
         if let Some(most) = self.model.most_tokens() {
             let ends = self.tokens.iter().zip(&lengths).map(|(before, length)| *before as usize + length);
@@ -146,8 +154,9 @@ impl<T: Element, M: Model> Runner<T, M> {
         }
         let longest = lengths.iter().copied().max().unwrap_or_default();
         let mut outputs = vec![Vec::new(); batch];
-        for start in (0..longest).step_by(PIECE) {
-            let end = longest.min(start + PIECE);
+        let most = if self.whole { longest.max(1) } else { PIECE };
+        for start in (0..longest).step_by(most) {
+            let end = longest.min(start + most);
             // Where each sequence ends in this piece.
             let ends: Vec<usize> = lengths.iter().map(|length| (*length).clamp(start, end)).collect();
             let mut inputs = Vec::with_capacity(batch * (end - start) * width);

@@ -1,13 +1,18 @@
 //! The original's model: the names and shapes of its parameters, its configuration, and encoders
 //! that read from both ends: what they depend on, and all gradients against differences.
 
+use std::sync::Arc;
+
 use xlstm::engine::{Ids, Mode, Tape, Var};
 use xlstm::marks::{PAD, RESET};
-use xlstm::model::{Backbone, BlockForm, LanguageModel, LstmType, ModelConfig, OriginalStack};
-use xlstm::nn::{Builder, Context, Parameters};
+use xlstm::model::{
+    Backbone, BlockForm, FeatureConfig, FeatureModel, Head, LanguageModel, Logits, LstmType, Model,
+    ModelConfig, OriginalStack, Pooling, Runner,
+};
+use xlstm::nn::{Builder, Context, Parameters, Weights};
 use xlstm::rng::Rng;
 
-use crate::pass::{Pass, on_gpu};
+use crate::pass::{Pass, device, on_gpu};
 
 const KINDS: [(LstmType, BlockForm); 4] = [
     (LstmType::Slstm, BlockForm::Pre),
@@ -282,4 +287,44 @@ fn an_encoder_takes_no_state() {
     let error = encoder.stack.forward(&mut tape, x, Some(&[]), &mut Context::default()).unwrap_err();
     assert!(error.to_string().contains("bidirectional"), "{error}");
     assert!(error.hint_text().unwrap_or_default().contains("whole sequences"));
+}
+
+/// A classifier that reads both ways runs on whole sequences, of unequal lengths too.
+#[test]
+fn an_encoder_classifies_whole_sequences() {
+    let device = device();
+    for (cell, form) in KINDS {
+        for pooling in [Pooling::Last, Pooling::Mean, Pooling::None] {
+            let blocks = config(cell, form, true);
+            let head = Head::Classification { classes: 3 };
+            let model =
+                FeatureModel::new(FeatureConfig { input_size: 4, blocks, pooling, head }).expect("a model");
+            let parameters = Arc::new(Parameters::<f32>::initialize(model.specs(), 5));
+            let weights = Weights::new(parameters, &device).expect("weights");
+            let mut runner = Runner::new(Arc::new(model), weights, device.clone());
+            let mut rng = Rng::new(3, 0);
+            // Longer than the pieces that other models are read in.
+            let sequences: Vec<Vec<f32>> =
+                [520, 1, 33].iter().map(|n| (0..4 * n).map(|_| rng.normal() as f32).collect()).collect();
+            let rows: Vec<&[f32]> = sequences.iter().map(Vec::as_slice).collect();
+            runner.reset(3);
+            let together = runner.read_batch(&rows, Logits::All).expect("outputs");
+            let error = runner.read_batch(&rows, Logits::All).expect_err("begun already");
+            assert!(error.to_string().contains("both ends"), "{error}");
+            for (sequence, together) in sequences.iter().zip(&together) {
+                runner.reset(1);
+                let alone = runner.read(sequence, Logits::All).expect("outputs");
+                assert_eq!(alone.len(), if pooling == Pooling::None { 3 * sequence.len() / 4 } else { 3 });
+                for (a, b) in alone.iter().zip(together) {
+                    assert!((a - b).abs() < 1e-4, "{cell:?} {form:?} {pooling:?}: {a} and {b}");
+                }
+            }
+            // The first output hears of the last row.
+            let mut other = sequences[2].clone();
+            other[4 * 32] += 1.0;
+            runner.reset(1);
+            let moved = runner.read(&other, Logits::All).expect("outputs");
+            assert!((moved[0] - together[2][0]).abs() > 1e-7, "{cell:?} {form:?} {pooling:?}");
+        }
+    }
 }
