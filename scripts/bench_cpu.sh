@@ -8,6 +8,7 @@
 #   PEER_SCRIPT   another script with its command line (default: scripts/cpu_peers.py)
 #   ROUNDS        runs of each side, in turns (default 5); each is the median of several steps
 #   THREADS       threads of both sides (default 2)
+#   NOTE          a sentence on the peers for the table; it stays until there is another
 #   MACHINE       what the table says it was measured on (default: the processor's name)
 # The figure of a side is the median of its runs. Of several peers the fastest counts; one that is
 # slower than 0.8 of the fastest after two rounds runs no more. Needs an idle machine: only ratios of
@@ -120,8 +121,9 @@ def number(value, digits=0):
     return "" if value is None else f"{value:,.{digits}f}"
 
 
-def write(rows, machine):
-    (results / "cpu.json").write_text(json.dumps({"machine": machine, "threads": int(threads), "rows": rows}, indent=1) + "\n")
+def write(rows, machine, note):
+    document = {"machine": machine, "threads": int(threads), "note": note, "rows": rows}
+    (results / "cpu.json").write_text(json.dumps(document, indent=1) + "\n")
     lines = [
         "# On the CPU, beside public implementations", "",
         f"Made by `scripts/bench_cpu.sh`: {machine}, {threads} threads, f32 unless a row says otherwise. Rows without a",
@@ -147,6 +149,7 @@ def write(rows, machine):
     if rates:
         lines += ["", f"Rates of the machine, medians over the rows: {statistics.median(p for p, _ in rates):.0f} GFLOP/s in f32 products, "
                   f"{statistics.median(b for _, b in rates):.1f} GB/s read."]
+    lines += ["", note] if note else []
     lines += ["", "Parameters, ours and the peer's:", "", "| case | ours | peer |", "|---|---|---|"]
     lines += [f"| {r['case']} | {number(r['params'])} | {number(r['peer_params'])} |" for r in rows]
     (results / "cpu.md").write_text("\n".join(lines) + "\n")
@@ -154,9 +157,10 @@ def write(rows, machine):
 
 cases = sys.argv[1:] or CASES
 try:
-    rows = json.loads((results / "cpu.json").read_text())["rows"]
+    before = json.loads((results / "cpu.json").read_text())
 except FileNotFoundError:
-    rows = []
+    before = {"rows": []}
+rows, note = before["rows"], os.environ.get("NOTE", before.get("note", ""))
 processor = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
 machine = os.environ.get("MACHINE", processor[0] if processor else "an unnamed processor")
 # Rows in the order of the cases; those of other number formats behind their own.
@@ -173,7 +177,7 @@ for case in cases:
     rows = [r for r in rows if r["case"] not in names] + fresh
     rows.sort(key=lambda r: place(r["case"]))
     if fresh:
-        write(rows, machine)
+        write(rows, machine, note)
     for r in fresh:
         say(f"  {r['case']}: {number(r['ours'])} and {number(r['peer'])} tokens/s ({r['peer_name']}), ratio {number(r['ratio'], 2)}, "
             f"floor {number(100 * (r['floor_share'] or 0))} %")
