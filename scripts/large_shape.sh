@@ -57,7 +57,7 @@ measured first-token bash -c 'run --prompt-ids 0 -n 0'
 measured generate bash -c "run --prompt-ids 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16 -n $tokens"
 speed=$(grep tokens/s "$work/generate.err")
 bytes=$(stat -c %s "$folder/model.safetensors")
-# Two blocks of the same widths: once from the disk, once from memory.
+# Two blocks of the same widths, twice: just written, so that the system has them in memory.
 folder=$work/two
 sed "s/num_blocks: .*/num_blocks: 2/" "$work/large.yaml" >"$work/two.yaml"
 "$xlstm" init "$work/two.yaml" --out "$folder" --dtype bf16 --threads "$threads"
