@@ -7,6 +7,7 @@
 pub mod cuda;
 pub mod device;
 pub mod executor;
+pub mod integer_products;
 pub mod matrix;
 pub mod narrow;
 pub mod operation;

@@ -8,10 +8,11 @@
 
 use rayon::prelude::*;
 
+use super::integer_products::{Activations, Rows, activation_space, dots};
 use super::matrix::{MatMut, MatRef, Threads, product};
 use super::narrow::{Bf16, F16, Half, Narrow, Widen};
 use super::operation::scratch;
-use super::quantized::{Activations, Quantized, Rows, activation_space, dots};
+use super::quantized::Quantized;
 use super::scalar::Scalar;
 use super::stored::Slice;
 use super::vector::{sum, vectorize};
