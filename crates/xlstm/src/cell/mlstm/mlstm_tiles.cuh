@@ -392,6 +392,18 @@ template <bool ADD> __device__ __forceinline__ void put(const float (&sum)[32], 
     }
 }
 
+/// Sum over the block, valid in thread 0; fixed order.
+__device__ float block_sum(float x) {
+    __shared__ float parts[32];
+    x = warp_sum(x);
+    __syncthreads();
+    if (LANE == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    float total = 0.0f;
+    for (int i = 0; i < (int)blockDim.x / 32; i++) total += parts[i];
+    return total;
+}
+
 // ---- Shared memory ----
 
 // Bytes of dynamic shared memory that a launch gives, enough in both precisions.

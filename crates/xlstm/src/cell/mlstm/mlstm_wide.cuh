@@ -1,0 +1,420 @@
+// The mLSTM cell in bf16 on the tensor cores by chunks of 128 tokens; mlstm.cuh has the sizes and
+// tensors, mlstm_tiles.cuh the tiles. For head sizes that are multiples of 8; the others, and f32,
+// take the kernels of chunks of 64.
+//
+//   forward    mlstm_gates -> mlstm_wide_exponents -> mlstm_wide_states -> mlstm_wide_outputs
+//   backward   mlstm_wide_tokens -> mlstm_wide_backward_states -> mlstm_wide_values
+//              -> mlstm_wide_queries, mlstm_wide_keys -> mlstm_wide_gates -> mlstm_backward_unwind
+//
+// With G_t the sum of log2-decays from the chunk's first token to t, and E_j = G_j less the log2 of
+// token j's entry, all weights are differences: W_tj = 2^(G_t - E_j), e_t = 2^G_t,
+// w_j = 2^(G_last - E_j). A decay of less than 2^-160 counts as that: across it, as across a reset,
+// every weight is 0 in f32.
+//
+// No pair of tokens goes to memory. The four products of a gradient are one form, a pass: a block
+// has 64 rows X of a chunk, walks over slices of 64 features for S = X Y^T and H = X State, weighs S
+// and adds S Z for a slice of the result's features.
+//
+//   outputs   X = Q, Y = K, State = C,     Z = V     h_t  = (s e_t H + sum_j A_tj v_j) / N_t
+//   values    X = K, Y = Q, State = dC,    Z = dH    dv_j = w_j H + sum_t A_tj dh_t / N_t
+//   queries   X = dH, Y = V, State = C^T,  Z = K     dq_t = s e_t (H / N_t + dd_t n) + sum_j R_tj k_j
+//   keys      X = V, Y = dH, State = dC^T, Z = Q     dk_j = w_j (H + dn) + sum_t R_tj q_t
+//   A_tj = W_tj s q_t . k_j, R_tj = s W_tj (dh_t . v_j / N_t + dd_t)
+//
+// Gradients of the gates: with a_t = q_t . dq_t, b_j = k_j . dk_j and their parts through the states,
+// arriving_t and leaving_j: di_j = b_j and
+// df_u = sum_{t>=u} (a_t - b_t + leaving_t) + sum_{j<u} leaving_j + crossing.
+// R is rounded the same for both, so that what should cancel does.
+//
+// Work space: N = ceil(S / 128) chunks. Of element_t: states, dstates (B, NH, N, dqk, dhv), before and
+// after every chunk. Of f32: normals, dnormals (B, NH, N, dqk); by token (B, NH, N, 128): prefix G,
+// entry E, w, and in backward inverse, dd, dm, query = s e / N, slope = s e dd, di, df; by slice of
+// features too: arriving, a, leaving, b (slices, B, NH, N, 128), crossing (slices, B, NH, N).
+
+#ifdef ELEMENT_BF16
+
+/// Tokens of a chunk: two of L.
+#define CHUNK 128
+#define LOG2_E 1.4426950408889634f
+
+__device__ __forceinline__ float power(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/// The tokens of a chunk, of one head.
+__device__ __forceinline__ Rows chunk_of(const element_t *x, int bh, int chunk, int S, int NH, int width) {
+    int start = chunk * CHUNK;
+    return {x + token_at(bh, start, S, NH, width), NH * width, min(CHUNK, S - start), width, true};
+}
+
+/// G and E of token tid of a chunk; by 128 threads of which each gets its own, and G of the last.
+__device__ void chunk_exponents(
+    const Gates &gates, int bh, int chunk, int S, int NH, int dqk, int flags, float *prefix, float *entry, float *last
+) {
+    __shared__ float totals[4];
+    int tid = threadIdx.x, t = chunk * CHUNK + tid;
+    float first = chunk == 0 ? initial_stabilizer(gates.n0, gates.m0, bh, dqk, flags) : 0.0f;
+    Gate gate = gate_of(gates.i, gates.f, gates.marks, bh / NH, bh % NH, t, S, NH, flags);
+    const float *m = gates.stabilizers + (long long)bh * S;
+    float g = 0.0f, a = NEG_INFINITY;
+    if (t < S) exponents(gate, t > 0 ? m[t - 1] : first, m[t], flags, &g, &a);
+    float sum = is_reset(gate.mark) ? -160.0f : fmaxf(g * LOG2_E, -160.0f);
+    for (int step = 1; step < 32; step <<= 1) {
+        float left = __shfl_up_sync(ALL, sum, step);
+        if (LANE >= step) sum += left;
+    }
+    if (LANE == 31) totals[tid / 32] = sum;
+    __syncthreads();
+    float before = 0.0f, all = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < 4; warp++) {
+        if (warp == tid / 32) before = all;
+        all += totals[warp];
+    }
+    *prefix = before + sum;
+    *entry = *prefix - a * LOG2_E;
+    *last = all;
+}
+
+/// A warp's 16 rows of results, WIDTH columns, go to rows of a matrix or are added to them.
+template <bool ADD, int WIDTH>
+__device__ __forceinline__ void put_rows(const float (&sum)[WIDTH / 8][4], const Rows &of, int row, int column) {
+    element_t *to = (element_t *)of.from;
+    int c = column + LANE % 4 * 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int r = row + half * 8 + LANE / 4;
+        element_t *at = to + (long long)r * of.stride + c;
+        Piece piece[WIDTH / 32] = {};
+        if (ADD) {
+#pragma unroll
+            for (int g = 0; g < WIDTH / 32; g++)
+                if (r < of.rows && c + g * 32 < of.width) piece[g] = read((const Vector *)(at + g * 32));
+        }
+#pragma unroll
+        for (int g = 0; g < WIDTH / 32; g++) {
+            if (ADD) exchange(piece[g]);
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                Pair &pair = piece[g].pair[n];
+                float x = sum[g * 4 + n][half * 2], y = sum[g * 4 + n][half * 2 + 1];
+                pair = ADD ? pair_of(first(pair) + x, second(pair) + y) : pair_of(x, y);
+            }
+            exchange(piece[g]);
+            if (r < of.rows && c + g * 32 < of.width) write((Vector *)(at + g * 32), piece[g]);
+        }
+    }
+}
+
+/// 16 bytes; asynchronous.
+__device__ __forceinline__ void fetch_piece(void *to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+// ---- States ----
+
+#define WIDE_STATE_STAGES 4
+
+/// 64 tokens of two matrices, and the tokens' factors in C and in n.
+template <int COLUMNS> struct Walk {
+    struct {
+        Tile left, right[COLUMNS / L];
+        float factor[2][L];
+    } stage[WIDE_STATE_STAGES];
+};
+
+/// What a block of mlstm_wide_states or mlstm_wide_backward_states has: 64 x COLUMNS of a state, by
+/// 2 x 2 warps, and 64 numbers of its normaliser.
+template <int COLUMNS> struct StateTile {
+    static const int WARP_COLUMNS = COLUMNS / 2;
+    float sum[2][WARP_COLUMNS / 8][4];
+    ColumnSum normal;
+
+    __device__ __forceinline__ int row(int m, int i) const { return WARP / 2 * 32 + m * 16 + i / 2 * 8 + LANE / 4; }
+    __device__ __forceinline__ int column(int n, int i) const {
+        return WARP % 2 * WARP_COLUMNS + n * 8 + LANE % 4 * 2 + i % 2;
+    }
+    /// f(number, row, column) for each.
+    template <class F> __device__ __forceinline__ void each(F f) {
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int n = 0; n < WARP_COLUMNS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) f(sum[m][n][i], row(m, i), column(n, i));
+    }
+    /// The number of n that lanes 0, 4, 8 ... hold, of row WARP 16 + half 8 + LANE / 4.
+    __device__ __forceinline__ void set_normal(int half, float x) {
+        normal.x[half * 2] = LANE % 4 == 0 ? x : 0.0f;
+        normal.x[half * 2 + 1] = 0.0f;
+    }
+    /// Along the sequence, or back. `direction` 1: sum = e_last sum + (factor left)^T right of each
+    /// chunk in turn, from 0 on; -1: from the last on. Before each, it goes to states and normals.
+    __device__ void walk(
+        Walk<COLUMNS> &s, const element_t *left, const element_t *right, const float *factor, const float *normal_factor,
+        const float *prefix, element_t *states, float *normals, int bh, int r0, int c0, bool with_n, int direction,
+        int additions, int S, int NH, int dqk, int dhv
+    ) {
+        int chunks = (S + CHUNK - 1) / CHUNK, tid = threadIdx.x;
+        long long first_chunk = (long long)bh * chunks;
+        auto chunk_at = [&](int step) { return direction > 0 ? step / 2 : chunks - 1 - step / 2; };
+        auto pipeline = start<WIDE_STATE_STAGES>(additions * 2, [&](int step, int stage) {
+            int chunk = chunk_at(step), half = step % 2 * L;
+            auto &to = s.stage[stage];
+            fetch(to.left, chunk_of(left, bh, chunk, S, NH, dqk), half, r0);
+#pragma unroll
+            for (int i = 0; i < COLUMNS / L; i++)
+                fetch(to.right[i], chunk_of(right, bh, chunk, S, NH, dhv), half, c0 + i * L);
+            long long token = (first_chunk + chunk) * CHUNK + half + tid % 16 * 4;
+            if (tid < 32) fetch_piece(&to.factor[tid / 16][tid % 16 * 4], (tid < 16 ? factor : normal_factor) + token);
+        });
+        for (int step = 0; step < chunks * 2; step++) {
+            int chunk = chunk_at(step);
+            int stage = 0;
+            if (step < additions * 2) stage = pipeline.arrive(step);
+            if (step % 2 == 0) {
+                float keep = power(prefix[(first_chunk + chunk) * CHUNK + CHUNK - 1]);
+                Rows to = {states + (first_chunk + chunk) * dqk * dhv, dhv, dqk, dhv, true};
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+                    put_rows<false, WARP_COLUMNS>(
+                        sum[m], to, r0 + WARP / 2 * 32 + m * 16, c0 + WARP % 2 * WARP_COLUMNS
+                    );
+                if (with_n) put(normal, [&](int row, float x) {
+                    if (r0 + row < dqk) normals[(first_chunk + chunk) * dqk + r0 + row] = x;
+                });
+                if (step == additions * 2) break;
+                each([&](float &x, int, int) { x *= keep; });
+#pragma unroll
+                for (int i = 0; i < 4; i++) normal.x[i] *= keep;
+            }
+            auto &from = s.stage[stage];
+#pragma unroll
+            for (int k = 0; k < L; k += 16) {
+                float2 low = *(const float2 *)&from.factor[0][k + LANE % 4 * 2];
+                float2 high = *(const float2 *)&from.factor[0][k + 8 + LANE % 4 * 2];
+                unsigned a[2][4];
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    load_left<true>(a[m], from.left, WARP / 2 * 32 + m * 16, k);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        float2 x = i < 2 ? low : high;
+                        a[m][i] = pair_of(x.x * first(a[m][i]), x.y * second(a[m][i]));
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < WARP_COLUMNS / 16; n++) {
+                    unsigned b[4];
+                    int c = WARP % 2 * WARP_COLUMNS + n * 16;
+                    load_right<false>(b, from.right[c / L], k, c % L);
+#pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        multiply_add(sum[m][2 * n], a[m], b[0], b[1]);
+                        multiply_add(sum[m][2 * n + 1], a[m], b[2], b[3]);
+                    }
+                }
+                if (with_n) {
+                    // The factors in three parts of bf16, a column of the right side each.
+                    unsigned a[4], b[2];
+                    load_left<true>(a, from.left, WARP * 16, k);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        float2 x = *(const float2 *)&from.factor[1][k + i * 8 + LANE % 4 * 2];
+                        b[i] = 0;
+#pragma unroll
+                        for (int part = 0; part < 3; part++) {
+                            Pair pair = pair_of(x.x, x.y);
+                            x.x -= first(pair), x.y -= second(pair);
+                            if (LANE / 4 == part) b[i] = pair;
+                        }
+                    }
+                    multiply_add(normal.x, a, b[0], b[1]);
+                }
+            }
+        }
+    }
+};
+
+// ---- Passes ----
+
+#define PASS_STAGES 2
+
+/// The matrices of a pass.
+struct Sides {
+    Rows rows, columns, state, second, own;
+    /// First row of the block within its chunk, and of the other half where that is needed.
+    int row, other;
+    bool both;
+    /// Features that S runs over, and the first of the result's.
+    int inner, out;
+};
+
+/// OUT: columns of the result. AFTER: a row sees the columns from its own on, else those up to its
+/// own. TRANSPOSED: the state's rows are the result's features.
+template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
+    static const int TILES = OUT / L;
+    static const int IN_STAGE = OWN && 3 * TILES > 3 + TILES ? 3 * TILES : 3 + TILES;
+    struct Shared {
+        Tile stage[PASS_STAGES][IN_STAGE];
+        float prefix[CHUNK], entry[CHUNK], inverse[CHUNK], slope[CHUNK];
+        /// 2^(G_t - G_63) of the chunk's second half, 2^(G_63 - E_j) of its first.
+        float high[L], low[L];
+    };
+    /// S with the block's own half of the chunk, and with the other.
+    float S[2][8][4], H[OUT / 8][4];
+
+    /// Row within the half of S[][][i] and H[][i], and column within eight.
+    static __device__ __forceinline__ int row(int i) { return WARP * 16 + i / 2 * 8 + LANE / 4; }
+    static __device__ __forceinline__ int column(int n, int i) { return n * 8 + LANE % 4 * 2 + i % 2; }
+    static __device__ __forceinline__ bool sees(int n) { return AFTER ? n >= WARP : n <= WARP; }
+
+    static __device__ __forceinline__ Sides halves(Sides x, int half) {
+        x.row = half * L;
+        x.other = L - x.row;
+        x.both = AFTER ? half == 0 && x.rows.rows > L : half == 1;
+        return x;
+    }
+    /// Reads G, E, and in backward 1 / N and dd.
+    static __device__ void weights(
+        Shared &s, long long at, const float *prefix, const float *entry, const float *inverse, const float *dd
+    ) {
+        int tid = threadIdx.x;
+        float G = prefix[at * CHUNK + tid], E = entry[at * CHUNK + tid], boundary = prefix[at * CHUNK + L - 1];
+        s.prefix[tid] = G;
+        s.entry[tid] = E;
+        if (inverse) s.inverse[tid] = inverse[at * CHUNK + tid];
+        if (dd) s.slope[tid] = dd[at * CHUNK + tid];
+        if (tid < L) s.low[tid] = power(boundary - E);
+        else s.high[tid - L] = power(G - boundary);
+    }
+    static __device__ __forceinline__ void fetch_step(Tile *tile, const Sides &x, int step, int steps) {
+        if (step < steps) {
+            fetch(tile[0], x.rows, x.row, step * L);
+            fetch(tile[1], x.columns, x.row, step * L);
+            if (x.both) fetch(tile[2], x.columns, x.other, step * L);
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+                if (TRANSPOSED) fetch(tile[3 + i], x.state, x.out + i * L, step * L);
+                else fetch(tile[3 + i], x.state, step * L, x.out + i * L);
+        } else {
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+                fetch(tile[i], x.second, x.row, x.out + i * L);
+                if (x.both) fetch(tile[TILES + i], x.second, x.other, x.out + i * L);
+                if (OWN) fetch(tile[2 * TILES + i], x.own, x.row, x.out + i * L);
+            }
+        }
+    }
+    /// S and H; each_slice(step, tiles) before the products of a slice, each_left(a, feature) with
+    /// each left operand. Returns the tiles of Z, then those of the own rows.
+    template <class Slice, class Left>
+    __device__ __forceinline__ Tile *products(Shared &s, const Sides &x, Slice each_slice, Left each_left) {
+        int steps = (x.inner + L - 1) / L;
+        auto pipeline = start<PASS_STAGES>(steps + 1, [&](int step, int stage) {
+            fetch_step(s.stage[stage], x, step, steps);
+        });
+#pragma unroll
+        for (int p = 0; p < 2; p++)
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) S[p][n][i] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < OUT / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) H[n][i] = 0.0f;
+        for (int step = 0; step < steps; step++) {
+            Tile *tile = s.stage[pipeline.arrive(step)];
+            each_slice(step, tile);
+#pragma unroll
+            for (int k = 0; k < L; k += 16) {
+                unsigned a[4], b[4];
+                load_left<false>(a, tile[0], WARP * 16, k);
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+                    if (sees(n)) {
+                        load_right<true>(b, tile[1], k, n * 16);
+                        multiply_add(S[0][2 * n], a, b[0], b[1]);
+                        multiply_add(S[0][2 * n + 1], a, b[2], b[3]);
+                    }
+                if (x.both) {
+#pragma unroll
+                    for (int n = 0; n < 4; n++) {
+                        load_right<true>(b, tile[2], k, n * 16);
+                        multiply_add(S[1][2 * n], a, b[0], b[1]);
+                        multiply_add(S[1][2 * n + 1], a, b[2], b[3]);
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < OUT / 16; n++) {
+                    load_right<TRANSPOSED>(b, tile[3 + n / 4], k, n % 4 * 16);
+                    multiply_add(H[2 * n], a, b[0], b[1]);
+                    multiply_add(H[2 * n + 1], a, b[2], b[3]);
+                }
+                each_left(a, step * L + k);
+            }
+        }
+        return s.stage[pipeline.arrive(steps)];
+    }
+    /// S = f(S, row, column) W_tj, with the tokens' numbers in the chunk.
+    template <class F> __device__ __forceinline__ void weigh(Shared &s, const Sides &x, F f) {
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int r = row(i), c = column(n, i), t = AFTER ? c : r, j = AFTER ? r : c;
+                float weight = t >= j ? power(s.prefix[x.row + t] - s.entry[x.row + j]) : 0.0f;
+                S[0][n][i] = f(S[0][n][i], x.row + r, x.row + c) * weight;
+            }
+        if (x.both) {
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int r = row(i), c = column(n, i), t = AFTER ? c : r, j = AFTER ? r : c;
+                    S[1][n][i] = f(S[1][n][i], x.row + r, x.other + c) * (s.high[t] * s.low[j]);
+                }
+        }
+    }
+    /// H += S Z.
+    __device__ __forceinline__ void attend(Tile *tile, const Sides &x) {
+#pragma unroll
+        for (int p = 0; p < 2; p++) {
+            if (p && !x.both) break;
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                if (!p && !sees(k)) continue;
+                unsigned a[4], b[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    a[i] = pair_of(S[p][2 * k + i / 2][i % 2 * 2], S[p][2 * k + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+                for (int n = 0; n < OUT / 16; n++) {
+                    load_right<false>(b, tile[p * TILES + n / 4], k * 16, n % 4 * 16);
+                    multiply_add(H[2 * n], a, b[0], b[1]);
+                    multiply_add(H[2 * n + 1], a, b[2], b[3]);
+                }
+            }
+        }
+    }
+    /// f(row, x . H) of the own rows.
+    template <class F> __device__ __forceinline__ void dot_rows(Tile *tile, F f) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int n = 0; n < OUT / 8; n++) {
+                Pair x = *(const Pair *)tile[2 * TILES + n / 8].at(row(half * 2), n % 8 * 8 + LANE % 4 * 2);
+                sum = fmaf(first(x), H[n][half * 2], fmaf(second(x), H[n][half * 2 + 1], sum));
+            }
+            sum += __shfl_xor_sync(ALL, sum, 1);
+            sum += __shfl_xor_sync(ALL, sum, 2);
+            if (LANE % 4 == 0) f(row(half * 2), sum);
+        }
+    }
+};
+
+#endif

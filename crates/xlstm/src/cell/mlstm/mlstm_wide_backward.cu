@@ -1,0 +1,355 @@
+// The mLSTM cell backward by chunks of 128; mlstm_wide.cuh says how.
+
+#ifdef ELEMENT_BF16
+
+/// What every later kernel needs of a token: G, E, w, 1 / N, dd, the gradient of m through eps, and
+/// the query's weights s e / N in C and s e dd in n; 0 at pads and past the end.
+/// grid (N, B NH), block 256.
+extern "C" __global__ void __launch_bounds__(256) mlstm_wide_tokens(
+    const element_t *h, const element_t *dh, const float *i, const float *f, const unsigned *marks, const float *n0,
+    const float *m0, const float *stabilizers, const float *denominators, float *prefix, float *entry, float *w,
+    float *inverse, float *dd, float *dm, float *query, float *slope, int S, int NH, int dqk, int dhv, int flags,
+    float eps
+) {
+    __shared__ float products[CHUNK];
+    int chunk = blockIdx.x, bh = blockIdx.y, tid = threadIdx.x, warp = tid / 32;
+    long long step = (long long)NH * dhv, first_token = token_at(bh, chunk * CHUNK, S, NH, dhv);
+    // Four tokens of a warp under way at once.
+#pragma unroll 1
+    for (int r0 = warp * 4; r0 < CHUNK; r0 += 32) {
+        float sum[4] = {};
+        for (int y = LANE * IN_VECTOR; y < dhv; y += 32 * IN_VECTOR) {
+            Vector a[4] = {}, b[4] = {};
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                if (chunk * CHUNK + r0 + r < S) {
+                    a[r] = read((const Vector *)(h + first_token + (r0 + r) * step + y));
+                    b[r] = read((const Vector *)(dh + first_token + (r0 + r) * step + y));
+                }
+#pragma unroll
+            for (int r = 0; r < 4; r++) sum[r] = dot(a[r], b[r], sum[r]);
+        }
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            sum[r] = warp_sum(sum[r]);
+            if (LANE == 0) products[r0 + r] = sum[r];
+        }
+    }
+    __syncthreads();
+    if (tid >= CHUNK) return;
+    int t = chunk * CHUNK + tid;
+    long long at = ((long long)bh * gridDim.x + chunk) * CHUNK + tid;
+    float G, E, last;
+    chunk_exponents({i, f, marks, n0, m0, stabilizers}, bh, chunk, S, NH, dqk, flags, &G, &E, &last);
+    float out[3] = {0.0f, 0.0f, 0.0f};
+    if (t < S && !(marks && is_pad(marks[(long long)(bh / NH) * S + t]))) {
+        float d = denominators[(long long)bh * S + t], m = stabilizers[(long long)bh * S + t];
+        float norm = normalizer(d, m, eps, flags), rise = -products[tid] / norm;
+        out[0] = 1.0f / norm;
+        if (flags & NORMALIZE) {
+            out[1] = fabsf(d) > expf(-m) ? (d > 0.0f ? rise : -rise) : 0.0f;
+            out[2] = flags & SIGMOID_INPUT ? 0.0f : rise * eps;
+        }
+    }
+    float state = power(G) / sqrtf((float)dqk);
+    prefix[at] = G;
+    entry[at] = E;
+    w[at] = power(last - E);
+    inverse[at] = out[0];
+    dd[at] = out[1];
+    dm[at] = out[2];
+    query[at] = state * out[0];
+    slope[at] = state * out[1];
+}
+
+/// Both walks at once: C and n before every chunk, and dC and dn after every chunk,
+/// dC <- e_last dC + (s e / N ∘ Q)^T dH, dn <- e_last dn + (s e dd ∘ Q)^T 1; C . dC + n . dn of the last
+/// and the first state, by tile.
+/// grid (ceil(dhv / COLUMNS), ceil(dqk / 64), 2 B NH), block 128. In: dC_last, dn_last (null: zero),
+/// C_last, n_last (read where dC_last or dn_last is given), C0, n0 (null: zero). Added to: dC0, dn0.
+template <int COLUMNS>
+__device__ __forceinline__ void wide_backward_states(
+    const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *w, const float *query,
+    const float *slope, const float *prefix, const float *C0, const float *n0, const float *C_last, const float *n_last,
+    const float *dC_last, const float *dn_last, element_t *states, float *normals, element_t *dstates, float *dnormals,
+    float *inner_last, float *inner_first, float *dC0, float *dn0, int S, int NH, int dqk, int dhv
+) {
+    extern __shared__ Vector shared[];
+    Walk<COLUMNS> &s = *(Walk<COLUMNS> *)shared;
+    int tasks = gridDim.z / 2, bh = blockIdx.z % tasks, r0 = blockIdx.y * L, c0 = blockIdx.x * COLUMNS;
+    int chunks = (S + CHUNK - 1) / CHUNK;
+    bool back = blockIdx.z < tasks, with_n = blockIdx.x == 0;
+    long long size = (long long)dqk * dhv;
+    const float *C_from = back ? dC_last : C0, *n_from = back ? dn_last : n0;
+    StateTile<COLUMNS> C;
+    auto place = [&](int r, int c) { return bh * size + (long long)(r0 + r) * dhv + c0 + c; };
+    auto inside = [&](int r, int c) { return r0 + r < dqk && c0 + c < dhv; };
+    float inner = 0.0f;
+    C.each([&](float &x, int r, int c) {
+        x = C_from && inside(r, c) ? C_from[place(r, c)] : 0.0f;
+        if (back && dC_last && inside(r, c)) inner = fmaf(C_last[place(r, c)], x, inner);
+    });
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int x = r0 + WARP * 16 + half * 8 + LANE / 4;
+        float n = n_from && x < dqk ? n_from[(long long)bh * dqk + x] : 0.0f;
+        C.set_normal(half, n);
+        if (back && with_n && dn_last && x < dqk && LANE % 4 == 0) inner = fmaf(n_last[(long long)bh * dqk + x], n, inner);
+    }
+    // The gradient of the first state is wanted only where there is one.
+    int additions = back && (C0 || dC0 || dn0) ? chunks : chunks - 1;
+    C.walk(s, back ? q : k, back ? dh : v, back ? query : w, back ? slope : w, prefix, back ? dstates : states,
+           back ? dnormals : normals, bh, r0, c0, with_n, back ? -1 : 1, additions, S, NH, dqk, dhv);
+    if (!back) return;
+    long long tile = (long long)bh * gridDim.x * gridDim.y + blockIdx.y * gridDim.x + blockIdx.x;
+    inner = block_sum(inner);
+    if (threadIdx.x == 0) inner_last[tile] = inner;
+    inner = 0.0f;
+    if (C0 || dC0) C.each([&](float &x, int r, int c) {
+        if (!inside(r, c)) return;
+        if (C0) inner = fmaf(C0[place(r, c)], x, inner);
+        if (dC0) dC0[place(r, c)] += x;
+    });
+    if (with_n) put(C.normal, [&](int row, float x) {
+        if (r0 + row >= dqk) return;
+        long long at = (long long)bh * dqk + r0 + row;
+        if (n0) inner = fmaf(n0[at], x, inner);
+        if (dn0) dn0[at] += x;
+    });
+    inner = block_sum(inner);
+    if (threadIdx.x == 0) inner_first[tile] = inner;
+}
+#define WIDE_BACKWARD_STATES(COLUMNS)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(GROUP, COLUMNS == 64 ? 3 : 2) mlstm_wide_backward_states_##COLUMNS(   \
+        const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *w,               \
+        const float *query, const float *slope, const float *prefix, const float *C0, const float *n0,                 \
+        const float *C_last, const float *n_last, const float *dC_last, const float *dn_last, element_t *states,       \
+        float *normals, element_t *dstates, float *dnormals, float *inner_last, float *inner_first, float *dC0,        \
+        float *dn0, int S, int NH, int dqk, int dhv                                                                    \
+    ) {                                                                                                                \
+        wide_backward_states<COLUMNS>(q, k, v, dh, w, query, slope, prefix, C0, n0, C_last, n_last, dC_last, dn_last,  \
+                                      states, normals, dstates, dnormals, inner_last, inner_first, dC0, dn0, S, NH,    \
+                                      dqk, dhv);                                                                       \
+    }
+WIDE_BACKWARD_STATES(64)
+WIDE_BACKWARD_STATES(128)
+
+/// dv_j += w_j (K dC)_j + sum_t A_tj dh_t / N_t.
+/// grid (ceil(dhv / OUT), 2 N, B NH), block 128. Not needed where nobody wants dv.
+template <int OUT>
+__device__ __forceinline__ void wide_values(
+    const element_t *q, const element_t *k, const element_t *dh, const float *prefix, const float *entry,
+    const float *inverse, const float *w, const element_t *dstates, element_t *dv, int S, int NH, int dqk, int dhv
+) {
+    typedef Pass<OUT, true, false, false> Values;
+    extern __shared__ Vector shared[];
+    typename Values::Shared &s = *(typename Values::Shared *)shared;
+    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2;
+    if (chunk * CHUNK + half * L >= S) return;
+    long long at = (long long)bh * (gridDim.y / 2) + chunk;
+    Sides x;
+    x.rows = chunk_of(k, bh, chunk, S, NH, dqk);
+    x.columns = chunk_of(q, bh, chunk, S, NH, dqk);
+    x.state = {dstates + at * dqk * dhv, dhv, dqk, dhv, true};
+    x.second = x.own = chunk_of(dh, bh, chunk, S, NH, dhv);
+    x.inner = dqk, x.out = blockIdx.x * OUT;
+    x = Values::halves(x, half);
+    Values::weights(s, at, prefix, entry, inverse, nullptr);
+    Values pass;
+    Tile *tile = pass.products(s, x, [](int, Tile *) {}, [](unsigned (&)[4], int) {});
+    float scale = 1.0f / sqrtf((float)dqk);
+    pass.weigh(s, x, [&](float score, int, int t) { return score * (scale * s.inverse[t]); });
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) factor[half] = w[at * CHUNK + x.row + Values::row(half * 2)];
+#pragma unroll
+    for (int n = 0; n < OUT / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) pass.H[n][i] *= factor[i / 2];
+    pass.attend(tile, x);
+    put_rows<true, OUT>(pass.H, chunk_of(dv, bh, chunk, S, NH, dhv), x.row + WARP * 16, x.out);
+}
+#define WIDE_VALUES(OUT)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_values_##OUT(                                    \
+        const element_t *q, const element_t *k, const element_t *dh, const float *prefix, const float *entry,          \
+        const float *inverse, const float *w, const element_t *dstates, element_t *dv, int S, int NH, int dqk, int dhv \
+    ) {                                                                                                                \
+        wide_values<OUT>(q, k, dh, prefix, entry, inverse, w, dstates, dv, S, NH, dqk, dhv);                           \
+    }
+WIDE_VALUES(64)
+WIDE_VALUES(128)
+
+/// dq_t += s e_t ((dH C^T)_t / N_t + dd_t n) + sum_j R_tj k_j; and a_t by slice of
+/// features.
+/// grid (ceil(dqk / OUT), 2 N, B NH), block 128. Added to: dq or null. Out: a.
+template <int OUT>
+__device__ __forceinline__ void wide_queries(
+    const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,
+    const float *entry, const float *inverse, const float *dd, const float *query, const float *slope,
+    const element_t *states, const float *normals, element_t *dq, float *a, int S, int NH, int dqk,
+    int dhv
+) {
+    typedef Pass<OUT, false, true, true> Queries;
+    extern __shared__ Vector shared[];
+    typename Queries::Shared &s = *(typename Queries::Shared *)shared;
+    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2, chunks = gridDim.y / 2;
+    long long at = (long long)bh * chunks + chunk, slice = (blockIdx.x * (long long)gridDim.z * chunks + at) * CHUNK;
+    Sides x;
+    x.rows = chunk_of(dh, bh, chunk, S, NH, dhv);
+    x.columns = chunk_of(v, bh, chunk, S, NH, dhv);
+    x.state = {states + at * dqk * dhv, dhv, dqk, dhv, true};
+    x.second = chunk_of(k, bh, chunk, S, NH, dqk);
+    x.own = chunk_of(q, bh, chunk, S, NH, dqk);
+    x.inner = dhv, x.out = blockIdx.x * OUT;
+    x = Queries::halves(x, half);
+    Queries::weights(s, at, prefix, entry, inverse, dd);
+    Queries pass;
+    Tile *tile = pass.products(s, x, [](int, Tile *) {}, [](unsigned (&)[4], int) {});
+    float scale = 1.0f / sqrtf((float)dqk);
+    pass.weigh(s, x, [&](float product, int t, int) { return scale * fmaf(product, s.inverse[t], s.slope[t]); });
+    float factor[2], normal_factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        factor[half] = query[at * CHUNK + x.row + Queries::row(half * 2)];
+        normal_factor[half] = slope[at * CHUNK + x.row + Queries::row(half * 2)];
+    }
+#pragma unroll
+    for (int n = 0; n < OUT / 8; n++) {
+        int r = x.out + Queries::column(n, 0);
+        float2 normal = r < dqk ? *(const float2 *)(normals + at * dqk + r) : make_float2(0.0f, 0.0f);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            pass.H[n][i] = fmaf(normal_factor[i / 2], i % 2 ? normal.y : normal.x, factor[i / 2] * pass.H[n][i]);
+    }
+    pass.attend(tile, x);
+    pass.dot_rows(tile, [&](int r, float sum) { a[slice + x.row + r] = sum; });
+    if (dq) put_rows<true, OUT>(pass.H, chunk_of(dq, bh, chunk, S, NH, dqk), x.row + WARP * 16, x.out);
+}
+#define WIDE_QUERIES(OUT)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_queries_##OUT(                                   \
+        const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,          \
+        const float *entry, const float *inverse, const float *dd, const float *query, const float *slope,             \
+        const element_t *states, const float *normals, element_t *dq, float *a, int S, int NH,        \
+        int dqk, int dhv                                                                                               \
+    ) {                                                                                                                \
+        wide_queries<OUT>(q, k, v, dh, prefix, entry, inverse, dd, query, slope, states, normals, dq, a, S,  \
+                          NH, dqk, dhv);                                                                               \
+    }
+WIDE_QUERIES(64)
+WIDE_QUERIES(128)
+
+/// dk_j += w_j ((V dC^T)_j + dn) + sum_t R_tj q_t; k_j . dk_j and its part through the state as in
+/// mlstm_wide_queries; and crossing = e_last (C . dC + n . dn) of a chunk.
+/// grid (ceil(dqk / OUT), 2 N, B NH), block 128. Added to: dk or null. Out: leaving, b, crossing.
+template <int OUT>
+__device__ __forceinline__ void wide_keys(
+    const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,
+    const float *entry, const float *inverse, const float *dd, const float *w, const element_t *states,
+    const float *normals, const element_t *dstates, const float *dnormals, element_t *dk, float *leaving, float *b,
+    float *crossing, int S, int NH, int dqk, int dhv
+) {
+    typedef Pass<OUT, true, true, true> Keys;
+    extern __shared__ Vector shared[];
+    typename Keys::Shared &s = *(typename Keys::Shared *)shared;
+    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2, chunks = gridDim.y / 2;
+    int tid = threadIdx.x;
+    long long at = (long long)bh * chunks + chunk, by_slice = blockIdx.x * (long long)gridDim.z * chunks + at;
+    long long slice = by_slice * CHUNK;
+    Sides x;
+    x.rows = chunk_of(v, bh, chunk, S, NH, dhv);
+    x.columns = chunk_of(dh, bh, chunk, S, NH, dhv);
+    x.state = {dstates + at * dqk * dhv, dhv, dqk, dhv, true};
+    x.second = chunk_of(q, bh, chunk, S, NH, dqk);
+    x.own = chunk_of(k, bh, chunk, S, NH, dqk);
+    x.inner = dhv, x.out = blockIdx.x * OUT;
+    x = Keys::halves(x, half);
+    Keys::weights(s, at, prefix, entry, inverse, dd);
+    Keys pass;
+    float inner = 0.0f;
+    const element_t *C = states + at * dqk * dhv;
+    // The first half's block has dC at hand, and reads C.
+    Tile *tile = pass.products(
+        s, x,
+        [&](int step, Tile *tile) {
+            if (half) return;
+#pragma unroll
+            for (int piece = tid; piece < OUT * L / IN_VECTOR; piece += GROUP) {
+                int r = piece / (L / IN_VECTOR), c = piece % (L / IN_VECTOR) * IN_VECTOR;
+                if (x.out + r < dqk && step * L + c < dhv)
+                    inner = dot(read((const Vector *)(C + (long long)(x.out + r) * dhv + step * L + c)),
+                                read((const Vector *)tile[3 + r / L].at(r % L, c)), inner);
+            }
+        },
+        [](unsigned (&)[4], int) {}
+    );
+    float scale = 1.0f / sqrtf((float)dqk);
+    pass.weigh(s, x, [&](float product, int, int t) { return scale * fmaf(product, s.inverse[t], s.slope[t]); });
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) factor[half] = w[at * CHUNK + x.row + Keys::row(half * 2)];
+#pragma unroll
+    for (int n = 0; n < OUT / 8; n++) {
+        int r = x.out + Keys::column(n, 0);
+        float2 normal = r < dqk ? *(const float2 *)(dnormals + at * dqk + r) : make_float2(0.0f, 0.0f);
+#pragma unroll
+        for (int i = 0; i < 4; i++) pass.H[n][i] = factor[i / 2] * (pass.H[n][i] + (i % 2 ? normal.y : normal.x));
+    }
+    pass.dot_rows(tile, [&](int r, float sum) { leaving[slice + x.row + r] = sum; });
+    pass.attend(tile, x);
+    pass.dot_rows(tile, [&](int r, float sum) { b[slice + x.row + r] = sum; });
+    if (dk) put_rows<true, OUT>(pass.H, chunk_of(dk, bh, chunk, S, NH, dqk), x.row + WARP * 16, x.out);
+    if (half) return;
+    for (int r = x.out + tid; r < min(dqk, x.out + OUT); r += GROUP)
+        inner = fmaf(normals[at * dqk + r], dnormals[at * dqk + r], inner);
+    inner = block_sum(inner);
+    if (tid == 0) crossing[by_slice] = power(s.prefix[CHUNK - 1]) * inner;
+}
+#define WIDE_KEYS(OUT)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_keys_##OUT(                                      \
+        const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,          \
+        const float *entry, const float *inverse, const float *dd, const float *w, const element_t *states,            \
+        const float *normals, const element_t *dstates, const float *dnormals, element_t *dk, float *leaving,          \
+        float *b, float *crossing, int S, int NH, int dqk, int dhv                                                     \
+    ) {                                                                                                                \
+        wide_keys<OUT>(q, k, v, dh, prefix, entry, inverse, dd, w, states, normals, dstates, dnormals, dk, leaving, b, \
+                       crossing, S, NH, dqk, dhv);                                                                     \
+    }
+WIDE_KEYS(64)
+WIDE_KEYS(128)
+
+/// The chunk's whole d log i and d log f, but for the stabiliser.
+/// grid (N, B NH), block 128. tiles: slices of features.
+extern "C" __global__ void __launch_bounds__(CHUNK) mlstm_wide_gates(
+    const float *a, const float *leaving, const float *b, const float *crossing, float *di, float *df, int tiles
+) {
+    __shared__ float after[4], before[4];
+    int tid = threadIdx.x, warp = tid / 32;
+    long long at = (long long)blockIdx.y * gridDim.x + blockIdx.x, all = (long long)gridDim.y * gridDim.x;
+    float in = 0.0f, out = 0.0f, whole = 0.0f, cross = 0.0f;
+    for (int tile = 0; tile < tiles; tile++) {
+        long long from = (tile * all + at) * CHUNK + tid;
+        in += a[from];
+        out += leaving[from];
+        whole += b[from];
+        cross += crossing[tile * all + at];
+    }
+    // What comes to token t from pairs within the chunk, and to it from before; what left before it.
+    float suffix = in - (whole - out), sum = out;
+    for (int step = 1; step < 32; step <<= 1) {
+        float right = __shfl_down_sync(ALL, suffix, step), left = __shfl_up_sync(ALL, sum, step);
+        if (LANE + step < 32) suffix += right;
+        if (LANE >= step) sum += left;
+    }
+    if (LANE == 0) after[warp] = suffix;
+    if (LANE == 31) before[warp] = sum;
+    __syncthreads();
+    sum -= out;
+    for (int other = 0; other < 4; other++) {
+        if (other > warp) suffix += after[other];
+        if (other < warp) sum += before[other];
+    }
+    di[at * CHUNK + tid] = whole;
+    df[at * CHUNK + tid] = suffix + sum + cross;
+}
+
+#endif
