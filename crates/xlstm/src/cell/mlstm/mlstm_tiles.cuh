@@ -110,6 +110,13 @@ __device__ __forceinline__ void fetch(Tile &tile, const Rows &of, int row, int c
     }
 }
 
+/// Before a barrier: this thread's copies are seen by products that read shared memory by themselves.
+__device__ __forceinline__ void publish_copies() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 /// Fetches that run STAGES - 1 steps ahead of their use.
 template <int STAGES, class Fetch> struct Pipeline {
     int steps;
@@ -126,6 +133,7 @@ template <int STAGES, class Fetch> struct Pipeline {
             begin(step);
         }
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES > 1 ? STAGES - 2 : 0) : "memory");
+        publish_copies();
         __syncthreads();
         if (STAGES > 1) begin(step + STAGES - 1);
         return step % STAGES;

@@ -29,7 +29,7 @@
 // Work space: N = ceil(S / 128) chunks. Of element_t: states, dstates (B, NH, N, dqk, dhv), before and
 // after every chunk. Of f32: normals, dnormals (B, NH, N, dqk); by token (B, NH, N, 128): prefix G,
 // entry E, w, and in backward inverse, dd, dm, query = s e / N, slope = s e dd, di, df; by slice of
-// features too: arriving, a, leaving, b (slices, B, NH, N, 128), crossing (slices, B, NH, N).
+// features too: arriving, a, leaving, b (slices, B, NH, N, 128), crossing (slices, B, NH, N, 2).
 
 #ifdef ELEMENT_BF16
 
@@ -108,10 +108,99 @@ __device__ __forceinline__ void put_rows(const float (&sum)[WIDTH / 8][4], const
     }
 }
 
+/// A block's rows of results are asked for, to be added to later.
+template <int OUT> __device__ __forceinline__ void prefetch_rows(const Rows &of, int row, int column) {
+    const int IN_LINE = 64, LINES = OUT / IN_LINE;
+    for (int i = MEMBER; i < L * LINES; i += GROUP) {
+        int r = row + i / LINES, c = column + i % LINES * IN_LINE;
+        if (r < of.rows && c < of.width)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(of.from + (long long)r * of.stride + c));
+    }
+}
+
 /// 16 bytes; asynchronous.
 __device__ __forceinline__ void fetch_piece(void *to, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
+
+// ---- Products of a group of four warps, on Hopper ----
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define WARPGROUP
+
+// The tiles' order of 16-byte pieces is the hardware's 128-byte swizzle, where tiles start at
+// multiples of 1024 bytes. A descriptor names a tile by its address, the bytes between 8 rows, and,
+// where features lie along the rows of the right side's transpose, those to the next tile.
+__device__ __forceinline__ unsigned long long tile_descriptor(const Tile &tile) {
+    const unsigned long long SWIZZLE_128 = 1ull << 62, EIGHT_ROWS = 1024 >> 4, NEXT_TILE = sizeof(Tile) >> 4;
+    return SWIZZLE_128 | EIGHT_ROWS << 32 | NEXT_TILE << 16 | (shared_address(&tile) & 0x3ffff) >> 4;
+}
+/// In a descriptor, 16 on along the rows, and 16 rows on.
+#define ALONG 2
+#define DOWN 128
+
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+#define FOUR(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
+/// to += left right, 64 x 64; RIGHT: the right side's tiles have its columns along their rows.
+template <int RIGHT>
+__device__ __forceinline__ void multiply_group(float (&to)[8][4], unsigned long long left, unsigned long long right) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, %32, %33, p, 1, 1, 0, %35;}"
+        : FOUR(to[0]), FOUR(to[1]), FOUR(to[2]), FOUR(to[3]), FOUR(to[4]), FOUR(to[5]), 
+          FOUR(to[6]), FOUR(to[7])
+        : "l"(left), "l"(right), "r"(1), "n"(RIGHT)
+    );
+}
+template <int RIGHT>
+__device__ __forceinline__ void multiply_group(float (&to)[8][4], const unsigned (&left)[4], unsigned long long right) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;}"
+        : FOUR(to[0]), FOUR(to[1]), FOUR(to[2]), FOUR(to[3]), FOUR(to[4]), FOUR(to[5]), 
+          FOUR(to[6]), FOUR(to[7])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(1), "n"(RIGHT)
+    );
+}
+/// to += left right, 64 x 128; RIGHT: the right side's tiles have its columns along their rows.
+template <int RIGHT>
+__device__ __forceinline__ void multiply_group(float (&to)[16][4], unsigned long long left, unsigned long long right) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+        "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, %64, %65, p, 1, 1, 0, %67;}"
+        : FOUR(to[0]), FOUR(to[1]), FOUR(to[2]), FOUR(to[3]), FOUR(to[4]), FOUR(to[5]), 
+          FOUR(to[6]), FOUR(to[7]), FOUR(to[8]), FOUR(to[9]), FOUR(to[10]), FOUR(to[11]), 
+          FOUR(to[12]), FOUR(to[13]), FOUR(to[14]), FOUR(to[15])
+        : "l"(left), "l"(right), "r"(1), "n"(RIGHT)
+    );
+}
+template <int RIGHT>
+__device__ __forceinline__ void multiply_group(float (&to)[16][4], const unsigned (&left)[4], unsigned long long right) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+        "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;}"
+        : FOUR(to[0]), FOUR(to[1]), FOUR(to[2]), FOUR(to[3]), FOUR(to[4]), FOUR(to[5]), 
+          FOUR(to[6]), FOUR(to[7]), FOUR(to[8]), FOUR(to[9]), FOUR(to[10]), FOUR(to[11]), 
+          FOUR(to[12]), FOUR(to[13]), FOUR(to[14]), FOUR(to[15])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(1), "n"(RIGHT)
+    );
+}
+#endif
 
 // ---- States ----
 
@@ -121,29 +210,22 @@ __device__ __forceinline__ void fetch_piece(void *to, const void *from) {
 template <int COLUMNS> struct Walk {
     struct {
         Tile left, right[COLUMNS / L];
-        float factor[2][L];
     } stage[WIDE_STATE_STAGES];
+    float factor[WIDE_STATE_STAGES][2][L];
 };
 
-/// What a block of mlstm_wide_states or mlstm_wide_backward_states has: 64 x COLUMNS of a state, by
-/// 2 x 2 warps, and 64 numbers of its normaliser.
+/// What a block of mlstm_wide_states or mlstm_wide_backward_states has: 64 x COLUMNS of a state, 16
+/// rows a warp, and 64 numbers of its normaliser.
 template <int COLUMNS> struct StateTile {
-    static const int WARP_COLUMNS = COLUMNS / 2;
-    float sum[2][WARP_COLUMNS / 8][4];
+    float sum[COLUMNS / 8][4];
     ColumnSum normal;
 
-    __device__ __forceinline__ int row(int m, int i) const { return WARP / 2 * 32 + m * 16 + i / 2 * 8 + LANE / 4; }
-    __device__ __forceinline__ int column(int n, int i) const {
-        return WARP % 2 * WARP_COLUMNS + n * 8 + LANE % 4 * 2 + i % 2;
-    }
     /// f(number, row, column) for each.
     template <class F> __device__ __forceinline__ void each(F f) {
 #pragma unroll
-        for (int m = 0; m < 2; m++)
+        for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll
-            for (int n = 0; n < WARP_COLUMNS / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) f(sum[m][n][i], row(m, i), column(n, i));
+            for (int i = 0; i < 4; i++) f(sum[n][i], WARP * 16 + i / 2 * 8 + LANE / 4, n * 8 + LANE % 4 * 2 + i % 2);
     }
     /// The number of n that lanes 0, 4, 8 ... hold, of row WARP 16 + half 8 + LANE / 4.
     __device__ __forceinline__ void set_normal(int half, float x) {
@@ -168,7 +250,7 @@ template <int COLUMNS> struct StateTile {
             for (int i = 0; i < COLUMNS / L; i++)
                 fetch(to.right[i], chunk_of(right, bh, chunk, S, NH, dhv), half, c0 + i * L);
             long long token = (first_chunk + chunk) * CHUNK + half + tid % 16 * 4;
-            if (tid < 32) fetch_piece(&to.factor[tid / 16][tid % 16 * 4], (tid < 16 ? factor : normal_factor) + token);
+            if (tid < 32) fetch_piece(&s.factor[stage][tid / 16][tid % 16 * 4], (tid < 16 ? factor : normal_factor) + token);
         });
         for (int step = 0; step < chunks * 2; step++) {
             int chunk = chunk_at(step);
@@ -177,11 +259,7 @@ template <int COLUMNS> struct StateTile {
             if (step % 2 == 0) {
                 float keep = power(prefix[(first_chunk + chunk) * CHUNK + CHUNK - 1]);
                 Rows to = {states + (first_chunk + chunk) * dqk * dhv, dhv, dqk, dhv, true};
-#pragma unroll
-                for (int m = 0; m < 2; m++)
-                    put_rows<false, WARP_COLUMNS>(
-                        sum[m], to, r0 + WARP / 2 * 32 + m * 16, c0 + WARP % 2 * WARP_COLUMNS
-                    );
+                put_rows<false, COLUMNS>(sum, to, r0 + WARP * 16, c0);
                 if (with_n) put(normal, [&](int row, float x) {
                     if (r0 + row < dqk) normals[(first_chunk + chunk) * dqk + r0 + row] = x;
                 });
@@ -191,38 +269,35 @@ template <int COLUMNS> struct StateTile {
                 for (int i = 0; i < 4; i++) normal.x[i] *= keep;
             }
             auto &from = s.stage[stage];
+#ifdef WARPGROUP
+            products_begin();
+#endif
 #pragma unroll
             for (int k = 0; k < L; k += 16) {
-                float2 low = *(const float2 *)&from.factor[0][k + LANE % 4 * 2];
-                float2 high = *(const float2 *)&from.factor[0][k + 8 + LANE % 4 * 2];
-                unsigned a[2][4];
+                unsigned whole[4], a[4];
+                load_left<true>(whole, from.left, WARP * 16, k);
 #pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    load_left<true>(a[m], from.left, WARP / 2 * 32 + m * 16, k);
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        float2 x = i < 2 ? low : high;
-                        a[m][i] = pair_of(x.x * first(a[m][i]), x.y * second(a[m][i]));
-                    }
+                for (int i = 0; i < 4; i++) {
+                    float2 x = *(const float2 *)&s.factor[stage][0][k + i / 2 * 8 + LANE % 4 * 2];
+                    a[i] = pair_of(x.x * first(whole[i]), x.y * second(whole[i]));
                 }
+#ifdef WARPGROUP
+                multiply_group<1>(sum, a, tile_descriptor(from.right[0]) + k / 16 * DOWN);
+#else
 #pragma unroll
-                for (int n = 0; n < WARP_COLUMNS / 16; n++) {
+                for (int n = 0; n < COLUMNS / 16; n++) {
                     unsigned b[4];
-                    int c = WARP % 2 * WARP_COLUMNS + n * 16;
-                    load_right<false>(b, from.right[c / L], k, c % L);
-#pragma unroll
-                    for (int m = 0; m < 2; m++) {
-                        multiply_add(sum[m][2 * n], a[m], b[0], b[1]);
-                        multiply_add(sum[m][2 * n + 1], a[m], b[2], b[3]);
-                    }
+                    load_right<false>(b, from.right[n / 4], k, n % 4 * 16);
+                    multiply_add(sum[2 * n], a, b[0], b[1]);
+                    multiply_add(sum[2 * n + 1], a, b[2], b[3]);
                 }
+#endif
                 if (with_n) {
                     // The factors in three parts of bf16, a column of the right side each.
-                    unsigned a[4], b[2];
-                    load_left<true>(a, from.left, WARP * 16, k);
+                    unsigned b[2];
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        float2 x = *(const float2 *)&from.factor[1][k + i * 8 + LANE % 4 * 2];
+                        float2 x = *(const float2 *)&s.factor[stage][1][k + i * 8 + LANE % 4 * 2];
                         b[i] = 0;
 #pragma unroll
                         for (int part = 0; part < 3; part++) {
@@ -231,15 +306,20 @@ template <int COLUMNS> struct StateTile {
                             if (LANE / 4 == part) b[i] = pair;
                         }
                     }
-                    multiply_add(normal.x, a, b[0], b[1]);
+                    multiply_add(normal.x, whole, b[0], b[1]);
                 }
             }
+#ifdef WARPGROUP
+            products_commit();
+            products_wait();
+#endif
         }
     }
 };
 
 // ---- Passes ----
 
+// All of them are under way at once.
 #define PASS_STAGES 2
 
 /// The matrices of a pass.
@@ -263,10 +343,10 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
         /// 2^(G_t - G_63) of the chunk's second half, 2^(G_63 - E_j) of its first.
         float high[L], low[L];
     };
-    /// S with the block's own half of the chunk, and with the other.
-    float S[2][8][4], H[OUT / 8][4];
+    /// S with the block's own half of the chunk, then with the other; and H.
+    float S[16][4], H[OUT / 8][4];
 
-    /// Row within the half of S[][][i] and H[][i], and column within eight.
+    /// Row within the half of S[][i] and H[][i], and column within eight.
     static __device__ __forceinline__ int row(int i) { return WARP * 16 + i / 2 * 8 + LANE / 4; }
     static __device__ __forceinline__ int column(int n, int i) { return n * 8 + LANE % 4 * 2 + i % 2; }
     static __device__ __forceinline__ bool sees(int n) { return AFTER ? n >= WARP : n <= WARP; }
@@ -308,56 +388,84 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
             }
         }
     }
-    /// S and H; each_slice(step, tiles) before the products of a slice, each_left(a, feature) with
-    /// each left operand. Returns the tiles of Z, then those of the own rows.
-    template <class Slice, class Left>
-    __device__ __forceinline__ Tile *products(Shared &s, const Sides &x, Slice each_slice, Left each_left) {
+    /// S and H. prologue() runs while the first tiles are under way, before_slice(step) before those of
+    /// a slice are waited for, each_slice(step, tiles) beside its products, and where LEFT,
+    /// each_left(a, feature) with each left operand. Returns the tiles of Z, then those of the own rows.
+    template <bool LEFT, class Prologue, class Before, class Slice, class Left>
+    __device__ __forceinline__ Tile *products(
+        Shared &s, const Sides &x, Prologue prologue, Before before_slice, Slice each_slice, Left each_left
+    ) {
         int steps = (x.inner + L - 1) / L;
-        auto pipeline = start<PASS_STAGES>(steps + 1, [&](int step, int stage) {
-            fetch_step(s.stage[stage], x, step, steps);
-        });
+        auto begin = [&](int step) {
+            if (step <= steps) fetch_step(s.stage[step % PASS_STAGES], x, step, steps);
+            asm volatile("cp.async.commit_group;" ::: "memory");
+        };
+        auto arrive = [&](int step) {
+            asm volatile("cp.async.wait_group %0;" ::"n"(PASS_STAGES - 1) : "memory");
+            publish_copies();
+            __syncthreads();
+            return s.stage[step % PASS_STAGES];
+        };
+        for (int step = 0; step < PASS_STAGES; step++) begin(step);
+        prologue();
 #pragma unroll
-        for (int p = 0; p < 2; p++)
+        for (int n = 0; n < 16; n++)
 #pragma unroll
-            for (int n = 0; n < 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) S[p][n][i] = 0.0f;
+            for (int i = 0; i < 4; i++) S[n][i] = 0.0f;
 #pragma unroll
         for (int n = 0; n < OUT / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) H[n][i] = 0.0f;
         for (int step = 0; step < steps; step++) {
-            Tile *tile = s.stage[pipeline.arrive(step)];
+            before_slice(step);
+            Tile *tile = arrive(step);
+#ifdef WARPGROUP
+            unsigned long long left = tile_descriptor(tile[0]), right = tile_descriptor(tile[1]);
+            unsigned long long state = tile_descriptor(tile[3]);
+            products_begin();
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                multiply_group<!TRANSPOSED>(H, left + k * ALONG, state + k * (TRANSPOSED ? ALONG : DOWN));
+                if (x.both) multiply_group<0>(S, left + k * ALONG, right + k * ALONG);
+                else multiply_group<0>(*(float (*)[8][4])S, left + k * ALONG, right + k * ALONG);
+            }
+            products_commit();
+            if (LEFT) {
+#pragma unroll
+                for (int k = 0; k < L; k += 16) {
+                    unsigned a[4];
+                    load_left<false>(a, tile[0], WARP * 16, k);
+                    each_left(a, step * L + k);
+                }
+            }
+            each_slice(step, tile);
+            products_wait();
+#else
             each_slice(step, tile);
 #pragma unroll
             for (int k = 0; k < L; k += 16) {
                 unsigned a[4], b[4];
                 load_left<false>(a, tile[0], WARP * 16, k);
 #pragma unroll
-                for (int n = 0; n < 4; n++)
-                    if (sees(n)) {
-                        load_right<true>(b, tile[1], k, n * 16);
-                        multiply_add(S[0][2 * n], a, b[0], b[1]);
-                        multiply_add(S[0][2 * n + 1], a, b[2], b[3]);
+                for (int n = 0; n < 8; n++)
+                    if (n < 4 ? sees(n) : x.both) {
+                        load_right<true>(b, tile[1 + n / 4], k, n % 4 * 16);
+                        multiply_add(S[2 * n], a, b[0], b[1]);
+                        multiply_add(S[2 * n + 1], a, b[2], b[3]);
                     }
-                if (x.both) {
-#pragma unroll
-                    for (int n = 0; n < 4; n++) {
-                        load_right<true>(b, tile[2], k, n * 16);
-                        multiply_add(S[1][2 * n], a, b[0], b[1]);
-                        multiply_add(S[1][2 * n + 1], a, b[2], b[3]);
-                    }
-                }
 #pragma unroll
                 for (int n = 0; n < OUT / 16; n++) {
                     load_right<TRANSPOSED>(b, tile[3 + n / 4], k, n % 4 * 16);
                     multiply_add(H[2 * n], a, b[0], b[1]);
                     multiply_add(H[2 * n + 1], a, b[2], b[3]);
                 }
-                each_left(a, step * L + k);
+                if (LEFT) each_left(a, step * L + k);
             }
+#endif
+            __syncthreads();
+            begin(step + PASS_STAGES);
         }
-        return s.stage[pipeline.arrive(steps)];
+        return arrive(steps);
     }
     /// S = f(S, row, column) W_tj, with the tokens' numbers in the chunk.
     template <class F> __device__ __forceinline__ void weigh(Shared &s, const Sides &x, F f) {
@@ -367,7 +475,7 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
             for (int i = 0; i < 4; i++) {
                 int r = row(i), c = column(n, i), t = AFTER ? c : r, j = AFTER ? r : c;
                 float weight = t >= j ? power(s.prefix[x.row + t] - s.entry[x.row + j]) : 0.0f;
-                S[0][n][i] = f(S[0][n][i], x.row + r, x.row + c) * weight;
+                S[n][i] = f(S[n][i], x.row + r, x.row + c) * weight;
             }
         if (x.both) {
 #pragma unroll
@@ -375,30 +483,42 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     int r = row(i), c = column(n, i), t = AFTER ? c : r, j = AFTER ? r : c;
-                    S[1][n][i] = f(S[1][n][i], x.row + r, x.other + c) * (s.high[t] * s.low[j]);
+                    S[8 + n][i] = f(S[8 + n][i], x.row + r, x.other + c) * (s.high[t] * s.low[j]);
                 }
         }
     }
     /// H += S Z.
     __device__ __forceinline__ void attend(Tile *tile, const Sides &x) {
+        // Rounded before the first product: products under way own H.
+        unsigned a[8][4];
 #pragma unroll
-        for (int p = 0; p < 2; p++) {
-            if (p && !x.both) break;
+        for (int k = 0; k < 8; k++)
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                if (!p && !sees(k)) continue;
-                unsigned a[4], b[4];
+            for (int i = 0; i < 4; i++)
+                a[k][i] = pair_of(S[2 * k + i / 2][i % 2 * 2], S[2 * k + i / 2][i % 2 * 2 + 1]);
+#ifdef WARPGROUP
+        products_begin();
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    a[i] = pair_of(S[p][2 * k + i / 2][i % 2 * 2], S[p][2 * k + i / 2][i % 2 * 2 + 1]);
+        for (int k = 0; k < 4; k++) multiply_group<1>(H, a[k], tile_descriptor(tile[0]) + k * DOWN);
+        if (x.both) {
 #pragma unroll
-                for (int n = 0; n < OUT / 16; n++) {
-                    load_right<false>(b, tile[p * TILES + n / 4], k * 16, n % 4 * 16);
-                    multiply_add(H[2 * n], a, b[0], b[1]);
-                    multiply_add(H[2 * n + 1], a, b[2], b[3]);
-                }
+            for (int k = 0; k < 4; k++) multiply_group<1>(H, a[4 + k], tile_descriptor(tile[TILES]) + k * DOWN);
+        }
+        products_commit();
+        products_wait();
+#else
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            if (!(k < 4 ? sees(k) : x.both)) continue;
+#pragma unroll
+            for (int n = 0; n < OUT / 16; n++) {
+                unsigned b[4];
+                load_right<false>(b, tile[k / 4 * TILES + n / 4], k % 4 * 16, n % 4 * 16);
+                multiply_add(H[2 * n], a[k], b[0], b[1]);
+                multiply_add(H[2 * n + 1], a[k], b[2], b[3]);
             }
         }
+#endif
     }
     /// f(row, x . H) of the own rows.
     template <class F> __device__ __forceinline__ void dot_rows(Tile *tile, F f) {

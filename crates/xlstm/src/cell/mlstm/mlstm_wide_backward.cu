@@ -74,8 +74,8 @@ __device__ __forceinline__ void wide_backward_states(
     const float *dC_last, const float *dn_last, element_t *states, float *normals, element_t *dstates, float *dnormals,
     float *inner_last, float *inner_first, float *dC0, float *dn0, int S, int NH, int dqk, int dhv
 ) {
-    extern __shared__ Vector shared[];
-    Walk<COLUMNS> &s = *(Walk<COLUMNS> *)shared;
+    extern __shared__ __align__(1024) char wide_shared[];
+    Walk<COLUMNS> &s = *(Walk<COLUMNS> *)wide_shared;
     int tasks = gridDim.z / 2, bh = blockIdx.z % tasks, r0 = blockIdx.y * L, c0 = blockIdx.x * COLUMNS;
     int chunks = (S + CHUNK - 1) / CHUNK;
     bool back = blockIdx.z < tasks, with_n = blockIdx.x == 0;
@@ -142,8 +142,8 @@ __device__ __forceinline__ void wide_values(
     const float *inverse, const float *w, const element_t *dstates, element_t *dv, int S, int NH, int dqk, int dhv
 ) {
     typedef Pass<OUT, true, false, false> Values;
-    extern __shared__ Vector shared[];
-    typename Values::Shared &s = *(typename Values::Shared *)shared;
+    extern __shared__ __align__(1024) char wide_shared[];
+    typename Values::Shared &s = *(typename Values::Shared *)wide_shared;
     int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2;
     if (chunk * CHUNK + half * L >= S) return;
     long long at = (long long)bh * (gridDim.y / 2) + chunk;
@@ -154,9 +154,13 @@ __device__ __forceinline__ void wide_values(
     x.second = x.own = chunk_of(dh, bh, chunk, S, NH, dhv);
     x.inner = dqk, x.out = blockIdx.x * OUT;
     x = Values::halves(x, half);
-    Values::weights(s, at, prefix, entry, inverse, nullptr);
+    Rows to = chunk_of(dv, bh, chunk, S, NH, dhv);
+    auto prologue = [&]() {
+        Values::weights(s, at, prefix, entry, inverse, nullptr);
+        prefetch_rows<OUT>(to, x.row, x.out);
+    };
     Values pass;
-    Tile *tile = pass.products(s, x, [](int, Tile *) {}, [](unsigned (&)[4], int) {});
+    Tile *tile = pass.products<false>(s, x, prologue, [](int) {}, [](int, Tile *) {}, [](unsigned (&)[4], int) {});
     float scale = 1.0f / sqrtf((float)dqk);
     pass.weigh(s, x, [&](float score, int, int t) { return score * (scale * s.inverse[t]); });
     float factor[2];
@@ -167,7 +171,7 @@ __device__ __forceinline__ void wide_values(
 #pragma unroll
         for (int i = 0; i < 4; i++) pass.H[n][i] *= factor[i / 2];
     pass.attend(tile, x);
-    put_rows<true, OUT>(pass.H, chunk_of(dv, bh, chunk, S, NH, dhv), x.row + WARP * 16, x.out);
+    put_rows<true, OUT>(pass.H, to, x.row + WARP * 16, x.out);
 }
 #define WIDE_VALUES(OUT)                                                                                               \
     extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_values_##OUT(                                    \
@@ -190,8 +194,8 @@ __device__ __forceinline__ void wide_queries(
     int dhv
 ) {
     typedef Pass<OUT, false, true, true> Queries;
-    extern __shared__ Vector shared[];
-    typename Queries::Shared &s = *(typename Queries::Shared *)shared;
+    extern __shared__ __align__(1024) char wide_shared[];
+    typename Queries::Shared &s = *(typename Queries::Shared *)wide_shared;
     int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2, chunks = gridDim.y / 2;
     long long at = (long long)bh * chunks + chunk, slice = (blockIdx.x * (long long)gridDim.z * chunks + at) * CHUNK;
     Sides x;
@@ -202,9 +206,13 @@ __device__ __forceinline__ void wide_queries(
     x.own = chunk_of(q, bh, chunk, S, NH, dqk);
     x.inner = dhv, x.out = blockIdx.x * OUT;
     x = Queries::halves(x, half);
-    Queries::weights(s, at, prefix, entry, inverse, dd);
+    Rows to = chunk_of(dq, bh, chunk, S, NH, dqk);
+    auto prologue = [&]() {
+        Queries::weights(s, at, prefix, entry, inverse, dd);
+        if (dq) prefetch_rows<OUT>(to, x.row, x.out);
+    };
     Queries pass;
-    Tile *tile = pass.products(s, x, [](int, Tile *) {}, [](unsigned (&)[4], int) {});
+    Tile *tile = pass.products<false>(s, x, prologue, [](int) {}, [](int, Tile *) {}, [](unsigned (&)[4], int) {});
     float scale = 1.0f / sqrtf((float)dqk);
     pass.weigh(s, x, [&](float product, int t, int) { return scale * fmaf(product, s.inverse[t], s.slope[t]); });
     float factor[2], normal_factor[2];
@@ -223,7 +231,7 @@ __device__ __forceinline__ void wide_queries(
     }
     pass.attend(tile, x);
     pass.dot_rows(tile, [&](int r, float sum) { a[slice + x.row + r] = sum; });
-    if (dq) put_rows<true, OUT>(pass.H, chunk_of(dq, bh, chunk, S, NH, dqk), x.row + WARP * 16, x.out);
+    if (dq) put_rows<true, OUT>(pass.H, to, x.row + WARP * 16, x.out);
 }
 #define WIDE_QUERIES(OUT)                                                                                              \
     extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_queries_##OUT(                                   \
@@ -249,8 +257,8 @@ __device__ __forceinline__ void wide_keys(
     float *crossing, int S, int NH, int dqk, int dhv
 ) {
     typedef Pass<OUT, true, true, true> Keys;
-    extern __shared__ Vector shared[];
-    typename Keys::Shared &s = *(typename Keys::Shared *)shared;
+    extern __shared__ __align__(1024) char wide_shared[];
+    typename Keys::Shared &s = *(typename Keys::Shared *)wide_shared;
     int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2, chunks = gridDim.y / 2;
     int tid = threadIdx.x;
     long long at = (long long)bh * chunks + chunk, by_slice = blockIdx.x * (long long)gridDim.z * chunks + at;
@@ -263,21 +271,33 @@ __device__ __forceinline__ void wide_keys(
     x.own = chunk_of(k, bh, chunk, S, NH, dqk);
     x.inner = dhv, x.out = blockIdx.x * OUT;
     x = Keys::halves(x, half);
-    Keys::weights(s, at, prefix, entry, inverse, dd);
+    Rows to = chunk_of(dk, bh, chunk, S, NH, dqk);
+    auto prologue = [&]() {
+        Keys::weights(s, at, prefix, entry, inverse, dd);
+        if (dk) prefetch_rows<OUT>(to, x.row, x.out);
+    };
     Keys pass;
+    // Each half has dC at hand, and reads half of C.
+    const int PIECES_EACH = OUT * L / IN_VECTOR / 2 / GROUP;
     float inner = 0.0f;
     const element_t *C = states + at * dqk * dhv;
-    // The first half's block has dC at hand, and reads C.
-    Tile *tile = pass.products(
-        s, x,
-        [&](int step, Tile *tile) {
-            if (half) return;
+    Vector piece[PIECES_EACH];
+    int first_row = half * (OUT / 2) + tid / (L / IN_VECTOR), c = tid % (L / IN_VECTOR) * IN_VECTOR;
+    Tile *tile = pass.products<false>(
+        s, x, prologue,
+        [&](int step) {
 #pragma unroll
-            for (int piece = tid; piece < OUT * L / IN_VECTOR; piece += GROUP) {
-                int r = piece / (L / IN_VECTOR), c = piece % (L / IN_VECTOR) * IN_VECTOR;
-                if (x.out + r < dqk && step * L + c < dhv)
-                    inner = dot(read((const Vector *)(C + (long long)(x.out + r) * dhv + step * L + c)),
-                                read((const Vector *)tile[3 + r / L].at(r % L, c)), inner);
+            for (int i = 0; i < PIECES_EACH; i++) {
+                int r = first_row + i * (GROUP * IN_VECTOR / L);
+                bool inside = x.out + r < dqk && step * L + c < dhv;
+                piece[i] = inside ? read((const Vector *)(C + (long long)(x.out + r) * dhv + step * L + c)) : Vector{};
+            }
+        },
+        [&](int, Tile *tile) {
+#pragma unroll
+            for (int i = 0; i < PIECES_EACH; i++) {
+                int r = first_row + i * (GROUP * IN_VECTOR / L);
+                inner = dot(piece[i], read((const Vector *)tile[3 + r / L].at(r % L, c)), inner);
             }
         },
         [](unsigned (&)[4], int) {}
@@ -297,12 +317,17 @@ __device__ __forceinline__ void wide_keys(
     pass.dot_rows(tile, [&](int r, float sum) { leaving[slice + x.row + r] = sum; });
     pass.attend(tile, x);
     pass.dot_rows(tile, [&](int r, float sum) { b[slice + x.row + r] = sum; });
-    if (dk) put_rows<true, OUT>(pass.H, chunk_of(dk, bh, chunk, S, NH, dqk), x.row + WARP * 16, x.out);
-    if (half) return;
-    for (int r = x.out + tid; r < min(dqk, x.out + OUT); r += GROUP)
-        inner = fmaf(normals[at * dqk + r], dnormals[at * dqk + r], inner);
-    inner = block_sum(inner);
-    if (tid == 0) crossing[by_slice] = power(s.prefix[CHUNK - 1]) * inner;
+    if (dk) put_rows<true, OUT>(pass.H, to, x.row + WARP * 16, x.out);
+    if (!half)
+        for (int r = x.out + tid; r < min(dqk, x.out + OUT); r += GROUP)
+            inner = fmaf(normals[at * dqk + r], dnormals[at * dqk + r], inner);
+    // In the place of weights that are used no more: no room is left for more.
+    inner = warp_sum(inner);
+    __syncthreads();
+    if (LANE == 0) s.low[tid / 32] = inner;
+    __syncthreads();
+    if (tid == 0)
+        crossing[by_slice * 2 + half] = power(s.prefix[CHUNK - 1]) * (s.low[0] + s.low[1] + (s.low[2] + s.low[3]));
 }
 #define WIDE_KEYS(OUT)                                                                                                 \
     extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_keys_##OUT(                                      \
@@ -331,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(CHUNK) mlstm_wide_gates(
         in += a[from];
         out += leaving[from];
         whole += b[from];
-        cross += crossing[tile * all + at];
+        cross += crossing[(tile * all + at) * 2] + crossing[(tile * all + at) * 2 + 1];
     }
     // What comes to token t from pairs within the chunk, and to it from before; what left before it.
     float suffix = in - (whole - out), sum = out;

@@ -24,7 +24,7 @@ __device__ __forceinline__ void wide_states(
     const element_t *k, const element_t *v, const float *w, const float *prefix, const float *C0, const float *n0,
     element_t *states, float *normals, float *C_last, float *n_last, int S, int NH, int dqk, int dhv
 ) {
-    extern __shared__ Vector shared[];
+    extern __shared__ __align__(1024) char wide_shared[];
     int bh = blockIdx.z, r0 = blockIdx.y * L, c0 = blockIdx.x * COLUMNS, chunks = (S + CHUNK - 1) / CHUNK;
     bool with_n = blockIdx.x == 0;
     long long size = (long long)dqk * dhv;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void wide_states(
         int x = r0 + WARP * 16 + half * 8 + LANE / 4;
         C.set_normal(half, n0 && x < dqk ? n0[(long long)bh * dqk + x] : 0.0f);
     }
-    C.walk(*(Walk<COLUMNS> *)shared, k, v, w, w, prefix, states, normals, bh, r0, c0, with_n, 1,
+    C.walk(*(Walk<COLUMNS> *)wide_shared, k, v, w, w, prefix, states, normals, bh, r0, c0, with_n, 1,
            C_last ? chunks : chunks - 1, S, NH, dqk, dhv);
     if (!C_last) return;
     C.each([&](float &x, int r, int c) {
@@ -68,8 +68,8 @@ __device__ __forceinline__ void wide_outputs(
     float *denominators, int S, int NH, int dqk, int dhv, int flags, float eps
 ) {
     typedef Pass<OUT, false, false, false> Outputs;
-    extern __shared__ Vector shared[];
-    typename Outputs::Shared &s = *(typename Outputs::Shared *)shared;
+    extern __shared__ __align__(1024) char wide_shared[];
+    typename Outputs::Shared &s = *(typename Outputs::Shared *)wide_shared;
     element_t *n_parts = (element_t *)(&s + 1);
     int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2, tid = threadIdx.x;
     if (chunk * CHUNK + half * L >= S) return;
@@ -82,21 +82,24 @@ __device__ __forceinline__ void wide_outputs(
     x.second = x.own = chunk_of(v, bh, chunk, S, NH, dhv);
     x.inner = dqk, x.out = blockIdx.x * OUT;
     x = Outputs::halves(x, half);
-    Outputs::weights(s, at, prefix, entry, nullptr, nullptr);
-    for (int r = tid; r < pitch; r += GROUP) {
-        float n = r < dqk ? normals[at * dqk + r] : 0.0f;
-#pragma unroll
-        for (int part = 0; part < 3; part++) {
-            element_t *to = n_parts + part * pitch + r;
-            store(to, n);
-            n -= load(to);
-        }
-    }
     Outputs pass;
     ColumnSum from_state;
     const element_t *part = n_parts + min(LANE / 4, 2) * pitch + LANE % 4 * 2;
-    Tile *tile = pass.products(
-        s, x, [](int, Tile *) {},
+    Tile *tile = pass.products<true>(
+        s, x,
+        [&]() {
+            Outputs::weights(s, at, prefix, entry, nullptr, nullptr);
+            for (int r = tid; r < pitch; r += GROUP) {
+                float n = r < dqk ? normals[at * dqk + r] : 0.0f;
+        #pragma unroll
+                for (int part = 0; part < 3; part++) {
+                    element_t *to = n_parts + part * pitch + r;
+                    store(to, n);
+                    n -= load(to);
+                }
+            }
+        },
+        [](int) {}, [](int, Tile *) {},
         [&](unsigned (&a)[4], int feature) {
             multiply_add(from_state.x, a, *(const unsigned *)(part + feature), *(const unsigned *)(part + feature + 8));
         }
@@ -109,10 +112,10 @@ __device__ __forceinline__ void wide_outputs(
         int r = x.row + Outputs::row(half * 2), t = chunk * CHUNK + r;
         float sum = 0.0f, state = scale * power(s.prefix[r]);
 #pragma unroll
-        for (int n = 0; n < 8; n++) sum += pass.S[0][n][half * 2] + pass.S[0][n][half * 2 + 1];
+        for (int n = 0; n < 8; n++) sum += pass.S[n][half * 2] + pass.S[n][half * 2 + 1];
         if (x.both) {
 #pragma unroll
-            for (int n = 0; n < 8; n++) sum += pass.S[1][n][half * 2] + pass.S[1][n][half * 2 + 1];
+            for (int n = 0; n < 8; n++) sum += pass.S[8 + n][half * 2] + pass.S[8 + n][half * 2 + 1];
         }
         sum += __shfl_xor_sync(ALL, sum, 1);
         sum += __shfl_xor_sync(ALL, sum, 2);
