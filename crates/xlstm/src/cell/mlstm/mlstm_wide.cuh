@@ -3,8 +3,8 @@
 // take the kernels of chunks of 64.
 //
 //   forward    mlstm_gates -> mlstm_wide_exponents -> mlstm_wide_states -> mlstm_wide_outputs
-//   backward   mlstm_wide_tokens -> mlstm_wide_backward_states -> mlstm_wide_values
-//              -> mlstm_wide_queries, mlstm_wide_keys -> mlstm_wide_gates -> mlstm_backward_unwind
+//   backward   mlstm_wide_tokens -> mlstm_wide_backward_states -> mlstm_wide_gradients
+//              -> mlstm_wide_gates -> mlstm_backward_unwind
 //
 // With G_t the sum of log2-decays from the chunk's first token to t, and E_j = G_j less the log2 of
 // token j's entry, all weights are differences: W_tj = 2^(G_t - E_j), e_t = 2^G_t,
@@ -321,6 +321,12 @@ template <int COLUMNS> struct StateTile {
 
 // All of them are under way at once.
 #define PASS_STAGES 2
+/// Whether registers are left to read ahead what is not copied.
+#ifdef WARPGROUP
+#define PASS_READS_AHEAD true
+#else
+#define PASS_READS_AHEAD false
+#endif
 
 /// The matrices of a pass.
 struct Sides {

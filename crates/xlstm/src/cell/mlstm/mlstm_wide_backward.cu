@@ -135,11 +135,10 @@ WIDE_BACKWARD_STATES(64)
 WIDE_BACKWARD_STATES(128)
 
 /// dv_j += w_j (K dC)_j + sum_t A_tj dh_t / N_t.
-/// grid (ceil(dhv / OUT), 2 N, B NH), block 128. Not needed where nobody wants dv.
 template <int OUT>
 __device__ __forceinline__ void wide_values(
     const element_t *q, const element_t *k, const element_t *dh, const float *prefix, const float *entry,
-    const float *inverse, const float *w, const element_t *dstates, element_t *dv, int S, int NH, int dqk, int dhv
+    const float *inverse, const float *w, const element_t *dstates, element_t *dv, int S, int NH, int dqk, int dhv, int slice
 ) {
     typedef Pass<OUT, true, false, false> Values;
     extern __shared__ __align__(1024) char wide_shared[];
@@ -152,7 +151,7 @@ __device__ __forceinline__ void wide_values(
     x.columns = chunk_of(q, bh, chunk, S, NH, dqk);
     x.state = {dstates + at * dqk * dhv, dhv, dqk, dhv, true};
     x.second = x.own = chunk_of(dh, bh, chunk, S, NH, dhv);
-    x.inner = dqk, x.out = blockIdx.x * OUT;
+    x.inner = dqk, x.out = slice * OUT;
     x = Values::halves(x, half);
     Rows to = chunk_of(dv, bh, chunk, S, NH, dhv);
     auto prologue = [&]() {
@@ -173,38 +172,29 @@ __device__ __forceinline__ void wide_values(
     pass.attend(tile, x);
     put_rows<true, OUT>(pass.H, to, x.row + WARP * 16, x.out);
 }
-#define WIDE_VALUES(OUT)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_values_##OUT(                                    \
-        const element_t *q, const element_t *k, const element_t *dh, const float *prefix, const float *entry,          \
-        const float *inverse, const float *w, const element_t *dstates, element_t *dv, int S, int NH, int dqk, int dhv \
-    ) {                                                                                                                \
-        wide_values<OUT>(q, k, dh, prefix, entry, inverse, w, dstates, dv, S, NH, dqk, dhv);                           \
-    }
-WIDE_VALUES(64)
-WIDE_VALUES(128)
 
 /// dq_t += s e_t ((dH C^T)_t / N_t + dd_t n) + sum_j R_tj k_j; and a_t by slice of
 /// features.
-/// grid (ceil(dqk / OUT), 2 N, B NH), block 128. Added to: dq or null. Out: a.
+/// Added to: dq or null. Out: a.
 template <int OUT>
 __device__ __forceinline__ void wide_queries(
     const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,
     const float *entry, const float *inverse, const float *dd, const float *query, const float *slope,
     const element_t *states, const float *normals, element_t *dq, float *a, int S, int NH, int dqk,
-    int dhv
+    int dhv, int slice
 ) {
     typedef Pass<OUT, false, true, true> Queries;
     extern __shared__ __align__(1024) char wide_shared[];
     typename Queries::Shared &s = *(typename Queries::Shared *)wide_shared;
     int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2, chunks = gridDim.y / 2;
-    long long at = (long long)bh * chunks + chunk, slice = (blockIdx.x * (long long)gridDim.z * chunks + at) * CHUNK;
+    long long at = (long long)bh * chunks + chunk, first = (slice * (long long)gridDim.z * chunks + at) * CHUNK;
     Sides x;
     x.rows = chunk_of(dh, bh, chunk, S, NH, dhv);
     x.columns = chunk_of(v, bh, chunk, S, NH, dhv);
     x.state = {states + at * dqk * dhv, dhv, dqk, dhv, true};
     x.second = chunk_of(k, bh, chunk, S, NH, dqk);
     x.own = chunk_of(q, bh, chunk, S, NH, dqk);
-    x.inner = dhv, x.out = blockIdx.x * OUT;
+    x.inner = dhv, x.out = slice * OUT;
     x = Queries::halves(x, half);
     Rows to = chunk_of(dq, bh, chunk, S, NH, dqk);
     auto prologue = [&]() {
@@ -230,46 +220,34 @@ __device__ __forceinline__ void wide_queries(
             pass.H[n][i] = fmaf(normal_factor[i / 2], i % 2 ? normal.y : normal.x, factor[i / 2] * pass.H[n][i]);
     }
     pass.attend(tile, x);
-    pass.dot_rows(tile, [&](int r, float sum) { a[slice + x.row + r] = sum; });
+    pass.dot_rows(tile, [&](int r, float sum) { a[first + x.row + r] = sum; });
     if (dq) put_rows<true, OUT>(pass.H, to, x.row + WARP * 16, x.out);
 }
-#define WIDE_QUERIES(OUT)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_queries_##OUT(                                   \
-        const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,          \
-        const float *entry, const float *inverse, const float *dd, const float *query, const float *slope,             \
-        const element_t *states, const float *normals, element_t *dq, float *a, int S, int NH,        \
-        int dqk, int dhv                                                                                               \
-    ) {                                                                                                                \
-        wide_queries<OUT>(q, k, v, dh, prefix, entry, inverse, dd, query, slope, states, normals, dq, a, S,  \
-                          NH, dqk, dhv);                                                                               \
-    }
-WIDE_QUERIES(64)
-WIDE_QUERIES(128)
 
 /// dk_j += w_j ((V dC^T)_j + dn) + sum_t R_tj q_t; k_j . dk_j and its part through the state as in
 /// mlstm_wide_queries; and crossing = e_last (C . dC + n . dn) of a chunk.
-/// grid (ceil(dqk / OUT), 2 N, B NH), block 128. Added to: dk or null. Out: leaving, b, crossing.
+/// Added to: dk or null. Out: leaving, b, crossing.
 template <int OUT>
 __device__ __forceinline__ void wide_keys(
     const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,
     const float *entry, const float *inverse, const float *dd, const float *w, const element_t *states,
     const float *normals, const element_t *dstates, const float *dnormals, element_t *dk, float *leaving, float *b,
-    float *crossing, int S, int NH, int dqk, int dhv
+    float *crossing, int S, int NH, int dqk, int dhv, int slice
 ) {
     typedef Pass<OUT, true, true, true> Keys;
     extern __shared__ __align__(1024) char wide_shared[];
     typename Keys::Shared &s = *(typename Keys::Shared *)wide_shared;
     int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2, chunks = gridDim.y / 2;
     int tid = threadIdx.x;
-    long long at = (long long)bh * chunks + chunk, by_slice = blockIdx.x * (long long)gridDim.z * chunks + at;
-    long long slice = by_slice * CHUNK;
+    long long at = (long long)bh * chunks + chunk, by_slice = slice * (long long)gridDim.z * chunks + at;
+    long long first = by_slice * CHUNK;
     Sides x;
     x.rows = chunk_of(v, bh, chunk, S, NH, dhv);
     x.columns = chunk_of(dh, bh, chunk, S, NH, dhv);
     x.state = {dstates + at * dqk * dhv, dhv, dqk, dhv, true};
     x.second = chunk_of(q, bh, chunk, S, NH, dqk);
     x.own = chunk_of(k, bh, chunk, S, NH, dqk);
-    x.inner = dhv, x.out = blockIdx.x * OUT;
+    x.inner = dhv, x.out = slice * OUT;
     x = Keys::halves(x, half);
     Rows to = chunk_of(dk, bh, chunk, S, NH, dqk);
     auto prologue = [&]() {
@@ -283,17 +261,20 @@ __device__ __forceinline__ void wide_keys(
     const element_t *C = states + at * dqk * dhv;
     Vector piece[PIECES_EACH];
     int first_row = half * (OUT / 2) + tid / (L / IN_VECTOR), c = tid % (L / IN_VECTOR) * IN_VECTOR;
+    auto read_state = [&](int step) {
+#pragma unroll
+        for (int i = 0; i < PIECES_EACH; i++) {
+            int r = x.out + first_row + i * (GROUP * IN_VECTOR / L), y = step * L + c;
+            piece[i] = r < dqk && y < dhv ? read((const Vector *)(C + (long long)r * dhv + y)) : Vector{};
+        }
+    };
     Tile *tile = pass.products<false>(
         s, x, prologue,
         [&](int step) {
-#pragma unroll
-            for (int i = 0; i < PIECES_EACH; i++) {
-                int r = first_row + i * (GROUP * IN_VECTOR / L);
-                bool inside = x.out + r < dqk && step * L + c < dhv;
-                piece[i] = inside ? read((const Vector *)(C + (long long)(x.out + r) * dhv + step * L + c)) : Vector{};
-            }
+            if (PASS_READS_AHEAD) read_state(step);
         },
-        [&](int, Tile *tile) {
+        [&](int step, Tile *tile) {
+            if (!PASS_READS_AHEAD) read_state(step);
 #pragma unroll
             for (int i = 0; i < PIECES_EACH; i++) {
                 int r = first_row + i * (GROUP * IN_VECTOR / L);
@@ -314,9 +295,9 @@ __device__ __forceinline__ void wide_keys(
 #pragma unroll
         for (int i = 0; i < 4; i++) pass.H[n][i] = factor[i / 2] * (pass.H[n][i] + (i % 2 ? normal.y : normal.x));
     }
-    pass.dot_rows(tile, [&](int r, float sum) { leaving[slice + x.row + r] = sum; });
+    pass.dot_rows(tile, [&](int r, float sum) { leaving[first + x.row + r] = sum; });
     pass.attend(tile, x);
-    pass.dot_rows(tile, [&](int r, float sum) { b[slice + x.row + r] = sum; });
+    pass.dot_rows(tile, [&](int r, float sum) { b[first + x.row + r] = sum; });
     if (dk) put_rows<true, OUT>(pass.H, to, x.row + WARP * 16, x.out);
     if (!half)
         for (int r = x.out + tid; r < min(dqk, x.out + OUT); r += GROUP)
@@ -329,18 +310,33 @@ __device__ __forceinline__ void wide_keys(
     if (tid == 0)
         crossing[by_slice * 2 + half] = power(s.prefix[CHUNK - 1]) * (s.low[0] + s.low[1] + (s.low[2] + s.low[3]));
 }
-#define WIDE_KEYS(OUT)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_keys_##OUT(                                      \
+
+/// dv, dq and dk. Blocks of a chunk are neighbours, so that what they share is read once.
+/// grid (value_slices + 2 ceil(dqk / KEYS), 2 N, B NH), block 128; value_slices ceil(dhv / VALUES), or 0
+/// where nobody wants dv.
+#define WIDE_GRADIENTS(VALUES, KEYS)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_gradients_##VALUES##_##KEYS(                     \
         const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,          \
-        const float *entry, const float *inverse, const float *dd, const float *w, const element_t *states,            \
-        const float *normals, const element_t *dstates, const float *dnormals, element_t *dk, float *leaving,          \
-        float *b, float *crossing, int S, int NH, int dqk, int dhv                                                     \
+        const float *entry, const float *inverse, const float *dd, const float *w, const float *query,                 \
+        const float *slope, const element_t *states, const float *normals, const element_t *dstates,                   \
+        const float *dnormals, element_t *dq, element_t *dk, element_t *dv, float *a, float *leaving, float *b,        \
+        float *crossing, int S, int NH, int dqk, int dhv, int value_slices                                             \
     ) {                                                                                                                \
-        wide_keys<OUT>(q, k, v, dh, prefix, entry, inverse, dd, w, states, normals, dstates, dnormals, dk, leaving, b, \
-                       crossing, S, NH, dqk, dhv);                                                                     \
+        int key_slices = (gridDim.x - value_slices) / 2, slice = blockIdx.x;                                           \
+        if (slice < key_slices)                                                                                        \
+            wide_queries<KEYS>(q, k, v, dh, prefix, entry, inverse, dd, query, slope, states, normals, dq, a, S, NH,   \
+                               dqk, dhv, slice);                                                                       \
+        else if (slice < 2 * key_slices)                                                                               \
+            wide_keys<KEYS>(q, k, v, dh, prefix, entry, inverse, dd, w, states, normals, dstates, dnormals, dk,        \
+                            leaving, b, crossing, S, NH, dqk, dhv, slice - key_slices);                                \
+        else                                                                                                           \
+            wide_values<VALUES>(q, k, dh, prefix, entry, inverse, w, dstates, dv, S, NH, dqk, dhv,                     \
+                                slice - 2 * key_slices);                                                               \
     }
-WIDE_KEYS(64)
-WIDE_KEYS(128)
+WIDE_GRADIENTS(64, 64)
+WIDE_GRADIENTS(64, 128)
+WIDE_GRADIENTS(128, 64)
+WIDE_GRADIENTS(128, 128)
 
 /// The chunk's whole d log i and d log f, but for the stabiliser.
 /// grid (N, B NH), block 128. tiles: slices of features.
