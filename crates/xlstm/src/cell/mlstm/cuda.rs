@@ -1,9 +1,14 @@
 //! The mLSTM on a GPU: the launches of mlstm.cuh, in its order and with its work space.
+//!
+//! In bf16, head sizes that are multiples of 8 go by chunks of 128 ([`cuda_wide`](super::cuda_wide)).
 
 use super::MlstmConfig;
+use super::cuda_wide;
 use super::operation::Sizes;
 use crate::cell::{ForgetGate, InputGate};
-use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::Queue};
+use crate::engine::cuda::{
+    CudaBackward, CudaForward, Precision, Source, context::arguments, launch::Queue,
+};
 use crate::error::Result;
 
 /// The parts of a file of kernels, one after another.
@@ -19,8 +24,8 @@ macro_rules! source {
         )
     };
 }
-const FORWARD: Source = source!("mlstm_forward");
-const BACKWARD: Source = source!("mlstm_backward");
+pub(super) const FORWARD: Source = source!("mlstm_forward");
+pub(super) const BACKWARD: Source = source!("mlstm_backward");
 
 /// Tokens of a chunk, and rows and columns of a tile: L of mlstm.cuh.
 const L: usize = 64;
@@ -39,10 +44,18 @@ fn operands(queue: &mut Queue, rows: usize, width: usize) -> Result<u64> {
     queue.scratch((rows * width.next_multiple_of(8) * queue.precision().bytes()).div_ceil(4))
 }
 
-fn flags(config: &MlstmConfig) -> u32 {
+pub(super) fn flags(config: &MlstmConfig) -> u32 {
     u32::from(config.input_gate == InputGate::Sigmoid)
         | u32::from(config.forget_gate == ForgetGate::Exponential) << 1
         | u32::from(config.normalize) << 2
+}
+
+/// Whether the kernels for chunks of 128 take these sizes.
+fn is_wide(queue: &Queue, sizes: &Sizes) -> bool {
+    queue.precision() == Precision::Bf16
+        && sizes.dqk.is_multiple_of(8)
+        && sizes.dhv.is_multiple_of(8)
+        && sizes.batch * sizes.heads <= cuda_wide::MAX_TASKS
 }
 
 /// See [`Kernel::forward_cuda`](crate::engine::Kernel::forward_cuda).
@@ -87,6 +100,9 @@ pub(super) fn forward(
             columns
         ];
         return queue.launch(&FORWARD, "mlstm_step", [dhv.div_ceil(columns), tasks, 1], 256, arguments);
+    }
+    if is_wide(queue, &sizes) {
+        return cuda_wide::forward(config, marked, sizes, io);
     }
     let tokens = tasks * chunks * L;
     let scores = operands(queue, tokens, L)?;
@@ -144,6 +160,16 @@ pub(super) fn forward(
     queue.launch_shared(&FORWARD, "mlstm_outputs", grid, GROUP, OUTPUTS_SHARED, arguments)
 }
 
+/// The gradient of h, of `n` numbers: zeros where the loss sees the last state alone.
+pub(super) fn output_gradient(queue: &mut Queue, dh: Option<u64>, n: usize) -> Result<u64> {
+    if let Some(dh) = dh {
+        return Ok(dh);
+    }
+    let zeros = queue.scratch(n)?;
+    queue.zero(zeros, n)?;
+    Ok(zeros)
+}
+
 /// See [`Kernel::backward_cuda`](crate::engine::Kernel::backward_cuda).
 pub(super) fn backward(
     config: &MlstmConfig,
@@ -160,6 +186,9 @@ pub(super) fn backward(
     let (flags, eps) = (flags(config), config.eps);
     let (tasks, chunks) = (batch * heads, length.div_ceil(L));
     let (key_tiles, value_tiles) = (dqk.div_ceil(L), dhv.div_ceil(L));
+    if is_wide(io.queue, &sizes) {
+        return cuda_wide::backward(config, marked, sizes, io);
+    }
     let queue = &mut *io.queue;
     let tokens = tasks * chunks * L;
     let scores = operands(queue, tokens, L)?;
@@ -179,15 +208,7 @@ pub(super) fn backward(
     let crossing = queue.scratch(key_tiles * tasks * chunks)?;
     let inner_last = queue.scratch(tasks * key_tiles * value_tiles)?;
     let inner_first = queue.scratch(tasks * key_tiles * value_tiles)?;
-    // A gradient of zero, where the loss sees the last state alone.
-    let dh = match dh {
-        Some(dh) => dh,
-        None => {
-            let zeros = queue.scratch(batch * length * heads * dhv)?;
-            queue.zero(zeros, batch * length * heads * dhv)?;
-            zeros
-        }
-    };
+    let dh = output_gradient(queue, dh, batch * length * heads * dhv)?;
     let arguments =
         arguments![h, dh, marks, stabilizers, denominators, inverse, dd, dm, length, heads, dhv, flags, eps];
     queue.launch(&BACKWARD, "mlstm_backward_tokens", [(chunks * L).div_ceil(8), tasks, 1], 256, arguments)?;
@@ -292,6 +313,7 @@ pub(super) fn backward(
         df_out,
         dm0,
         length,
+        chunks * L,
         heads,
         dqk,
         flags,

@@ -31,8 +31,6 @@
 // entry E, w, and in backward inverse, dd, dm, query = s e / N, slope = s e dd, di, df; by slice of
 // features too: arriving, a, leaving, b (slices, B, NH, N, 128), crossing (slices, B, NH, N, 2).
 
-#ifdef ELEMENT_BF16
-
 /// Tokens of a chunk: two of L.
 #define CHUNK 128
 #define LOG2_E 1.4426950408889634f
@@ -77,6 +75,8 @@ __device__ void chunk_exponents(
     *entry = *prefix - a * LOG2_E;
     *last = all;
 }
+
+#ifdef ELEMENT_BF16
 
 /// A warp's 16 rows of results, WIDTH columns, go to rows of a matrix or are added to them.
 template <bool ADD, int WIDTH>

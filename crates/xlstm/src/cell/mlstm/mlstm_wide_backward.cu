@@ -1,7 +1,5 @@
 // The mLSTM cell backward by chunks of 128; mlstm_wide.cuh says how.
 
-#ifdef ELEMENT_BF16
-
 /// What every later kernel needs of a token: G, E, w, 1 / N, dd, the gradient of m through eps, and
 /// the query's weights s e / N in C and s e dd in n; 0 at pads and past the end.
 /// grid (N, B NH), block 256.
@@ -61,6 +59,43 @@ extern "C" __global__ void __launch_bounds__(256) mlstm_wide_tokens(
     query[at] = state * out[0];
     slope[at] = state * out[1];
 }
+
+/// The chunk's whole d log i and d log f, but for the stabiliser.
+/// grid (N, B NH), block 128. tiles: slices of features.
+extern "C" __global__ void __launch_bounds__(CHUNK) mlstm_wide_gates(
+    const float *a, const float *leaving, const float *b, const float *crossing, float *di, float *df, int tiles
+) {
+    __shared__ float after[4], before[4];
+    int tid = threadIdx.x, warp = tid / 32;
+    long long at = (long long)blockIdx.y * gridDim.x + blockIdx.x, all = (long long)gridDim.y * gridDim.x;
+    float in = 0.0f, out = 0.0f, whole = 0.0f, cross = 0.0f;
+    for (int tile = 0; tile < tiles; tile++) {
+        long long from = (tile * all + at) * CHUNK + tid;
+        in += a[from];
+        out += leaving[from];
+        whole += b[from];
+        cross += crossing[(tile * all + at) * 2] + crossing[(tile * all + at) * 2 + 1];
+    }
+    // What comes to token t from pairs within the chunk, and to it from before; what left before it.
+    float suffix = in - (whole - out), sum = out;
+    for (int step = 1; step < 32; step <<= 1) {
+        float right = __shfl_down_sync(ALL, suffix, step), left = __shfl_up_sync(ALL, sum, step);
+        if (LANE + step < 32) suffix += right;
+        if (LANE >= step) sum += left;
+    }
+    if (LANE == 0) after[warp] = suffix;
+    if (LANE == 31) before[warp] = sum;
+    __syncthreads();
+    sum -= out;
+    for (int other = 0; other < 4; other++) {
+        if (other > warp) suffix += after[other];
+        if (other < warp) sum += before[other];
+    }
+    di[at * CHUNK + tid] = whole;
+    df[at * CHUNK + tid] = suffix + sum + cross;
+}
+
+#ifdef ELEMENT_BF16
 
 /// Both walks at once: C and n before every chunk, and dC and dn after every chunk,
 /// dC <- e_last dC + (s e / N ∘ Q)^T dH, dn <- e_last dn + (s e dd ∘ Q)^T 1; C . dC + n . dn of the last
@@ -337,40 +372,5 @@ WIDE_GRADIENTS(64, 64)
 WIDE_GRADIENTS(64, 128)
 WIDE_GRADIENTS(128, 64)
 WIDE_GRADIENTS(128, 128)
-
-/// The chunk's whole d log i and d log f, but for the stabiliser.
-/// grid (N, B NH), block 128. tiles: slices of features.
-extern "C" __global__ void __launch_bounds__(CHUNK) mlstm_wide_gates(
-    const float *a, const float *leaving, const float *b, const float *crossing, float *di, float *df, int tiles
-) {
-    __shared__ float after[4], before[4];
-    int tid = threadIdx.x, warp = tid / 32;
-    long long at = (long long)blockIdx.y * gridDim.x + blockIdx.x, all = (long long)gridDim.y * gridDim.x;
-    float in = 0.0f, out = 0.0f, whole = 0.0f, cross = 0.0f;
-    for (int tile = 0; tile < tiles; tile++) {
-        long long from = (tile * all + at) * CHUNK + tid;
-        in += a[from];
-        out += leaving[from];
-        whole += b[from];
-        cross += crossing[(tile * all + at) * 2] + crossing[(tile * all + at) * 2 + 1];
-    }
-    // What comes to token t from pairs within the chunk, and to it from before; what left before it.
-    float suffix = in - (whole - out), sum = out;
-    for (int step = 1; step < 32; step <<= 1) {
-        float right = __shfl_down_sync(ALL, suffix, step), left = __shfl_up_sync(ALL, sum, step);
-        if (LANE + step < 32) suffix += right;
-        if (LANE >= step) sum += left;
-    }
-    if (LANE == 0) after[warp] = suffix;
-    if (LANE == 31) before[warp] = sum;
-    __syncthreads();
-    sum -= out;
-    for (int other = 0; other < 4; other++) {
-        if (other > warp) suffix += after[other];
-        if (other < warp) sum += before[other];
-    }
-    di[at * CHUNK + tid] = whole;
-    df[at * CHUNK + tid] = suffix + sum + cross;
-}
 
 #endif

@@ -1,7 +1,5 @@
 // The mLSTM cell forward by chunks of 128; mlstm_wide.cuh says how.
 
-#ifdef ELEMENT_BF16
-
 /// G, E and w of every token.
 /// grid (N, B NH), block 128.
 extern "C" __global__ void __launch_bounds__(CHUNK) mlstm_wide_exponents(
@@ -16,6 +14,8 @@ extern "C" __global__ void __launch_bounds__(CHUNK) mlstm_wide_exponents(
     entry[at] = E;
     w[at] = power(last - E);
 }
+
+#ifdef ELEMENT_BF16
 
 /// C and n before every chunk, C' = e_last C + (w ∘ K)^T V, n' = e_last n + (w ∘ K)^T 1, and the last.
 /// grid (ceil(dhv / COLUMNS), ceil(dqk / 64), B NH), block 128. C_last, n_last may be null.
