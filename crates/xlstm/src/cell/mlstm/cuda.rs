@@ -6,9 +6,8 @@ use super::MlstmConfig;
 use super::cuda_wide;
 use super::operation::Sizes;
 use crate::cell::{ForgetGate, InputGate};
-use crate::engine::cuda::{
-    CudaBackward, CudaForward, Precision, Source, context::arguments, launch::Queue,
-};
+use crate::engine::Precision;
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::Queue};
 use crate::error::Result;
 
 /// The parts of a file of kernels, one after another.

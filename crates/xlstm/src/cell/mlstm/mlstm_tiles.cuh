@@ -91,7 +91,10 @@ __device__ __forceinline__ unsigned shared_address(const void *p) { return (unsi
 __device__ __forceinline__ void fetch(Tile &tile, const Rows &of, int row, int column) {
     if (of.aligned) {
         const int AT_ONCE = GROUP * IN_VECTOR / L;
-        int r = MEMBER * IN_VECTOR / L, c = MEMBER * IN_VECTOR % L, rows = column + c < of.width ? of.rows - row - r : 0;
+        // Hidden from the compiler, which else keeps the addresses of every fetch of a loop in registers.
+        int member = MEMBER;
+        asm volatile("" : "+r"(member));
+        int r = member * IN_VECTOR / L, c = member * IN_VECTOR % L, rows = column + c < of.width ? of.rows - row - r : 0;
         const element_t *from = of.from + (row + r) * of.stride + column + c;
         unsigned to = shared_address(tile.at(r, c));
 #pragma unroll
