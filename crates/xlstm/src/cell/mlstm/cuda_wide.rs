@@ -141,9 +141,9 @@ pub(super) fn backward(
     let (flags, eps) = (flags(config), config.eps);
     let (tasks, chunks, key_tiles) = (batch * heads, length.div_ceil(CHUNK), dqk.div_ceil(L));
     let tokens = tasks * chunks * CHUNK;
-    let (value_out, key_out) = (slice(dhv), slice(dqk));
-    let (value_slices, key_slices) =
-        (if dv.is_some() { dhv.div_ceil(value_out) } else { 0 }, dqk.div_ceil(key_out));
+    let key_out = slice(dqk);
+    let value_out = slice(dhv).max(key_out);
+    let (value_slices, key_slices) = (dhv.div_ceil(value_out), dqk.div_ceil(key_out));
     let columns = state_slice(dhv, 2 * key_tiles * tasks);
     let state_tiles = key_tiles * dhv.div_ceil(columns);
     let queue = &mut *io.queue;
@@ -171,7 +171,7 @@ pub(super) fn backward(
     for part in [&mut a, &mut leaving, &mut b] {
         *part = queue.scratch(key_slices * tokens)?;
     }
-    let crossing = queue.scratch(2 * key_slices * tasks * chunks)?;
+    let crossing = queue.scratch(2 * value_slices * tasks * chunks)?;
     let inner_last = queue.scratch(tasks * state_tiles)?;
     let inner_first = queue.scratch(tasks * state_tiles)?;
     let dh = output_gradient(queue, dh, batch * length * heads * dhv)?;
@@ -259,19 +259,17 @@ pub(super) fn backward(
         length,
         heads,
         dqk,
-        dhv,
-        value_slices
+        dhv
     ];
     let name = match (value_out > L, key_out > L) {
         (false, false) => "mlstm_wide_gradients_64_64",
-        (false, true) => "mlstm_wide_gradients_64_128",
         (true, false) => "mlstm_wide_gradients_128_64",
-        (true, true) => "mlstm_wide_gradients_128_128",
+        (_, true) => "mlstm_wide_gradients_128_128",
     };
     let grid = [value_slices + 2 * key_slices, 2 * chunks, tasks];
     let shared = pass_shared(value_out, false).max(pass_shared(key_out, true));
     queue.launch_shared(&WIDE_BACKWARD, name, grid, GROUP, shared, arguments)?;
-    let arguments = arguments![a, leaving, b, crossing, di, df, key_slices];
+    let arguments = arguments![a, leaving, b, crossing, di, df, key_slices, value_slices];
     queue.launch(&WIDE_BACKWARD, "mlstm_wide_gates", [chunks, tasks, 1], CHUNK, arguments)?;
     let arguments = arguments![
         i,

@@ -1,6 +1,6 @@
-// The mLSTM cell in bf16 on the tensor cores by chunks of T = 128 or 256 tokens; mlstm.cuh has the
-// sizes and tensors, mlstm_tiles.cuh the tiles. For head sizes that are multiples of 8; the others,
-// and f32, take the kernels of chunks of 64.
+// The mLSTM cell in bf16 on the tensor cores by chunks of 128 tokens; mlstm.cuh has the sizes and
+// tensors, mlstm_tiles.cuh the tiles. For head sizes that are multiples of 8; the others, and f32,
+// take the kernels of chunks of 64.
 //
 //   forward    mlstm_gates -> mlstm_wide_exponents -> mlstm_wide_states -> mlstm_wide_outputs
 //   backward   mlstm_wide_tokens -> mlstm_wide_backward_states -> mlstm_wide_gradients
@@ -9,12 +9,11 @@
 // With G_t the sum of log2-decays from the chunk's first token to t, and E_j = G_j less the log2 of
 // token j's entry, all weights are differences: W_tj = 2^(G_t - E_j), e_t = 2^G_t,
 // w_j = 2^(G_last - E_j). A decay of less than 2^-160 counts as that: across it, as across a reset,
-// every weight is 0 in f32. Between tiles of 64 tokens W is a product, with g the G of the earlier
-// tile's last token: W_tj = 2^(G_t - g) 2^(g - E_j).
+// every weight is 0 in f32.
 //
-// No pair of tokens goes to memory. The four products of the cell are one form, a pass: a block has
-// 64 rows X of a chunk; it takes H = X State by slices of features, then for each tile of 64 columns
-// Y of the chunk that its rows see S = X Y^T, weighs S and adds S Z to H.
+// No pair of tokens goes to memory. The four products of a gradient are one form, a pass: a block
+// has 64 rows X of a chunk, walks over slices of 64 features for S = X Y^T and H = X State, weighs S
+// and adds S Z for a slice of the result's features.
 //
 //   outputs   X = Q, Y = K, State = C,     Z = V     h_t  = (s e_t H + sum_j A_tj v_j) / N_t
 //   values    X = K, Y = Q, State = dC,    Z = dH    dv_j = w_j H + sum_t A_tj dh_t / N_t
@@ -26,16 +25,17 @@
 // the state, di_j = b_j and df_u = sum_{t>=u} (a_t - b_t + leaving_t) + sum_{j<u} leaving_j + crossing.
 // R is rounded the same for both, so that what should cancel does.
 //
-// Work space: N = ceil(S / T) chunks. Of element_t: states, dstates (B, NH, N, dqk, dhv), before and
-// after every chunk. Of f32: normals, dnormals (B, NH, N, dqk); by token (B, NH, N, T): prefix G,
-// entry E, w, and in backward inverse 1 / N, dd, dm, query = s e / N, slope = s e dd, di, df; by slice
-// of features too: a, leaving, b (slices, B, NH, N, T), crossing (slices, B, NH, N, T / 64).
+// Work space: N = ceil(S / 128) chunks. Of element_t: states, dstates (B, NH, N, dqk, dhv), before and
+// after every chunk. Of f32: normals, dnormals (B, NH, N, dqk); by token (B, NH, N, 128): prefix G,
+// entry E, w, and in backward inverse, dd, dm, query = s e / N, slope = s e dd, di, df; by slice of
+// features too: a, leaving, b (slices of dqk, B, NH, N, 128), crossing (slices of dhv, B, NH, N, 2).
 //
-// What a chunk moves: its tokens and its states, whatever T; what it computes grows with T. States
-// of 128 x 256 are worth T = 256, smaller ones are not.
+// What a chunk moves is its tokens and its states, of which chunks of 128 have half as many as those
+// of 64; chunks of 256 gain less than their products cost. A multiprocessor's share of L2 is the next
+// limit: hence 64 x 128 results a block.
 
-/// Most tokens of a chunk.
-#define CHUNK 256
+/// Tokens of a chunk: two of L.
+#define CHUNK 128
 #define LOG2_E 1.4426950408889634f
 
 __device__ __forceinline__ float power(float x) {
@@ -45,18 +45,17 @@ __device__ __forceinline__ float power(float x) {
 }
 
 /// The tokens of a chunk, of one head.
-__device__ __forceinline__ Rows chunk_of(const element_t *x, int bh, int chunk, int T, int S, int NH, int width) {
-    int start = chunk * T;
-    return {x + token_at(bh, start, S, NH, width), NH * width, min(T, S - start), width, true};
+__device__ __forceinline__ Rows chunk_of(const element_t *x, int bh, int chunk, int S, int NH, int width) {
+    int start = chunk * CHUNK;
+    return {x + token_at(bh, start, S, NH, width), NH * width, min(CHUNK, S - start), width, true};
 }
 
-/// G and E of token tid of a chunk; by T threads of which each gets its own, and G of the last.
+/// G and E of token tid of a chunk; by 128 threads of which each gets its own, and G of the last.
 __device__ void chunk_exponents(
-    const Gates &gates, int bh, int chunk, int T, int S, int NH, int dqk, int flags, float *prefix, float *entry,
-    float *last
+    const Gates &gates, int bh, int chunk, int S, int NH, int dqk, int flags, float *prefix, float *entry, float *last
 ) {
-    __shared__ float totals[CHUNK / 32];
-    int tid = threadIdx.x, t = chunk * T + tid;
+    __shared__ float totals[4];
+    int tid = threadIdx.x, t = chunk * CHUNK + tid;
     float first = chunk == 0 ? initial_stabilizer(gates.n0, gates.m0, bh, dqk, flags) : 0.0f;
     Gate gate = gate_of(gates.i, gates.f, gates.marks, bh / NH, bh % NH, t, S, NH, flags);
     const float *m = gates.stabilizers + (long long)bh * S;
@@ -71,9 +70,9 @@ __device__ void chunk_exponents(
     __syncthreads();
     float before = 0.0f, all = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < CHUNK / 32; warp++) {
+    for (int warp = 0; warp < 4; warp++) {
         if (warp == tid / 32) before = all;
-        if (warp < T / 32) all += totals[warp];
+        all += totals[warp];
     }
     *prefix = before + sum;
     *entry = *prefix - a * LOG2_E;
@@ -241,22 +240,23 @@ template <int COLUMNS> struct StateTile {
     __device__ void walk(
         Walk<COLUMNS> &s, const element_t *left, const element_t *right, const float *factor, const float *normal_factor,
         const float *prefix, element_t *states, float *normals, int bh, int r0, int c0, bool with_n, int direction,
-        int additions, int T, int S, int NH, int dqk, int dhv
+        int additions, int S, int NH, int dqk, int dhv
     ) {
-        int chunks = (S + T - 1) / T, tiles = T / L, tid = threadIdx.x;
+        const int tiles = CHUNK / L;
+        int chunks = (S + CHUNK - 1) / CHUNK, tid = threadIdx.x;
         long long first_chunk = (long long)bh * chunks;
         auto chunk_at = [&](int step) { return direction > 0 ? step / tiles : chunks - 1 - step / tiles; };
         auto pipeline = start<WIDE_STATE_STAGES>(additions * tiles, [&](int step, int stage) {
             int chunk = chunk_at(step), row = step % tiles * L;
             auto &to = s.stage[stage];
-            fetch(to.left, chunk_of(left, bh, chunk, T, S, NH, dqk), row, r0);
+            fetch(to.left, chunk_of(left, bh, chunk, S, NH, dqk), row, r0);
 #pragma unroll
             for (int i = 0; i < COLUMNS / L; i++)
-                fetch(to.right[i], chunk_of(right, bh, chunk, T, S, NH, dhv), row, c0 + i * L);
-            long long token = (first_chunk + chunk) * T + row + tid % 16 * 4;
+                fetch(to.right[i], chunk_of(right, bh, chunk, S, NH, dhv), row, c0 + i * L);
+            long long token = (first_chunk + chunk) * CHUNK + row + tid % 16 * 4;
             if (tid < 32) fetch_piece(&s.factor[stage][tid / 16][tid % 16 * 4], (tid < 16 ? factor : normal_factor) + token);
         });
-        auto keep_of = [&](int chunk) { return power(prefix[(first_chunk + chunk) * T + T - 1]); };
+        auto keep_of = [&](int chunk) { return power(prefix[(first_chunk + chunk) * CHUNK + CHUNK - 1]); };
         float keep = keep_of(chunk_at(0));
         for (int chunk_step = 0; chunk_step < chunks; chunk_step++) {
             int chunk = chunk_at(chunk_step * tiles);
@@ -329,249 +329,186 @@ template <int COLUMNS> struct StateTile {
 
 // ---- Passes ----
 
-/// Blocks of outputs that a multiprocessor is to hold, and whether a pass has registers left to read
-/// ahead what is not copied.
+// All of them are under way at once.
+#define PASS_STAGES 2
+/// Whether registers are left to read ahead what is not copied.
 #ifdef WARPGROUP
-#define PASS_BLOCKS(RESIDENT) (RESIDENT ? 3 : 2)
 #define PASS_READS_AHEAD true
 #else
-#define PASS_BLOCKS(RESIDENT) 2
 #define PASS_READS_AHEAD false
 #endif
 
 /// The matrices of a pass.
 struct Sides {
     Rows rows, columns, state, second, own;
-    /// The block's tile of rows, and tiles of the chunk that have tokens.
-    int tile, tiles;
+    /// First row of the block within its chunk, and of the other half where that is needed.
+    int row, other;
+    bool both;
     /// Features that S runs over, and the first of the result's.
     int inner, out;
 };
 
 /// OUT: columns of the result. AFTER: a row sees the columns from its own on, else those up to its
-/// own. TRANSPOSED: the state's rows are the result's features. RESIDENT: the rows stay in shared
-/// memory (inner <= 256), else each slice of them is fetched again for every tile of columns.
-template <int OUT, bool AFTER, bool TRANSPOSED, bool RESIDENT> struct Pass {
-    static const int TILES = OUT / L, SLOT = RESIDENT ? 2 : 3, RING = 3;
-    /// A block's shared memory. factor: of W between tiles, what goes with its column.
+/// own. TRANSPOSED: the state's rows are the result's features.
+template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
+    static const int TILES = OUT / L;
+    static const int IN_STAGE = OWN && 3 * TILES > 3 + TILES ? 3 * TILES : 3 + TILES;
     struct Shared {
-        Tile *ring, *rows, *own;
-        float *prefix, *entry, *inverse, *slope, *factor;
-        void *rest;
-        /// with_own: the rows of `own` stay in it, too.
-        __device__ __forceinline__ Shared(void *start, int inner, bool with_own, int T) {
-            ring = (Tile *)start;
-            rows = ring + RING * SLOT;
-            own = rows + (RESIDENT ? (inner + L - 1) / L : 0);
-            prefix = (float *)(own + (with_own ? TILES : 0));
-            entry = prefix + T, inverse = entry + T, slope = inverse + T, factor = slope + T, rest = factor + T;
-        }
+        Tile stage[PASS_STAGES][IN_STAGE];
+        float prefix[CHUNK], entry[CHUNK], inverse[CHUNK], slope[CHUNK];
+        /// 2^(G_t - G_63) of the chunk's second half, 2^(G_63 - E_j) of its first.
+        float high[L], low[L];
     };
-    float S[8][4], H[OUT / 8][4];
+    /// S with the block's own half of the chunk, then with the other; and H.
+    float S[16][4], H[OUT / 8][4];
 
-    /// Row within the tile of S[][i] and H[][i], and column within it.
+    /// Row within the half of S[][i] and H[][i], and column within eight.
     static __device__ __forceinline__ int row(int i) { return WARP * 16 + i / 2 * 8 + LANE / 4; }
     static __device__ __forceinline__ int column(int n, int i) { return n * 8 + LANE % 4 * 2 + i % 2; }
     static __device__ __forceinline__ bool sees(int n) { return AFTER ? n >= WARP : n <= WARP; }
 
-    /// Reads G, E, and in backward 1 / N and dd, of all T tokens.
+    static __device__ __forceinline__ Sides halves(Sides x, int half) {
+        x.row = half * L;
+        x.other = L - x.row;
+        x.both = AFTER ? half == 0 && x.rows.rows > L : half == 1;
+        return x;
+    }
+    /// Reads G, E, and in backward 1 / N and dd.
     static __device__ void weights(
-        Shared &s, const Sides &x, long long at, int T, const float *prefix, const float *entry, const float *inverse,
-        const float *dd
+        Shared &s, long long at, const float *prefix, const float *entry, const float *inverse, const float *dd
     ) {
-        for (int t = threadIdx.x; t < T; t += GROUP) {
-            float G = prefix[at * T + t], E = entry[at * T + t];
-            // The earlier tile's last: of the column's tile, or of the rows'.
-            float g = prefix[at * T + (AFTER ? x.tile : t / L) * L + L - 1];
-            s.prefix[t] = G;
-            s.entry[t] = E;
-            s.factor[t] = power(AFTER ? G - g : g - E);
-            if (inverse) s.inverse[t] = inverse[at * T + t];
-            if (dd) s.slope[t] = dd[at * T + t];
+        int tid = threadIdx.x;
+        float G = prefix[at * CHUNK + tid], E = entry[at * CHUNK + tid], boundary = prefix[at * CHUNK + L - 1];
+        s.prefix[tid] = G;
+        s.entry[tid] = E;
+        if (inverse) s.inverse[tid] = inverse[at * CHUNK + tid];
+        if (dd) s.slope[tid] = dd[at * CHUNK + tid];
+        if (tid < L) s.low[tid] = power(boundary - E);
+        else s.high[tid - L] = power(G - boundary);
+    }
+    static __device__ __forceinline__ void fetch_step(Tile *tile, const Sides &x, int step, int steps) {
+        if (step < steps) {
+            fetch(tile[0], x.rows, x.row, step * L);
+            fetch(tile[1], x.columns, x.row, step * L);
+            if (x.both) fetch(tile[2], x.columns, x.other, step * L);
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+                if (TRANSPOSED) fetch(tile[3 + i], x.state, x.out + i * L, step * L);
+                else fetch(tile[3 + i], x.state, step * L, x.out + i * L);
+        } else {
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+                fetch(tile[i], x.second, x.row, x.out + i * L);
+                if (x.both) fetch(tile[TILES + i], x.second, x.other, x.out + i * L);
+                if (OWN) fetch(tile[2 * TILES + i], x.own, x.row, x.out + i * L);
+            }
         }
     }
-    /// H, then S of each tile of columns. prologue() runs while the first tiles are under way,
-    /// before_slice(step) before a slice of the state is waited for, each_slice(step, tiles) beside its
-    /// products, where LEFT each_left(a, feature) with each left operand, after_state() when H = X State
-    /// is done. Then for each tile of columns weigh(first column, whether it is the rows' own).
-    /// OWN: the own rows' tiles come with the first slice.
-    template <bool LEFT, bool OWN, class Prologue, class Before, class Slice, class Left, class After, class Weigh>
-    __device__ __forceinline__ void run(
-        Shared &s, const Sides &x, Prologue prologue, Before before_slice, Slice each_slice, Left each_left,
-        After after_state, Weigh weigh
+    /// S and H. prologue() runs while the first tiles are under way, before_slice(step) before those of
+    /// a slice are waited for, each_slice(step, tiles) beside its products, and where LEFT,
+    /// each_left(a, feature) with each left operand. Returns the tiles of Z, then those of the own rows.
+    template <bool LEFT, class Prologue, class Before, class Slice, class Left>
+    __device__ __forceinline__ Tile *products(
+        Shared &s, const Sides &x, Prologue prologue, Before before_slice, Slice each_slice, Left each_left
     ) {
-        int slices = (x.inner + L - 1) / L, first_tile = AFTER ? x.tile : 0;
-        int count = AFTER ? x.tiles - x.tile : x.tile + 1;
-        // What a tile of columns takes: its slices, one or two at once, and Z.
-        int parts = RESIDENT ? (slices + 1) / 2 : slices, items = slices + count * (parts + 1);
-        int at_column = -1, at_part = 0, slot = 0, item = 0;
-        // The next item is fetched.
-        auto begin = [&]() {
-            if (item < items) {
-                Tile *to = s.ring + slot * SLOT;
-                int c = (first_tile + at_column) * L;
-                if (at_column < 0) {
-                    fetch(RESIDENT ? s.rows[at_part] : to[2], x.rows, x.tile * L, at_part * L);
-#pragma unroll
-                    for (int i = 0; i < TILES; i++)
-                        if (TRANSPOSED) fetch(to[i], x.state, x.out + i * L, at_part * L);
-                        else fetch(to[i], x.state, at_part * L, x.out + i * L);
-                    if (OWN && at_part == 0) {
-#pragma unroll
-                        for (int i = 0; i < TILES; i++) fetch(s.own[i], x.own, x.tile * L, x.out + i * L);
-                    }
-                } else if (at_part < parts) {
-                    fetch(to[0], x.columns, c, at_part * (RESIDENT ? 2 : 1) * L);
-                    if (!RESIDENT) fetch(to[1], x.rows, x.tile * L, at_part * L);
-                    else if (2 * at_part + 1 < slices) fetch(to[1], x.columns, c, (2 * at_part + 1) * L);
-                } else {
-#pragma unroll
-                    for (int i = 0; i < TILES; i++) fetch(to[i], x.second, c, x.out + i * L);
-                }
-                at_part++;
-                if (at_column < 0 ? at_part == slices : at_part == parts + 1) at_column++, at_part = 0;
-            }
+        int steps = (x.inner + L - 1) / L;
+        auto begin = [&](int step) {
+            if (step <= steps) fetch_step(s.stage[step % PASS_STAGES], x, step, steps);
             asm volatile("cp.async.commit_group;" ::: "memory");
-            item++;
-            slot = slot + 1 < RING ? slot + 1 : 0;
         };
-        int ready = 0;
-        auto arrive = [&]() {
-            asm volatile("cp.async.wait_group %0;" ::"n"(RING - 2) : "memory");
+        auto arrive = [&](int step) {
+            asm volatile("cp.async.wait_group %0;" ::"n"(PASS_STAGES - 1) : "memory");
             publish_copies();
             __syncthreads();
-            begin();
-            Tile *tile = s.ring + ready * SLOT;
-            ready = ready + 1 < RING ? ready + 1 : 0;
-            return tile;
+            return s.stage[step % PASS_STAGES];
         };
-#pragma unroll 1
-        for (int i = 0; i < RING - 1; i++) begin();
+        for (int step = 0; step < PASS_STAGES; step++) begin(step);
         prologue();
+#pragma unroll
+        for (int n = 0; n < 16; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) S[n][i] = 0.0f;
 #pragma unroll
         for (int n = 0; n < OUT / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) H[n][i] = 0.0f;
-        int done_column = -1, part = 0;
-#pragma unroll 1
-        for (int i = 0; i < items; i++) {
-            if (done_column < 0) before_slice(part);
-            Tile *tile = arrive();
-            int c = first_tile + done_column;
-            if (done_column < 0) {
-                Tile &left = RESIDENT ? s.rows[part] : tile[2];
+        for (int step = 0; step < steps; step++) {
+            before_slice(step);
+            Tile *tile = arrive(step);
 #ifdef WARPGROUP
-                unsigned long long a = tile_descriptor(left), b = tile_descriptor(tile[0]);
-                products_begin();
+            unsigned long long left = tile_descriptor(tile[0]), right = tile_descriptor(tile[1]);
+            unsigned long long state = tile_descriptor(tile[3]);
+            products_begin();
 #pragma unroll
-                for (int k = 0; k < 4; k++)
-                    multiply_group<!TRANSPOSED>(H, a + k * ALONG, b + k * (TRANSPOSED ? ALONG : DOWN));
-                products_commit();
-                if (LEFT) {
-#pragma unroll
-                    for (int k = 0; k < L; k += 16) {
-                        unsigned a[4];
-                        load_left<false>(a, left, WARP * 16, k);
-                        each_left(a, part * L + k);
-                    }
-                }
-                each_slice(part, tile);
-                products_wait();
-#else
-                each_slice(part, tile);
+            for (int k = 0; k < 4; k++) {
+                multiply_group<!TRANSPOSED>(H, left + k * ALONG, state + k * (TRANSPOSED ? ALONG : DOWN));
+                if (x.both) multiply_group<0>(S, left + k * ALONG, right + k * ALONG);
+                else multiply_group<0>(*(float (*)[8][4])S, left + k * ALONG, right + k * ALONG);
+            }
+            products_commit();
+            if (LEFT) {
 #pragma unroll
                 for (int k = 0; k < L; k += 16) {
-                    unsigned a[4], b[4];
-                    load_left<false>(a, left, WARP * 16, k);
-#pragma unroll
-                    for (int n = 0; n < OUT / 16; n++) {
-                        load_right<TRANSPOSED>(b, tile[n / 4], k, n % 4 * 16);
-                        multiply_add(H[2 * n], a, b[0], b[1]);
-                        multiply_add(H[2 * n + 1], a, b[2], b[3]);
-                    }
-                    if (LEFT) each_left(a, part * L + k);
+                    unsigned a[4];
+                    load_left<false>(a, tile[0], WARP * 16, k);
+                    each_left(a, step * L + k);
                 }
-#endif
-                if (++part == slices) {
-                    after_state();
-                    done_column = part = 0;
-                }
-            } else if (part < parts) {
-                if (part == 0) {
-#pragma unroll
-                    for (int n = 0; n < 8; n++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++) S[n][i] = 0.0f;
-                }
-#pragma unroll
-                for (int half = 0; half < (RESIDENT ? 2 : 1); half++) {
-                    if (half && 2 * part + 1 == slices) break;
-                    Tile &left = RESIDENT ? s.rows[2 * part + half] : tile[1];
-#ifdef WARPGROUP
-                    unsigned long long a = tile_descriptor(left), b = tile_descriptor(tile[half]);
-                    if (!half) products_begin();
-#pragma unroll
-                    for (int k = 0; k < 4; k++) multiply_group<0>(S, a + k * ALONG, b + k * ALONG);
-#else
-#pragma unroll
-                    for (int k = 0; k < L; k += 16) {
-                        unsigned a[4], b[4];
-                        load_left<false>(a, left, WARP * 16, k);
-#pragma unroll
-                        for (int n = 0; n < 4; n++)
-                            if (c != x.tile || sees(n)) {
-                                load_right<true>(b, tile[half], k, n * 16);
-                                multiply_add(S[2 * n], a, b[0], b[1]);
-                                multiply_add(S[2 * n + 1], a, b[2], b[3]);
-                            }
-                    }
-#endif
-                }
-#ifdef WARPGROUP
-                products_commit();
-                products_wait();
-#endif
-                if (++part == parts) weigh(c * L, c == x.tile);
-            } else {
-                attend(tile, c == x.tile);
-                done_column++, part = 0;
             }
+            each_slice(step, tile);
+            products_wait();
+#else
+            each_slice(step, tile);
+#pragma unroll
+            for (int k = 0; k < L; k += 16) {
+                unsigned a[4], b[4];
+                load_left<false>(a, tile[0], WARP * 16, k);
+#pragma unroll
+                for (int n = 0; n < 8; n++)
+                    if (n < 4 ? sees(n) : x.both) {
+                        load_right<true>(b, tile[1 + n / 4], k, n % 4 * 16);
+                        multiply_add(S[2 * n], a, b[0], b[1]);
+                        multiply_add(S[2 * n + 1], a, b[2], b[3]);
+                    }
+#pragma unroll
+                for (int n = 0; n < OUT / 16; n++) {
+                    load_right<TRANSPOSED>(b, tile[3 + n / 4], k, n % 4 * 16);
+                    multiply_add(H[2 * n], a, b[0], b[1]);
+                    multiply_add(H[2 * n + 1], a, b[2], b[3]);
+                }
+                if (LEFT) each_left(a, step * L + k);
+            }
+#endif
+            __syncthreads();
+            begin(step + PASS_STAGES);
         }
+        return arrive(steps);
     }
     /// S = f(S, row, column) W_tj, with the tokens' numbers in the chunk.
-    template <class F> __device__ __forceinline__ void weigh(Shared &s, const Sides &x, int c0, bool own, F f) {
-        int r0 = x.tile * L;
-        if (own) {
+    template <class F> __device__ __forceinline__ void weigh(Shared &s, const Sides &x, F f) {
 #pragma unroll
-            for (int n = 0; n < 8; n++)
+        for (int n = 0; n < 8; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int r = r0 + row(i), c = r0 + column(n, i), t = AFTER ? c : r, j = AFTER ? r : c;
-                    float weight = t >= j ? power(s.prefix[t] - s.entry[j]) : 0.0f;
-                    S[n][i] = f(S[n][i], r, c) * weight;
-                }
-        } else {
-            float of_row[2];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int r = r0 + row(half * 2);
-                of_row[half] = power(AFTER ? s.prefix[r0 + L - 1] - s.entry[r] : s.prefix[r] - s.prefix[c0 + L - 1]);
+            for (int i = 0; i < 4; i++) {
+                int r = row(i), c = column(n, i), t = AFTER ? c : r, j = AFTER ? r : c;
+                float weight = t >= j ? power(s.prefix[x.row + t] - s.entry[x.row + j]) : 0.0f;
+                S[n][i] = f(S[n][i], x.row + r, x.row + c) * weight;
             }
+        if (x.both) {
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    int c = c0 + column(n, i);
-                    S[n][i] = f(S[n][i], r0 + row(i), c) * (of_row[i / 2] * s.factor[c]);
+                    int r = row(i), c = column(n, i), t = AFTER ? c : r, j = AFTER ? r : c;
+                    S[8 + n][i] = f(S[8 + n][i], x.row + r, x.other + c) * (s.high[t] * s.low[j]);
                 }
         }
     }
     /// H += S Z.
-    __device__ __forceinline__ void attend(Tile *tile, bool own) {
+    __device__ __forceinline__ void attend(Tile *tile, const Sides &x) {
         // Rounded before the first product: products under way own H.
-        unsigned a[4][4];
+        unsigned a[8][4];
 #pragma unroll
-        for (int k = 0; k < 4; k++)
+        for (int k = 0; k < 8; k++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 a[k][i] = pair_of(S[2 * k + i / 2][i % 2 * 2], S[2 * k + i / 2][i % 2 * 2 + 1]);
@@ -579,38 +516,40 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool RESIDENT> struct Pass {
         products_begin();
 #pragma unroll
         for (int k = 0; k < 4; k++) multiply_group<1>(H, a[k], tile_descriptor(tile[0]) + k * DOWN);
+        if (x.both) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) multiply_group<1>(H, a[4 + k], tile_descriptor(tile[TILES]) + k * DOWN);
+        }
         products_commit();
         products_wait();
 #else
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (own && !sees(k)) continue;
+        for (int k = 0; k < 8; k++) {
+            if (!(k < 4 ? sees(k) : x.both)) continue;
 #pragma unroll
             for (int n = 0; n < OUT / 16; n++) {
                 unsigned b[4];
-                load_right<false>(b, tile[n / 4], k * 16, n % 4 * 16);
+                load_right<false>(b, tile[k / 4 * TILES + n / 4], k % 4 * 16, n % 4 * 16);
                 multiply_add(H[2 * n], a[k], b[0], b[1]);
                 multiply_add(H[2 * n + 1], a[k], b[2], b[3]);
             }
         }
 #endif
     }
-    __device__ __forceinline__ void scale(const float (&factor)[2]) {
+    /// f(row, x . H) of the own rows.
+    template <class F> __device__ __forceinline__ void dot_rows(Tile *tile, F f) {
 #pragma unroll
-        for (int n = 0; n < OUT / 8; n++)
+        for (int half = 0; half < 2; half++) {
+            float sum = 0.0f;
 #pragma unroll
-            for (int i = 0; i < 4; i++) H[n][i] *= factor[i / 2];
-    }
-    /// x . H of the own rows' halves, in every lane of a quad.
-    __device__ __forceinline__ float dot_row(Tile *own, int half) const {
-        float sum = 0.0f;
-#pragma unroll
-        for (int n = 0; n < OUT / 8; n++) {
-            Pair x = *(const Pair *)own[n / 8].at(row(half * 2), n % 8 * 8 + LANE % 4 * 2);
-            sum = fmaf(first(x), H[n][half * 2], fmaf(second(x), H[n][half * 2 + 1], sum));
+            for (int n = 0; n < OUT / 8; n++) {
+                Pair x = *(const Pair *)tile[2 * TILES + n / 8].at(row(half * 2), n % 8 * 8 + LANE % 4 * 2);
+                sum = fmaf(first(x), H[n][half * 2], fmaf(second(x), H[n][half * 2 + 1], sum));
+            }
+            sum += __shfl_xor_sync(ALL, sum, 1);
+            sum += __shfl_xor_sync(ALL, sum, 2);
+            if (LANE % 4 == 0) f(row(half * 2), sum);
         }
-        sum += __shfl_xor_sync(ALL, sum, 1);
-        return sum + __shfl_xor_sync(ALL, sum, 2);
     }
 };
 
