@@ -16,7 +16,7 @@ use crate::engine::operation::{MAX_SLOTS, NodeShapes};
 use crate::engine::projection::{Projection, project};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{add_to, axpy, vectorize};
-use crate::engine::{Scalar, Shape, Storable};
+use crate::engine::{Precision, Scalar, Shape, Storable};
 use crate::error::{Error, Result};
 use crate::ops::TILE;
 use crate::ops::linear::{reduce_tiles, sum_rows};
@@ -123,7 +123,7 @@ impl Kernel for ConcatLinear {
             }
             let w = io.weight(self.parts);
             let map = Projection { y: &mut *y, w, outer, accumulate: true };
-            project(&mut [map], x, [rows, width], [first, total], io.scratch);
+            project(&mut [map], x, [rows, width], [first, total], Precision::F32, io.scratch);
             first += width;
         }
     }
