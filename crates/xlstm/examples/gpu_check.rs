@@ -15,10 +15,10 @@ use xlstm::ops::add::add;
 use xlstm::ops::attention::attention;
 use xlstm::ops::causal_conv::causal_conv;
 use xlstm::ops::concat_linear::concat_linear;
-use xlstm::ops::cross_entropy::cross_entropy;
 use xlstm::ops::dropout::dropout;
 use xlstm::ops::embedding::embedding;
 use xlstm::ops::from_bits::from_bits;
+use xlstm::ops::head_loss::{Head, head_loss};
 use xlstm::ops::headwise::{headwise, headwise_full};
 use xlstm::ops::last_token::last_token;
 use xlstm::ops::learned_positions::learned_positions;
@@ -379,12 +379,16 @@ fn operations(table: &mut Table<'_>) {
             Ok(vec![reverse(t, v[0], Some(i[0]))?])
         });
     }
-    for vocabulary in [70, 5000, 5003] {
-        let targets = (0..39).map(|i| if i % 5 == 2 { IGNORE } else { i * 7 % 70 }).collect();
-        let case = new().between(&[3, 13, vocabulary], -4.0, 4.0).input(&[1]).ids(targets);
-        table.compare(&format!("cross_entropy {vocabulary}"), &case, T, &|t, v, i| {
-            let (loss, nll) = cross_entropy(t, v[0], i[0], v[1])?;
-            Ok(vec![loss, nll])
+    // The last has more rows than a slice.
+    for (rows, vocabulary, cap) in
+        [(39, 70, None), (39, 5000, Some(5.0)), (39, 5003, None), (1100, 270_000, None)]
+    {
+        let targets = (0..rows as u32).map(|i| if i % 5 == 2 { IGNORE } else { i * 7 % 70 }).collect();
+        let case = new().between(&[rows, 8], -2.0, 2.0).between(&[vocabulary, 8], -1.0, 1.0);
+        let case = case.input(&[vocabulary]).input(&[1]).ids(targets);
+        table.compare(&format!("head_loss {rows}x{vocabulary}"), &case, T, &|t, v, i| {
+            let head = Head { weight: v[1], bias: Some(v[2]), cap };
+            Ok(vec![head_loss(t, v[0], head, i[0], v[3])?.0])
         });
     }
     for (length, taps, silu) in [(70, 4, true), (3, 4, false), (33, 1, true), (70, 3, true)] {

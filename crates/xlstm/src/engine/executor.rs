@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::operation::{Backward, Element, Forward, Gradient, MAX_SLOTS};
 use super::plan::Plan;
+use super::precision::Precision;
 use super::profile::{OperationTime, Profile};
 use super::stored::{Slice, Stored};
 use super::tape::{Ids, Source, Tape, Var};
@@ -15,6 +16,7 @@ use super::tape::{Ids, Source, Tape, Var};
 pub struct Executor<T> {
     tape: Tape,
     plan: Plan,
+    precision: Precision,
     slots: Vec<Vec<T>>,
     ids: Vec<Vec<u32>>,
     scratch: Vec<T>,
@@ -32,12 +34,17 @@ pub struct Culprit {
 }
 
 impl<T: Element> Executor<T> {
-    /// Plans and allocates the buffers of `tape`.
+    /// Plans and allocates the buffers of `tape`, to be replayed in full precision.
     pub fn new(tape: Tape) -> Executor<T> {
+        Executor::with_precision(tape, Precision::F32)
+    }
+
+    /// The same, with products of f32 numbers in `precision`.
+    pub fn with_precision(tape: Tape, precision: Precision) -> Executor<T> {
         let plan = Plan::new(&tape, |value| tape.values[value].shape.len());
         let slots = plan.slots.iter().map(|&len| vec![T::ZERO; len]).collect();
         let ids = tape.ids.iter().map(|&len| vec![0; len]).collect();
-        Executor { tape, plan, slots, ids, scratch: Vec::new() }
+        Executor { tape, plan, precision, slots, ids, scratch: Vec::new() }
     }
 
     /// Bytes of all buffers.
@@ -207,6 +214,7 @@ impl<T: Element> Executor<T> {
             outputs,
             ids: [&[]; 3],
             shapes: &node.shapes,
+            precision: self.precision,
             scratch: &mut self.scratch,
         };
         for (slot, var) in node.inputs.iter().enumerate() {
@@ -248,18 +256,33 @@ impl<T: Element> Executor<T> {
                 _ => {}
             }
         }
-        let mut input_gradients = [const { None }; MAX_SLOTS];
-        for ((gradient, hold), var) in input_gradients.iter_mut().zip(taken.iter_mut()).zip(&node.inputs) {
-            let Some(var) = var else { continue };
-            let len = self.tape.shape(*var).len();
-            let offset = match self.tape.values[var.index()].source {
-                Source::Parameter { offset, .. } => offset,
-                _ => 0,
-            };
-            if !hold.is_empty() {
-                let first = self.plan.first[i].contains(&var.index());
-                *gradient = Some(Gradient::new(&mut hold[offset..offset + len], first));
+        // Several inputs may be rows of one parameter, which the first of them holds then: parts are
+        // cut off in the order in which they lie.
+        let source = |slot: usize| node.inputs[slot].map(|var| self.tape.values[var.index()].source);
+        let place = |slot: usize| match source(slot) {
+            Some(Source::Parameter { index, offset }) => {
+                let same =
+                    |s: &usize| matches!(source(*s), Some(Source::Parameter { index: i, .. }) if i == index);
+                ((0..slot).find(same).unwrap_or(slot), offset)
             }
+            _ => (slot, 0),
+        };
+        let mut order: [usize; MAX_SLOTS] = std::array::from_fn(|slot| slot);
+        let order = &mut order[..node.inputs.len()];
+        order.sort_unstable_by_key(|&slot| place(slot));
+        let mut input_gradients = [const { None }; MAX_SLOTS];
+        let mut buffers = taken.each_mut().map(|hold| (&mut hold[..], 0));
+        for &slot in &*order {
+            let ((holder, offset), Some(var)) = (place(slot), node.inputs[slot]) else { continue };
+            let (rest, position) = std::mem::take(&mut buffers[holder]);
+            if rest.is_empty() {
+                continue;
+            }
+            let len = self.tape.shape(var).len();
+            let (part, rest) = rest[offset - position..].split_at_mut(len);
+            buffers[holder] = (rest, offset + len);
+            let first = self.plan.first[i].contains(&var.index());
+            input_gradients[slot] = Some(Gradient::new(part, first));
         }
         let reads = node.operation.reads();
         let mut io = Backward {
@@ -269,6 +292,7 @@ impl<T: Element> Executor<T> {
             input_gradients,
             ids: [&[]; 3],
             shapes: &node.shapes,
+            precision: self.precision,
             scratch: &mut self.scratch,
         };
         for (slot, (input, var)) in io.inputs.iter_mut().zip(&node.inputs).enumerate() {
@@ -291,7 +315,7 @@ impl<T: Element> Executor<T> {
         for gradient in io.input_gradients.iter_mut().filter_map(Option::take) {
             gradient.cleared();
         }
-        for (hold, var) in taken.iter_mut().zip(&node.inputs) {
+        for (hold, var) in taken.iter_mut().zip(&node.inputs).filter(|(hold, _)| !hold.is_empty()) {
             let Some(var) = var else { continue };
             match (self.tape.values[var.index()].source, self.plan.gradient[var.index()]) {
                 (Source::Parameter { index, .. }, _) => gradients[index] = std::mem::take(hold),
