@@ -84,8 +84,7 @@ pub(super) fn forward(
     }
     let arguments = arguments![i, f, marks, n0, m0, stabilizers, m, length, heads, dqk, flags];
     queue.launch(&FORWARD, "mlstm_gates", [tasks, 1, 1], 1024, arguments)?;
-    let arguments =
-        arguments![i, f, marks, n0, m0, stabilizers, prefix, entry, w, length, heads, dqk, flags];
+    let arguments = arguments![i, f, marks, n0, m0, stabilizers, prefix, entry, w, length, heads, dqk, flags];
     queue.launch(&WIDE_FORWARD, "mlstm_wide_exponents", [chunks, tasks, 1], CHUNK, arguments)?;
     let arguments = arguments![k, v, w, prefix, c0, n0, states, normals, c, n, length, heads, dqk, dhv];
     let columns = state_slice(dhv, key_tiles * tasks);
@@ -115,14 +114,7 @@ pub(super) fn forward(
     let name = if out == L { "mlstm_wide_outputs_64" } else { "mlstm_wide_outputs_128" };
     // Besides the pass, n in three parts.
     let shared = pass_shared(out, false) + 3 * (key_tiles * L + 8) * 2;
-    queue.launch_shared(
-        &WIDE_FORWARD,
-        name,
-        [dhv.div_ceil(out), 2 * chunks, tasks],
-        GROUP,
-        shared,
-        arguments,
-    )
+    queue.launch_shared(&WIDE_FORWARD, name, [dhv.div_ceil(out), 2 * chunks, tasks], GROUP, shared, arguments)
 }
 
 /// See [`Kernel::backward_cuda`](crate::engine::Kernel::backward_cuda).
@@ -229,37 +221,12 @@ pub(super) fn backward(
         dqk,
         dhv
     ];
-    let name =
-        if columns == L { "mlstm_wide_backward_states_64" } else { "mlstm_wide_backward_states_128" };
+    let name = if columns == L { "mlstm_wide_backward_states_64" } else { "mlstm_wide_backward_states_128" };
     let grid = [dhv.div_ceil(columns), key_tiles, 2 * tasks];
     queue.launch_shared(&WIDE_BACKWARD, name, grid, GROUP, walk_shared(columns), arguments)?;
     let arguments = arguments![
-        q,
-        k,
-        v,
-        dh,
-        prefix,
-        entry,
-        inverse,
-        dd,
-        w,
-        query,
-        slope,
-        states,
-        normals,
-        dstates,
-        dnormals,
-        dq,
-        dk,
-        dv,
-        a,
-        leaving,
-        b,
-        crossing,
-        length,
-        heads,
-        dqk,
-        dhv
+        q, k, v, dh, prefix, entry, inverse, dd, w, query, slope, states, normals, dstates, dnormals, dq, dk,
+        dv, a, leaving, b, crossing, length, heads, dqk, dhv
     ];
     let name = match (value_out > L, key_out > L) {
         (false, false) => "mlstm_wide_gradients_64_64",
