@@ -225,7 +225,7 @@ pub(super) fn backward(
     let grid = [dhv.div_ceil(columns), key_tiles, 2 * tasks];
     queue.launch_shared(&WIDE_BACKWARD, name, grid, GROUP, walk_shared(columns), arguments)?;
     let arguments = arguments![
-        q, k, v, dh, prefix, entry, inverse, dd, w, query, slope, states, normals, dstates, dnormals, dq, dk,
+        q, k, v, dh, prefix, entry, inverse, dd, states, normals, dstates, dnormals, dq, dk,
         dv, a, leaving, b, crossing, length, heads, dqk, dhv
     ];
     let name = match (value_out > L, key_out > L) {

@@ -331,11 +331,14 @@ template <int COLUMNS> struct StateTile {
 
 // All of them are under way at once.
 #define PASS_STAGES 2
-/// Whether registers are left to read ahead what is not copied.
+/// Blocks that a multiprocessor is to hold, for results of OUT columns; and whether registers are
+/// left to read ahead what is not copied.
 #ifdef WARPGROUP
-#define PASS_READS_AHEAD true
+#define PASS_BLOCKS(OUT) (OUT == L ? 3 : 2)
+#define PASS_READS_AHEAD(OUT) (OUT != L)
 #else
-#define PASS_READS_AHEAD false
+#define PASS_BLOCKS(OUT) 2
+#define PASS_READS_AHEAD(OUT) false
 #endif
 
 /// The matrices of a pass.

@@ -176,7 +176,7 @@ WIDE_BACKWARD_STATES(128)
 template <int OUT>
 __device__ __forceinline__ void wide_values(
     const element_t *q, const element_t *k, const element_t *dh, const float *prefix, const float *entry,
-    const float *inverse, const float *w, const element_t *states, const float *normals, const element_t *dstates,
+    const float *inverse, const element_t *states, const float *normals, const element_t *dstates,
     const float *dnormals, element_t *dv, float *crossing, int S, int NH, int dqk, int dhv, int slice
 ) {
     typedef Pass<OUT, true, false, false> Values;
@@ -193,7 +193,7 @@ __device__ __forceinline__ void wide_values(
     x.inner = dqk, x.out = slice * OUT;
     x = Values::halves(x, half);
     Rows to = chunk_of(dv, bh, chunk, S, NH, dhv);
-    float scale = 1.0f / sqrtf((float)dqk), factor[2], inner = 0.0f;
+    float scale = 1.0f / sqrtf((float)dqk), inner = 0.0f;
     // Each half has dC at hand, and reads half of the rows of C in every slice.
     const int IN_ROW = OUT / IN_VECTOR, AT_ONCE = GROUP / IN_ROW, PIECES_EACH = L / 2 / AT_ONCE;
     int first_row = half * (L / 2) + tid / IN_ROW, c = tid % IN_ROW * IN_VECTOR;
@@ -212,17 +212,15 @@ __device__ __forceinline__ void wide_values(
         [&]() {
             Values::weights(s, at, prefix, entry, inverse, nullptr);
             if (dv) prefetch_rows<OUT>(to, x.row, x.out);
-#pragma unroll
-            for (int i = 0; i < 2; i++) factor[i] = w[at * CHUNK + x.row + Values::row(i * 2)];
             if (half == 0 && slice == 0)
                 for (int r = tid; r < dqk; r += GROUP)
                     inner = fmaf(normals[at * dqk + r], dnormals[at * dqk + r], inner);
         },
         [&](int step) {
-            if (PASS_READS_AHEAD) read_state(step);
+            if (PASS_READS_AHEAD(OUT)) read_state(step);
         },
         [&](int step, Tile *tile) {
-            if (!PASS_READS_AHEAD) read_state(step);
+            if (!PASS_READS_AHEAD(OUT)) read_state(step);
 #pragma unroll
             for (int i = 0; i < PIECES_EACH; i++)
                 inner = dot(piece[i], read((const Vector *)tile[3 + c / L].at(first_row + i * AT_ONCE, c % L)), inner);
@@ -230,6 +228,9 @@ __device__ __forceinline__ void wide_values(
         [](unsigned (&)[4], int) {}
     );
     pass.weigh(s, x, [&](float score, int, int t) { return score * (scale * s.inverse[t]); });
+    float factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) factor[i] = power(s.prefix[CHUNK - 1] - s.entry[x.row + Values::row(i * 2)]);
 #pragma unroll
     for (int n = 0; n < OUT / 8; n++)
 #pragma unroll
@@ -251,7 +252,7 @@ __device__ __forceinline__ void wide_values(
 template <int OUT>
 __device__ __forceinline__ void wide_queries(
     const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,
-    const float *entry, const float *inverse, const float *dd, const float *query, const float *slope,
+    const float *entry, const float *inverse, const float *dd,
     const element_t *states, const float *normals, element_t *dq, float *a, int S, int NH, int dqk,
     int dhv, int slice
 ) {
@@ -269,19 +270,22 @@ __device__ __forceinline__ void wide_queries(
     x.inner = dhv, x.out = slice * OUT;
     x = Queries::halves(x, half);
     Rows to = chunk_of(dq, bh, chunk, S, NH, dqk);
-    float scale = 1.0f / sqrtf((float)dqk), factor[2], normal_factor[2];
+    float scale = 1.0f / sqrtf((float)dqk);
     auto prologue = [&]() {
         Queries::weights(s, at, prefix, entry, inverse, dd);
         if (dq) prefetch_rows<OUT>(to, x.row, x.out);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            factor[half] = query[at * CHUNK + x.row + Queries::row(half * 2)];
-            normal_factor[half] = slope[at * CHUNK + x.row + Queries::row(half * 2)];
-        }
     };
     Queries pass;
     Tile *tile = pass.products<false>(s, x, prologue, [](int) {}, [](int, Tile *) {}, [](unsigned (&)[4], int) {});
     pass.weigh(s, x, [&](float product, int t, int) { return scale * fmaf(product, s.inverse[t], s.slope[t]); });
+    float factor[2], normal_factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int t = x.row + Queries::row(i * 2);
+        float state = scale * power(s.prefix[t]);
+        factor[i] = state * s.inverse[t];
+        normal_factor[i] = state * s.slope[t];
+    }
 #pragma unroll
     for (int n = 0; n < OUT / 8; n++) {
         int r = x.out + Queries::column(n, 0);
@@ -300,14 +304,14 @@ __device__ __forceinline__ void wide_queries(
 template <int OUT>
 __device__ __forceinline__ void wide_keys(
     const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,
-    const float *entry, const float *inverse, const float *dd, const float *w, const element_t *dstates,
+    const float *entry, const float *inverse, const float *dd, const element_t *dstates,
     const float *dnormals, element_t *dk, float *leaving, float *b, int S, int NH, int dqk, int dhv, int slice
 ) {
     typedef Pass<OUT, true, true, true> Keys;
     extern __shared__ __align__(1024) char wide_shared[];
     typename Keys::Shared &s = *(typename Keys::Shared *)wide_shared;
     int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2, chunks = gridDim.y / 2;
-    long long at = (long long)bh * chunks + chunk, first = (slice * (long long)gridDim.z * chunks + at) * CHUNK;
+    long long at = (long long)bh * chunks + chunk;
     Sides x;
     x.rows = chunk_of(v, bh, chunk, S, NH, dhv);
     x.columns = chunk_of(dh, bh, chunk, S, NH, dhv);
@@ -316,16 +320,16 @@ __device__ __forceinline__ void wide_keys(
     x.own = chunk_of(k, bh, chunk, S, NH, dqk);
     x.inner = dhv, x.out = slice * OUT;
     x = Keys::halves(x, half);
-    Rows to = chunk_of(dk, bh, chunk, S, NH, dqk);
-    float scale = 1.0f / sqrtf((float)dqk), factor[2];
+    float scale = 1.0f / sqrtf((float)dqk);
     auto prologue = [&]() {
         Keys::weights(s, at, prefix, entry, inverse, dd);
-        if (dk) prefetch_rows<OUT>(to, x.row, x.out);
-#pragma unroll
-        for (int half = 0; half < 2; half++) factor[half] = w[at * CHUNK + x.row + Keys::row(half * 2)];
+        if (dk) prefetch_rows<OUT>(chunk_of(dk, bh, chunk, S, NH, dqk), x.row, x.out);
     };
     Keys pass;
     Tile *tile = pass.products<false>(s, x, prologue, [](int) {}, [](int, Tile *) {}, [](unsigned (&)[4], int) {});
+    float factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) factor[i] = power(s.prefix[CHUNK - 1] - s.entry[x.row + Keys::row(i * 2)]);
     pass.weigh(s, x, [&](float product, int, int t) { return scale * fmaf(product, s.inverse[t], s.slope[t]); });
 #pragma unroll
     for (int n = 0; n < OUT / 8; n++) {
@@ -334,31 +338,34 @@ __device__ __forceinline__ void wide_keys(
 #pragma unroll
         for (int i = 0; i < 4; i++) pass.H[n][i] = factor[i / 2] * (pass.H[n][i] + (i % 2 ? normal.y : normal.x));
     }
+    // Only now, for the registers: hidden from the compiler until here.
+    asm volatile("" : "+r"(chunk));
+    long long first = (slice * (long long)gridDim.z * chunks + (long long)bh * chunks + chunk) * CHUNK;
     pass.dot_rows(tile, [&](int r, float sum) { leaving[first + x.row + r] = sum; });
     pass.attend(tile, x);
     pass.dot_rows(tile, [&](int r, float sum) { b[first + x.row + r] = sum; });
-    if (dk) put_rows<true, OUT>(pass.H, to, x.row + WARP * 16, x.out);
+    if (dk) put_rows<true, OUT>(pass.H, chunk_of(dk, bh, chunk, S, NH, dqk), x.row + WARP * 16, x.out);
 }
 
 /// dv, dq and dk. Blocks of a chunk are neighbours, so that what they share is read once.
 /// grid (ceil(dhv / VALUES) + 2 ceil(dqk / KEYS), 2 N, B NH), block 128.
 #define WIDE_GRADIENTS(VALUES, KEYS)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_gradients_##VALUES##_##KEYS(                     \
+    extern "C" __global__ void __launch_bounds__(GROUP, PASS_BLOCKS(VALUES)) mlstm_wide_gradients_##VALUES##_##KEYS(   \
         const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,          \
-        const float *entry, const float *inverse, const float *dd, const float *w, const float *query,                 \
-        const float *slope, const element_t *states, const float *normals, const element_t *dstates,                   \
+        const float *entry, const float *inverse, const float *dd, const element_t *states, const float *normals,       \
+        const element_t *dstates,                                                                                      \
         const float *dnormals, element_t *dq, element_t *dk, element_t *dv, float *a, float *leaving, float *b,        \
         float *crossing, int S, int NH, int dqk, int dhv                                                               \
     ) {                                                                                                                \
         int key_slices = (dqk + KEYS - 1) / KEYS, slice = blockIdx.x;                                                  \
         if (slice < key_slices)                                                                                        \
-            wide_queries<KEYS>(q, k, v, dh, prefix, entry, inverse, dd, query, slope, states, normals, dq, a, S, NH,   \
+            wide_queries<KEYS>(q, k, v, dh, prefix, entry, inverse, dd, states, normals, dq, a, S, NH,   \
                                dqk, dhv, slice);                                                                       \
         else if (slice < 2 * key_slices)                                                                               \
-            wide_keys<KEYS>(q, k, v, dh, prefix, entry, inverse, dd, w, dstates, dnormals, dk, leaving, b, S, NH,      \
+            wide_keys<KEYS>(q, k, v, dh, prefix, entry, inverse, dd, dstates, dnormals, dk, leaving, b, S, NH,      \
                             dqk, dhv, slice - key_slices);                                                             \
         else                                                                                                           \
-            wide_values<VALUES>(q, k, dh, prefix, entry, inverse, w, states, normals, dstates, dnormals, dv, crossing, \
+            wide_values<VALUES>(q, k, dh, prefix, entry, inverse, states, normals, dstates, dnormals, dv, crossing, \
                                 S, NH, dqk, dhv, slice - 2 * key_slices);                                              \
     }
 WIDE_GRADIENTS(64, 64)

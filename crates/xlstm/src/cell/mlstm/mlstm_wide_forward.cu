@@ -137,7 +137,7 @@ __device__ __forceinline__ void wide_outputs(
     put_rows<false, OUT>(pass.H, chunk_of(h, bh, chunk, S, NH, dhv), x.row + WARP * 16, x.out);
 }
 #define WIDE_OUTPUTS(OUT)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_outputs_##OUT(                                   \
+    extern "C" __global__ void __launch_bounds__(GROUP, PASS_BLOCKS(OUT)) mlstm_wide_outputs_##OUT(                    \
         const element_t *q, const element_t *k, const element_t *v, const unsigned *marks, const float *stabilizers,   \
         const float *prefix, const float *entry, const element_t *states, const float *normals, element_t *h,          \
         float *denominators, int S, int NH, int dqk, int dhv, int flags, float eps                                     \
