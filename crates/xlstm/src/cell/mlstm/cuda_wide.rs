@@ -26,23 +26,20 @@ const WIDE_BACKWARD: Source = source!("mlstm_wide_backward");
 
 /// Tokens of a chunk: CHUNK of mlstm_wide.cuh.
 const CHUNK: usize = 128;
-/// Rows and columns of a tile, and threads of most blocks.
+/// Rows and columns of a tile, and threads of a block that walks over states.
 const L: usize = 64;
 const GROUP: usize = 128;
+/// Threads of a pass: PASS_THREADS of mlstm_wide.cuh.
+const PASS_THREADS: usize = 256;
 /// Bytes of a tile.
 const TILE: usize = L * L * 2;
 /// Most pairs of a sequence and a head: a grid has a block for each and direction.
 pub(super) const MAX_TASKS: usize = 65_535 / 2;
 
-/// Columns that a block has of `width`.
-fn slice(width: usize) -> usize {
-    if width > L { 2 * L } else { L }
-}
-
 /// Columns that a block has of a state, for enough blocks to fill a card, where there are as many
 /// blocks as `rows` for each slice of columns.
 fn state_slice(dhv: usize, rows: usize) -> usize {
-    if dhv > L && dhv.div_ceil(2 * L) * rows >= 200 { 2 * L } else { L }
+    if dhv > L && dhv.div_ceil(2 * L) * rows >= 128 { 2 * L } else { L }
 }
 
 /// Shared memory of a walk over states: `Walk` of mlstm_wide.cuh.
@@ -50,11 +47,28 @@ fn walk_shared(columns: usize) -> usize {
     4 * ((1 + columns / L) * TILE + 2 * L * 4)
 }
 
-/// Shared memory of a pass: `Pass::Shared` of mlstm_wide.cuh.
-fn pass_shared(out: usize, own: bool) -> usize {
-    let tiles = out / L;
-    let in_stage = if own { (3 + tiles).max(3 * tiles) } else { 3 + tiles };
-    2 * in_stage * TILE + (4 * CHUNK + 2 * L) * 4
+/// What passes are like on a card: with products of warp groups, or of warps and in less shared memory.
+struct Passes {
+    warp_groups: bool,
+}
+
+impl Passes {
+    fn of(queue: &Queue) -> Passes {
+        Passes { warp_groups: queue.gpu().architecture() == "sm_90a" }
+    }
+
+    /// Columns that a block has of `width`.
+    fn slice(&self, width: usize) -> usize {
+        if self.warp_groups && width > L { 2 * L } else { L }
+    }
+
+    /// Shared memory: `Pass::Shared` of mlstm_wide.cuh.
+    fn shared(&self, out: usize, own: bool) -> usize {
+        let tiles = out / L;
+        let in_stage = (4 + tiles).max(if own { 4 * tiles } else { 0 });
+        let stages = if self.warp_groups { 3 } else { 2 };
+        stages * in_stage * TILE + (4 * CHUNK + 2 * L) * 4
+    }
 }
 
 /// Work space for `n` numbers of bf16.
@@ -110,11 +124,19 @@ pub(super) fn forward(
         flags,
         eps
     ];
-    let out = slice(dhv);
+    let passes = Passes::of(queue);
+    let out = passes.slice(dhv);
     let name = if out == L { "mlstm_wide_outputs_64" } else { "mlstm_wide_outputs_128" };
     // Besides the pass, n in three parts.
-    let shared = pass_shared(out, false) + 3 * (key_tiles * L + 8) * 2;
-    queue.launch_shared(&WIDE_FORWARD, name, [dhv.div_ceil(out), 2 * chunks, tasks], GROUP, shared, arguments)
+    let shared = passes.shared(out, false) + 3 * (key_tiles * L + 8) * 2;
+    queue.launch_shared(
+        &WIDE_FORWARD,
+        name,
+        [dhv.div_ceil(out), chunks, tasks],
+        PASS_THREADS,
+        shared,
+        arguments,
+    )
 }
 
 /// See [`Kernel::backward_cuda`](crate::engine::Kernel::backward_cuda).
@@ -133,8 +155,9 @@ pub(super) fn backward(
     let (flags, eps) = (flags(config), config.eps);
     let (tasks, chunks, key_tiles) = (batch * heads, length.div_ceil(CHUNK), dqk.div_ceil(L));
     let tokens = tasks * chunks * CHUNK;
-    let key_out = slice(dqk);
-    let value_out = slice(dhv).max(key_out);
+    let passes = Passes::of(io.queue);
+    let key_out = passes.slice(dqk);
+    let value_out = passes.slice(dhv).max(key_out);
     let (value_slices, key_slices) = (dhv.div_ceil(value_out), dqk.div_ceil(key_out));
     let columns = state_slice(dhv, 2 * key_tiles * tasks);
     let state_tiles = key_tiles * dhv.div_ceil(columns);
@@ -163,7 +186,7 @@ pub(super) fn backward(
     for part in [&mut a, &mut leaving, &mut b] {
         *part = queue.scratch(key_slices * tokens)?;
     }
-    let crossing = queue.scratch(2 * value_slices * tasks * chunks)?;
+    let crossing = queue.scratch(value_slices * tasks * chunks)?;
     let inner_last = queue.scratch(tasks * state_tiles)?;
     let inner_first = queue.scratch(tasks * state_tiles)?;
     let dh = output_gradient(queue, dh, batch * length * heads * dhv)?;
@@ -233,9 +256,9 @@ pub(super) fn backward(
         (true, false) => "mlstm_wide_gradients_128_64",
         (_, true) => "mlstm_wide_gradients_128_128",
     };
-    let grid = [value_slices + 2 * key_slices, 2 * chunks, tasks];
-    let shared = pass_shared(value_out, false).max(pass_shared(key_out, true));
-    queue.launch_shared(&WIDE_BACKWARD, name, grid, GROUP, shared, arguments)?;
+    let grid = [value_slices + 2 * key_slices, chunks, tasks];
+    let shared = passes.shared(value_out, false).max(passes.shared(key_out, true));
+    queue.launch_shared(&WIDE_BACKWARD, name, grid, PASS_THREADS, shared, arguments)?;
     let arguments = arguments![a, leaving, b, crossing, di, df, key_slices, value_slices];
     queue.launch(&WIDE_BACKWARD, "mlstm_wide_gates", [chunks, tasks, 1], CHUNK, arguments)?;
     let arguments = arguments![

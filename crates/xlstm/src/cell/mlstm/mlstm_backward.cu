@@ -36,9 +36,6 @@ extern "C" __global__ void __launch_bounds__(256) mlstm_backward_tokens(
     }
 }
 
-// Where a block has two products to do at once, each of its two sides of 128 threads does one.
-#define SIDE ((int)threadIdx.x / GROUP)
-
 /// A / N, the weighted keys and queries with their sums, w and e; P = dnum V^T + dd 1^T with
 /// dnum = dh / N; pairs = s W ∘ P; G = A ∘ P and its share of the gate gradients,
 /// di_j = sum_t G_tj, df_u = sum_{t>=u} sum_{j<u} G_tj.

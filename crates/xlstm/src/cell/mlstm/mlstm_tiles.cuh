@@ -9,6 +9,8 @@
 /// Numbers in 16 bytes.
 #define IN_VECTOR (16 / (int)sizeof(element_t))
 #define MEMBER ((int)threadIdx.x % GROUP)
+/// Where a block has two products to do at once, each of its two sides of 128 threads does one.
+#define SIDE ((int)threadIdx.x / GROUP)
 
 /// Two neighbours of a row.
 #ifdef ELEMENT_BF16

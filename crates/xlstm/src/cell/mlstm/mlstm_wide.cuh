@@ -12,7 +12,7 @@
 // every weight is 0 in f32.
 //
 // No pair of tokens goes to memory. The four products of a gradient are one form, a pass: a block
-// has 64 rows X of a chunk, walks over slices of 64 features for S = X Y^T and H = X State, weighs S
+// has the 128 rows X of a chunk, walks over slices of 64 features for S = X Y^T and H = X State, weighs S
 // and adds S Z for a slice of the result's features.
 //
 //   outputs   X = Q, Y = K, State = C,     Z = V     h_t  = (s e_t H + sum_j A_tj v_j) / N_t
@@ -28,11 +28,11 @@
 // Work space: N = ceil(S / 128) chunks. Of element_t: states, dstates (B, NH, N, dqk, dhv), before and
 // after every chunk. Of f32: normals, dnormals (B, NH, N, dqk); by token (B, NH, N, 128): prefix G,
 // entry E, w, and in backward inverse, dd, dm, query = s e / N, slope = s e dd, di, df; by slice of
-// features too: a, leaving, b (slices of dqk, B, NH, N, 128), crossing (slices of dhv, B, NH, N, 2).
+// features too: a, leaving, b (slices of dqk, B, NH, N, 128), crossing (slices of dhv, B, NH, N).
 //
 // What a chunk moves is its tokens and its states, of which chunks of 128 have half as many as those
 // of 64; chunks of 256 gain less than their products cost. A multiprocessor's share of L2 is the next
-// limit: hence 64 x 128 results a block.
+// limit: hence 128 x 128 results a block.
 
 /// Tokens of a chunk: two of L.
 #define CHUNK 128
@@ -111,7 +111,7 @@ __device__ __forceinline__ void put_rows(const float (&sum)[WIDTH / 8][4], const
     }
 }
 
-/// A block's rows of results are asked for, to be added to later.
+/// A group's rows of results are asked for, to be added to later.
 template <int OUT> __device__ __forceinline__ void prefetch_rows(const Rows &of, int row, int column) {
     const int IN_LINE = 64, LINES = OUT / IN_LINE;
     for (int i = MEMBER; i < L * LINES; i += GROUP) {
@@ -329,23 +329,20 @@ template <int COLUMNS> struct StateTile {
 
 // ---- Passes ----
 
-// All of them are under way at once.
-#define PASS_STAGES 2
-/// Blocks that a multiprocessor is to hold, for results of OUT columns; and whether registers are
-/// left to read ahead what is not copied.
+/// Two groups of four warps, a tile of rows each: what both read is fetched once.
+#define PASS_THREADS (2 * GROUP)
+// All stages are under way at once. Where there is no WARPGROUP, shared memory may be small, and OUT is L.
 #ifdef WARPGROUP
-#define PASS_BLOCKS(OUT) (OUT == L ? 3 : 2)
-#define PASS_READS_AHEAD(OUT) (OUT != L)
+#define PASS_STAGES 3
 #else
-#define PASS_BLOCKS(OUT) 2
-#define PASS_READS_AHEAD(OUT) false
+#define PASS_STAGES 2
 #endif
 
 /// The matrices of a pass.
 struct Sides {
     Rows rows, columns, state, second, own;
-    /// First row of the block within its chunk, and of the other half where that is needed.
-    int row, other;
+    /// Which group, its first row within the chunk, and that of the other one, if it is seen.
+    int side, row, other;
     bool both;
     /// Features that S runs over, and the first of the result's.
     int inner, out;
@@ -355,7 +352,7 @@ struct Sides {
 /// own. TRANSPOSED: the state's rows are the result's features.
 template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
     static const int TILES = OUT / L;
-    static const int IN_STAGE = OWN && 3 * TILES > 3 + TILES ? 3 * TILES : 3 + TILES;
+    static const int IN_STAGE = OWN && 4 * TILES > 4 + TILES ? 4 * TILES : 4 + TILES;
     struct Shared {
         Tile stage[PASS_STAGES][IN_STAGE];
         float prefix[CHUNK], entry[CHUNK], inverse[CHUNK], slope[CHUNK];
@@ -370,10 +367,12 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
     static __device__ __forceinline__ int column(int n, int i) { return n * 8 + LANE % 4 * 2 + i % 2; }
     static __device__ __forceinline__ bool sees(int n) { return AFTER ? n >= WARP : n <= WARP; }
 
-    static __device__ __forceinline__ Sides halves(Sides x, int half) {
-        x.row = half * L;
+    static __device__ __forceinline__ Sides halves(Sides x) {
+        // By a shuffle the compiler knows that all of a warp agree.
+        x.side = __shfl_sync(ALL, SIDE, 0);
+        x.row = x.side * L;
         x.other = L - x.row;
-        x.both = AFTER ? half == 0 && x.rows.rows > L : half == 1;
+        x.both = AFTER ? x.side == 0 && x.rows.rows > L : x.side == 1;
         return x;
     }
     /// Reads G, E, and in backward 1 / N and dd.
@@ -381,6 +380,7 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
         Shared &s, long long at, const float *prefix, const float *entry, const float *inverse, const float *dd
     ) {
         int tid = threadIdx.x;
+        if (tid >= CHUNK) return;
         float G = prefix[at * CHUNK + tid], E = entry[at * CHUNK + tid], boundary = prefix[at * CHUNK + L - 1];
         s.prefix[tid] = G;
         s.entry[tid] = E;
@@ -390,20 +390,19 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
         else s.high[tid - L] = power(G - boundary);
     }
     static __device__ __forceinline__ void fetch_step(Tile *tile, const Sides &x, int step, int steps) {
+        int side = x.side;
         if (step < steps) {
-            fetch(tile[0], x.rows, x.row, step * L);
-            fetch(tile[1], x.columns, x.row, step * L);
-            if (x.both) fetch(tile[2], x.columns, x.other, step * L);
-#pragma unroll
-            for (int i = 0; i < TILES; i++)
-                if (TRANSPOSED) fetch(tile[3 + i], x.state, x.out + i * L, step * L);
-                else fetch(tile[3 + i], x.state, step * L, x.out + i * L);
+            fetch(tile[side], x.rows, x.row, step * L);
+            fetch(tile[2 + side], x.columns, x.row, step * L);
+            int i = TILES == 2 ? side : 0;
+            if (side >= TILES) return;
+            if (TRANSPOSED) fetch(tile[4 + i], x.state, x.out + i * L, step * L);
+            else fetch(tile[4 + i], x.state, step * L, x.out + i * L);
         } else {
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
-                fetch(tile[i], x.second, x.row, x.out + i * L);
-                if (x.both) fetch(tile[TILES + i], x.second, x.other, x.out + i * L);
-                if (OWN) fetch(tile[2 * TILES + i], x.own, x.row, x.out + i * L);
+                fetch(tile[side * TILES + i], x.second, x.row, x.out + i * L);
+                if (OWN) fetch(tile[(2 + side) * TILES + i], x.own, x.row, x.out + i * L);
             }
         }
     }
@@ -439,21 +438,25 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
             before_slice(step);
             Tile *tile = arrive(step);
 #ifdef WARPGROUP
-            unsigned long long left = tile_descriptor(tile[0]), right = tile_descriptor(tile[1]);
-            unsigned long long state = tile_descriptor(tile[3]);
+            unsigned long long left = tile_descriptor(tile[x.side]), state = tile_descriptor(tile[4]);
+            unsigned long long right = tile_descriptor(tile[2 + x.side]), other = tile_descriptor(tile[3 - x.side]);
             products_begin();
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 multiply_group<!TRANSPOSED>(H, left + k * ALONG, state + k * (TRANSPOSED ? ALONG : DOWN));
-                if (x.both) multiply_group<0>(S, left + k * ALONG, right + k * ALONG);
-                else multiply_group<0>(*(float (*)[8][4])S, left + k * ALONG, right + k * ALONG);
+                multiply_group<0>(*(float (*)[8][4])S, left + k * ALONG, right + k * ALONG);
+            }
+            if (x.both) {
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    multiply_group<0>(*(float (*)[8][4])(S + 8), left + k * ALONG, other + k * ALONG);
             }
             products_commit();
             if (LEFT) {
 #pragma unroll
                 for (int k = 0; k < L; k += 16) {
                     unsigned a[4];
-                    load_left<false>(a, tile[0], WARP * 16, k);
+                    load_left<false>(a, tile[x.side], WARP * 16, k);
                     each_left(a, step * L + k);
                 }
             }
@@ -464,17 +467,17 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
 #pragma unroll
             for (int k = 0; k < L; k += 16) {
                 unsigned a[4], b[4];
-                load_left<false>(a, tile[0], WARP * 16, k);
+                load_left<false>(a, tile[x.side], WARP * 16, k);
 #pragma unroll
                 for (int n = 0; n < 8; n++)
                     if (n < 4 ? sees(n) : x.both) {
-                        load_right<true>(b, tile[1 + n / 4], k, n % 4 * 16);
+                        load_right<true>(b, tile[n < 4 ? 2 + x.side : 3 - x.side], k, n % 4 * 16);
                         multiply_add(S[2 * n], a, b[0], b[1]);
                         multiply_add(S[2 * n + 1], a, b[2], b[3]);
                     }
 #pragma unroll
                 for (int n = 0; n < OUT / 16; n++) {
-                    load_right<TRANSPOSED>(b, tile[3 + n / 4], k, n % 4 * 16);
+                    load_right<TRANSPOSED>(b, tile[4 + n / 4], k, n % 4 * 16);
                     multiply_add(H[2 * n], a, b[0], b[1]);
                     multiply_add(H[2 * n + 1], a, b[2], b[3]);
                 }
@@ -518,10 +521,10 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
 #ifdef WARPGROUP
         products_begin();
 #pragma unroll
-        for (int k = 0; k < 4; k++) multiply_group<1>(H, a[k], tile_descriptor(tile[0]) + k * DOWN);
+        for (int k = 0; k < 4; k++) multiply_group<1>(H, a[k], tile_descriptor(tile[x.side * TILES]) + k * DOWN);
         if (x.both) {
 #pragma unroll
-            for (int k = 0; k < 4; k++) multiply_group<1>(H, a[4 + k], tile_descriptor(tile[TILES]) + k * DOWN);
+            for (int k = 0; k < 4; k++) multiply_group<1>(H, a[4 + k], tile_descriptor(tile[(1 - x.side) * TILES]) + k * DOWN);
         }
         products_commit();
         products_wait();
@@ -532,7 +535,7 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
 #pragma unroll
             for (int n = 0; n < OUT / 16; n++) {
                 unsigned b[4];
-                load_right<false>(b, tile[k / 4 * TILES + n / 4], k % 4 * 16, n % 4 * 16);
+                load_right<false>(b, tile[(k < 4 ? x.side : 1 - x.side) * TILES + n / 4], k % 4 * 16, n % 4 * 16);
                 multiply_add(H[2 * n], a[k], b[0], b[1]);
                 multiply_add(H[2 * n + 1], a[k], b[2], b[3]);
             }
@@ -540,14 +543,14 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
 #endif
     }
     /// f(row, x . H) of the own rows.
-    template <class F> __device__ __forceinline__ void dot_rows(Tile *tile, F f) {
+    template <class F> __device__ __forceinline__ void dot_rows(Tile *tile, const Sides &x, F f) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float sum = 0.0f;
 #pragma unroll
             for (int n = 0; n < OUT / 8; n++) {
-                Pair x = *(const Pair *)tile[2 * TILES + n / 8].at(row(half * 2), n % 8 * 8 + LANE % 4 * 2);
-                sum = fmaf(first(x), H[n][half * 2], fmaf(second(x), H[n][half * 2 + 1], sum));
+                Pair pair = *(const Pair *)tile[(2 + x.side) * TILES + n / 8].at(row(half * 2), n % 8 * 8 + LANE % 4 * 2);
+                sum = fmaf(first(pair), H[n][half * 2], fmaf(second(pair), H[n][half * 2 + 1], sum));
             }
             sum += __shfl_xor_sync(ALL, sum, 1);
             sum += __shfl_xor_sync(ALL, sum, 2);

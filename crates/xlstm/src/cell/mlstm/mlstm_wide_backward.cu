@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(CHUNK) mlstm_wide_gates(
         whole += b[from];
     }
     for (int tile = 0; tile < value_tiles; tile++)
-        cross += crossing[(tile * all + at) * 2] + crossing[(tile * all + at) * 2 + 1];
+        cross += crossing[tile * all + at];
     // What comes to token t from pairs within the chunk, and to it from before; what left before it.
     float suffix = in - (whole - out), sum = out;
     for (int step = 1; step < 32; step <<= 1) {
@@ -172,7 +172,7 @@ WIDE_BACKWARD_STATES(64)
 WIDE_BACKWARD_STATES(128)
 
 /// dv_j += w_j (K dC)_j + sum_t A_tj dh_t / N_t; and crossing = e_last (C . dC + n . dn) of a chunk by
-/// slice of features and half. Added to: dv or null.
+/// slice of features. Added to: dv or null.
 template <int OUT>
 __device__ __forceinline__ void wide_values(
     const element_t *q, const element_t *k, const element_t *dh, const float *prefix, const float *entry,
@@ -182,7 +182,7 @@ __device__ __forceinline__ void wide_values(
     typedef Pass<OUT, true, false, false> Values;
     extern __shared__ __align__(1024) char wide_shared[];
     typename Values::Shared &s = *(typename Values::Shared *)wide_shared;
-    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2, chunks = gridDim.y / 2;
+    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, chunks = gridDim.y;
     int tid = threadIdx.x;
     long long at = (long long)bh * chunks + chunk;
     Sides x;
@@ -191,12 +191,12 @@ __device__ __forceinline__ void wide_values(
     x.state = {dstates + at * dqk * dhv, dhv, dqk, dhv, true};
     x.second = x.own = chunk_of(dh, bh, chunk, S, NH, dhv);
     x.inner = dqk, x.out = slice * OUT;
-    x = Values::halves(x, half);
+    x = Values::halves(x);
     Rows to = chunk_of(dv, bh, chunk, S, NH, dhv);
     float scale = 1.0f / sqrtf((float)dqk), inner = 0.0f;
-    // Each half has dC at hand, and reads half of the rows of C in every slice.
+    // Each side has dC at hand, and reads half of the rows of C in every slice.
     const int IN_ROW = OUT / IN_VECTOR, AT_ONCE = GROUP / IN_ROW, PIECES_EACH = L / 2 / AT_ONCE;
-    int first_row = half * (L / 2) + tid / IN_ROW, c = tid % IN_ROW * IN_VECTOR;
+    int first_row = SIDE * (L / 2) + MEMBER / IN_ROW, c = tid % IN_ROW * IN_VECTOR;
     const element_t *C = states + at * dqk * dhv;
     Vector piece[PIECES_EACH];
     auto read_state = [&](int step) {
@@ -212,18 +212,17 @@ __device__ __forceinline__ void wide_values(
         [&]() {
             Values::weights(s, at, prefix, entry, inverse, nullptr);
             if (dv) prefetch_rows<OUT>(to, x.row, x.out);
-            if (half == 0 && slice == 0)
-                for (int r = tid; r < dqk; r += GROUP)
+            if (slice == 0)
+                for (int r = tid; r < dqk; r += PASS_THREADS)
                     inner = fmaf(normals[at * dqk + r], dnormals[at * dqk + r], inner);
         },
         [&](int step) {
-            if (PASS_READS_AHEAD(OUT)) read_state(step);
+            read_state(step);
         },
         [&](int step, Tile *tile) {
-            if (!PASS_READS_AHEAD(OUT)) read_state(step);
 #pragma unroll
             for (int i = 0; i < PIECES_EACH; i++)
-                inner = dot(piece[i], read((const Vector *)tile[3 + c / L].at(first_row + i * AT_ONCE, c % L)), inner);
+                inner = dot(piece[i], read((const Vector *)tile[4 + c / L].at(first_row + i * AT_ONCE, c % L)), inner);
         },
         [](unsigned (&)[4], int) {}
     );
@@ -242,9 +241,10 @@ __device__ __forceinline__ void wide_values(
     __syncthreads();
     if (LANE == 0) s.low[tid / 32] = inner;
     __syncthreads();
-    if (tid == 0)
-        crossing[(slice * (long long)gridDim.z * chunks + at) * 2 + half] =
-            power(s.prefix[CHUNK - 1]) * (s.low[0] + s.low[1] + (s.low[2] + s.low[3]));
+    if (tid > 0) return;
+    inner = 0.0f;
+    for (int i = 0; i < PASS_THREADS / 32; i++) inner += s.low[i];
+    crossing[slice * (long long)gridDim.z * chunks + at] = power(s.prefix[CHUNK - 1]) * inner;
 }
 
 /// dq_t += s e_t ((dH C^T)_t / N_t + dd_t n) + sum_j R_tj k_j, and a_t by slice of features.
@@ -259,7 +259,7 @@ __device__ __forceinline__ void wide_queries(
     typedef Pass<OUT, false, true, true> Queries;
     extern __shared__ __align__(1024) char wide_shared[];
     typename Queries::Shared &s = *(typename Queries::Shared *)wide_shared;
-    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2, chunks = gridDim.y / 2;
+    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, chunks = gridDim.y;
     long long at = (long long)bh * chunks + chunk, first = (slice * (long long)gridDim.z * chunks + at) * CHUNK;
     Sides x;
     x.rows = chunk_of(dh, bh, chunk, S, NH, dhv);
@@ -268,7 +268,7 @@ __device__ __forceinline__ void wide_queries(
     x.second = chunk_of(k, bh, chunk, S, NH, dqk);
     x.own = chunk_of(q, bh, chunk, S, NH, dqk);
     x.inner = dhv, x.out = slice * OUT;
-    x = Queries::halves(x, half);
+    x = Queries::halves(x);
     Rows to = chunk_of(dq, bh, chunk, S, NH, dqk);
     float scale = 1.0f / sqrtf((float)dqk);
     auto prologue = [&]() {
@@ -295,7 +295,7 @@ __device__ __forceinline__ void wide_queries(
             pass.H[n][i] = fmaf(normal_factor[i / 2], i % 2 ? normal.y : normal.x, factor[i / 2] * pass.H[n][i]);
     }
     pass.attend(tile, x);
-    pass.dot_rows(tile, [&](int r, float sum) { a[first + x.row + r] = sum; });
+    pass.dot_rows(tile, x, [&](int r, float sum) { a[first + x.row + r] = sum; });
     if (dq) put_rows<true, OUT>(pass.H, to, x.row + WARP * 16, x.out);
 }
 
@@ -310,7 +310,7 @@ __device__ __forceinline__ void wide_keys(
     typedef Pass<OUT, true, true, true> Keys;
     extern __shared__ __align__(1024) char wide_shared[];
     typename Keys::Shared &s = *(typename Keys::Shared *)wide_shared;
-    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2, chunks = gridDim.y / 2;
+    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, chunks = gridDim.y;
     long long at = (long long)bh * chunks + chunk;
     Sides x;
     x.rows = chunk_of(v, bh, chunk, S, NH, dhv);
@@ -319,7 +319,7 @@ __device__ __forceinline__ void wide_keys(
     x.second = chunk_of(q, bh, chunk, S, NH, dqk);
     x.own = chunk_of(k, bh, chunk, S, NH, dqk);
     x.inner = dhv, x.out = slice * OUT;
-    x = Keys::halves(x, half);
+    x = Keys::halves(x);
     float scale = 1.0f / sqrtf((float)dqk);
     auto prologue = [&]() {
         Keys::weights(s, at, prefix, entry, inverse, dd);
@@ -341,16 +341,16 @@ __device__ __forceinline__ void wide_keys(
     // Only now, for the registers: hidden from the compiler until here.
     asm volatile("" : "+r"(chunk));
     long long first = (slice * (long long)gridDim.z * chunks + (long long)bh * chunks + chunk) * CHUNK;
-    pass.dot_rows(tile, [&](int r, float sum) { leaving[first + x.row + r] = sum; });
+    pass.dot_rows(tile, x, [&](int r, float sum) { leaving[first + x.row + r] = sum; });
     pass.attend(tile, x);
-    pass.dot_rows(tile, [&](int r, float sum) { b[first + x.row + r] = sum; });
+    pass.dot_rows(tile, x, [&](int r, float sum) { b[first + x.row + r] = sum; });
     if (dk) put_rows<true, OUT>(pass.H, chunk_of(dk, bh, chunk, S, NH, dqk), x.row + WARP * 16, x.out);
 }
 
 /// dv, dq and dk. Blocks of a chunk are neighbours, so that what they share is read once.
-/// grid (ceil(dhv / VALUES) + 2 ceil(dqk / KEYS), 2 N, B NH), block 128.
+/// grid (ceil(dhv / VALUES) + 2 ceil(dqk / KEYS), N, B NH), block 256.
 #define WIDE_GRADIENTS(VALUES, KEYS)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(GROUP, PASS_BLOCKS(VALUES)) mlstm_wide_gradients_##VALUES##_##KEYS(   \
+    extern "C" __global__ void __launch_bounds__(PASS_THREADS, 1) mlstm_wide_gradients_##VALUES##_##KEYS(              \
         const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,          \
         const float *entry, const float *inverse, const float *dd, const element_t *states, const float *normals,       \
         const element_t *dstates,                                                                                      \
@@ -369,7 +369,9 @@ __device__ __forceinline__ void wide_keys(
                                 S, NH, dqk, dhv, slice - 2 * key_slices);                                              \
     }
 WIDE_GRADIENTS(64, 64)
+#ifdef WARPGROUP
 WIDE_GRADIENTS(128, 64)
 WIDE_GRADIENTS(128, 128)
+#endif
 
 #endif

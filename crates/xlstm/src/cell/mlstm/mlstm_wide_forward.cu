@@ -59,7 +59,7 @@ WIDE_STATES(64)
 WIDE_STATES(128)
 
 /// h, and d of every token.
-/// grid (ceil(dhv / OUT), 2 N, B NH), block 128: half a chunk. Out: h (B, S, NH, dhv), denominators
+/// grid (ceil(dhv / OUT), N, B NH), block 256. Out: h (B, S, NH, dhv), denominators
 /// (B, NH, S). Shared: a Pass and three parts of n.
 template <int OUT>
 __device__ __forceinline__ void wide_outputs(
@@ -71,9 +71,8 @@ __device__ __forceinline__ void wide_outputs(
     extern __shared__ __align__(1024) char wide_shared[];
     typename Outputs::Shared &s = *(typename Outputs::Shared *)wide_shared;
     element_t *n_parts = (element_t *)(&s + 1);
-    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2, tid = threadIdx.x;
-    if (chunk * CHUNK + half * L >= S) return;
-    int chunks = gridDim.y / 2, pitch = (dqk + L - 1) / L * L + 8;
+    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, tid = threadIdx.x;
+    int chunks = gridDim.y, pitch = (dqk + L - 1) / L * L + 8;
     long long at = (long long)bh * chunks + chunk;
     Sides x;
     x.rows = chunk_of(q, bh, chunk, S, NH, dqk);
@@ -81,7 +80,7 @@ __device__ __forceinline__ void wide_outputs(
     x.state = {states + at * dqk * dhv, dhv, dqk, dhv, true};
     x.second = x.own = chunk_of(v, bh, chunk, S, NH, dhv);
     x.inner = dqk, x.out = blockIdx.x * OUT;
-    x = Outputs::halves(x, half);
+    x = Outputs::halves(x);
     Outputs pass;
     ColumnSum from_state;
     const element_t *part = n_parts + min(LANE / 4, 2) * pitch + LANE % 4 * 2;
@@ -89,7 +88,7 @@ __device__ __forceinline__ void wide_outputs(
         s, x,
         [&]() {
             Outputs::weights(s, at, prefix, entry, nullptr, nullptr);
-            for (int r = tid; r < pitch; r += GROUP) {
+            for (int r = tid; r < pitch; r += PASS_THREADS) {
                 float n = r < dqk ? normals[at * dqk + r] : 0.0f;
         #pragma unroll
                 for (int part = 0; part < 3; part++) {
@@ -137,7 +136,7 @@ __device__ __forceinline__ void wide_outputs(
     put_rows<false, OUT>(pass.H, chunk_of(h, bh, chunk, S, NH, dhv), x.row + WARP * 16, x.out);
 }
 #define WIDE_OUTPUTS(OUT)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(GROUP, PASS_BLOCKS(OUT)) mlstm_wide_outputs_##OUT(                    \
+    extern "C" __global__ void __launch_bounds__(PASS_THREADS, 1) mlstm_wide_outputs_##OUT(                            \
         const element_t *q, const element_t *k, const element_t *v, const unsigned *marks, const float *stabilizers,   \
         const float *prefix, const float *entry, const element_t *states, const float *normals, element_t *h,          \
         float *denominators, int S, int NH, int dqk, int dhv, int flags, float eps                                     \
@@ -146,6 +145,8 @@ __device__ __forceinline__ void wide_outputs(
                           dhv, flags, eps);                                                                            \
     }
 WIDE_OUTPUTS(64)
+#ifdef WARPGROUP
 WIDE_OUTPUTS(128)
+#endif
 
 #endif
