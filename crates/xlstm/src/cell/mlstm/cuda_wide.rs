@@ -36,15 +36,50 @@ const TILE: usize = L * L * 2;
 /// Most pairs of a sequence and a head: a grid has a block for each and direction.
 pub(super) const MAX_TASKS: usize = 65_535 / 2;
 
-/// Columns that a block has of a state, for enough blocks to fill a card, where there are as many
-/// blocks as `rows` for each slice of columns.
-fn state_slice(dhv: usize, rows: usize) -> usize {
-    if dhv > L && dhv.div_ceil(2 * L) * rows >= 128 { 2 * L } else { L }
+/// How a state is cut into blocks that walk along the sequence.
+struct Walk {
+    /// Groups of threads, each with 64 rows, and columns of a block.
+    groups: usize,
+    columns: usize,
+    /// Blocks across and down a state.
+    grid: [usize; 2],
 }
 
-/// Shared memory of a walk over states: `Walk` of mlstm_wide.cuh.
-fn walk_shared(columns: usize) -> usize {
-    4 * ((1 + columns / L) * TILE + 2 * L * 4)
+impl Walk {
+    /// The largest cut that still gives blocks for every multiprocessor, with `tasks` states.
+    fn of(queue: &Queue, tasks: usize, dqk: usize, dhv: usize) -> Walk {
+        let cuts = [(2, 2 * L), (1, 2 * L), (1, L)];
+        let cut = |(groups, columns): (usize, usize)| Walk {
+            groups,
+            columns,
+            grid: [dhv.div_ceil(columns), dqk.div_ceil(groups * L)],
+        };
+        let fits = |walk: &Walk| {
+            (walk.groups == 1 || has_warp_groups(queue) && dqk > L)
+                && (walk.columns == L || dhv > L && walk.grid[0] * walk.grid[1] * tasks >= 128)
+        };
+        cuts.map(cut).into_iter().find(fits).unwrap_or(cut((1, L)))
+    }
+
+    /// Shared memory: `Walk` of mlstm_wide.cuh.
+    fn shared(&self) -> usize {
+        4 * ((self.groups + self.columns / L) * TILE + 2 * L * 4)
+    }
+
+    /// Blocks of a state.
+    fn tiles(&self) -> usize {
+        self.grid[0] * self.grid[1]
+    }
+
+    /// Of the kernels for 64, 128 and 128 x 128, the one.
+    fn name(&self, names: [&'static str; 3]) -> &'static str {
+        names[self.groups + self.columns / L - 2]
+    }
+}
+
+/// Whether the card multiplies by warp groups: WARPGROUP of mlstm_wide.cuh.
+fn has_warp_groups(queue: &Queue) -> bool {
+    queue.gpu().architecture() == "sm_90a"
 }
 
 /// What passes are like on a card: with products of warp groups, or of warps and in less shared memory.
@@ -54,7 +89,7 @@ struct Passes {
 
 impl Passes {
     fn of(queue: &Queue) -> Passes {
-        Passes { warp_groups: queue.gpu().architecture() == "sm_90a" }
+        Passes { warp_groups: has_warp_groups(queue) }
     }
 
     /// Columns that a block has of `width`.
@@ -101,10 +136,10 @@ pub(super) fn forward(
     let arguments = arguments![i, f, marks, n0, m0, stabilizers, prefix, entry, w, length, heads, dqk, flags];
     queue.launch(&WIDE_FORWARD, "mlstm_wide_exponents", [chunks, tasks, 1], CHUNK, arguments)?;
     let arguments = arguments![k, v, w, prefix, c0, n0, states, normals, c, n, length, heads, dqk, dhv];
-    let columns = state_slice(dhv, key_tiles * tasks);
-    let name = if columns == L { "mlstm_wide_states_64" } else { "mlstm_wide_states_128" };
-    let grid = [dhv.div_ceil(columns), key_tiles, tasks];
-    queue.launch_shared(&WIDE_FORWARD, name, grid, GROUP, walk_shared(columns), arguments)?;
+    let walk = Walk::of(queue, tasks, dqk, dhv);
+    let name = walk.name(["mlstm_wide_states_64", "mlstm_wide_states_128", "mlstm_wide_states_square"]);
+    let grid = [walk.grid[0], walk.grid[1], tasks];
+    queue.launch_shared(&WIDE_FORWARD, name, grid, walk.groups * GROUP, walk.shared(), arguments)?;
     let arguments = arguments![
         q,
         k,
@@ -153,14 +188,13 @@ pub(super) fn backward(
     let [dq, dk, dv, di_out, df_out, dc0, dn0, dm0, ..] = io.input_gradients;
     let marks = marked.then_some(io.ids[0]);
     let (flags, eps) = (flags(config), config.eps);
-    let (tasks, chunks, key_tiles) = (batch * heads, length.div_ceil(CHUNK), dqk.div_ceil(L));
+    let (tasks, chunks) = (batch * heads, length.div_ceil(CHUNK));
     let tokens = tasks * chunks * CHUNK;
     let passes = Passes::of(io.queue);
     let key_out = passes.slice(dqk);
     let value_out = passes.slice(dhv).max(key_out);
     let (value_slices, key_slices) = (dhv.div_ceil(value_out), dqk.div_ceil(key_out));
-    let columns = state_slice(dhv, 2 * key_tiles * tasks);
-    let state_tiles = key_tiles * dhv.div_ceil(columns);
+    let walk = Walk::of(io.queue, 2 * tasks, dqk, dhv);
     let queue = &mut *io.queue;
     let states = halves(queue, tasks * chunks * dqk * dhv)?;
     let dstates = halves(queue, tasks * chunks * dqk * dhv)?;
@@ -187,8 +221,8 @@ pub(super) fn backward(
         *part = queue.scratch(key_slices * tokens)?;
     }
     let crossing = queue.scratch(value_slices * tasks * chunks)?;
-    let inner_last = queue.scratch(tasks * state_tiles)?;
-    let inner_first = queue.scratch(tasks * state_tiles)?;
+    let inner_last = queue.scratch(tasks * walk.tiles())?;
+    let inner_first = queue.scratch(tasks * walk.tiles())?;
     let dh = output_gradient(queue, dh, batch * length * heads * dhv)?;
     let arguments = arguments![
         h,
@@ -244,9 +278,13 @@ pub(super) fn backward(
         dqk,
         dhv
     ];
-    let name = if columns == L { "mlstm_wide_backward_states_64" } else { "mlstm_wide_backward_states_128" };
-    let grid = [dhv.div_ceil(columns), key_tiles, 2 * tasks];
-    queue.launch_shared(&WIDE_BACKWARD, name, grid, GROUP, walk_shared(columns), arguments)?;
+    let name = walk.name([
+        "mlstm_wide_backward_states_64",
+        "mlstm_wide_backward_states_128",
+        "mlstm_wide_backward_states_square",
+    ]);
+    let grid = [walk.grid[0], walk.grid[1], 2 * tasks];
+    queue.launch_shared(&WIDE_BACKWARD, name, grid, walk.groups * GROUP, walk.shared(), arguments)?;
     let arguments = arguments![
         q, k, v, dh, prefix, entry, inverse, dd, states, normals, dstates, dnormals, dq, dk, dv, a, leaving,
         b, crossing, length, heads, dqk, dhv
@@ -282,7 +320,7 @@ pub(super) fn backward(
         heads,
         dqk,
         flags,
-        state_tiles
+        walk.tiles()
     ];
     queue.launch(&BACKWARD, "mlstm_backward_unwind", [tasks, 1, 1], 1024, arguments)
 }

@@ -208,18 +208,20 @@ __device__ __forceinline__ void multiply_group(float (&to)[16][4], const unsigne
 // ---- States ----
 
 #define WIDE_STATE_STAGES 4
+/// Blocks that a multiprocessor is to hold.
+#define WALK_BLOCKS(COLUMNS, GROUPS) (GROUPS == 2 ? 1 : COLUMNS == L ? 3 : 2)
 
 /// 64 tokens of two matrices, and the tokens' factors in C and in n.
-template <int COLUMNS> struct Walk {
+template <int COLUMNS, int GROUPS> struct Walk {
     struct {
-        Tile left, right[COLUMNS / L];
+        Tile left[GROUPS], right[COLUMNS / L];
     } stage[WIDE_STATE_STAGES];
     float factor[WIDE_STATE_STAGES][2][L];
 };
 
-/// What a block of mlstm_wide_states or mlstm_wide_backward_states has: 64 x COLUMNS of a state, 16
-/// rows a warp, and 64 numbers of its normaliser.
-template <int COLUMNS> struct StateTile {
+/// What each of the GROUPS of four warps of mlstm_wide_states or mlstm_wide_backward_states has: 64 x
+/// COLUMNS of a state, from row r0 on, 16 rows a warp, and 64 numbers of its normaliser.
+template <int COLUMNS, int GROUPS> struct StateTile {
     float sum[COLUMNS / 8][4];
     ColumnSum normal;
 
@@ -238,20 +240,21 @@ template <int COLUMNS> struct StateTile {
     /// Along the sequence, or back. `direction` 1: sum = e_last sum + (factor left)^T right of each
     /// chunk in turn, from 0 on; -1: from the last on. Before each, it goes to states and normals.
     __device__ void walk(
-        Walk<COLUMNS> &s, const element_t *left, const element_t *right, const float *factor, const float *normal_factor,
+        Walk<COLUMNS, GROUPS> &s, const element_t *left, const element_t *right, const float *factor, const float *normal_factor,
         const float *prefix, element_t *states, float *normals, int bh, int r0, int c0, bool with_n, int direction,
         int additions, int S, int NH, int dqk, int dhv
     ) {
         const int tiles = CHUNK / L;
         int chunks = (S + CHUNK - 1) / CHUNK, tid = threadIdx.x;
         long long first_chunk = (long long)bh * chunks;
+        int side = GROUPS > 1 ? __shfl_sync(ALL, SIDE, 0) : 0;
         auto chunk_at = [&](int step) { return direction > 0 ? step / tiles : chunks - 1 - step / tiles; };
         auto pipeline = start<WIDE_STATE_STAGES>(additions * tiles, [&](int step, int stage) {
             int chunk = chunk_at(step), row = step % tiles * L;
             auto &to = s.stage[stage];
-            fetch(to.left, chunk_of(left, bh, chunk, S, NH, dqk), row, r0);
+            fetch(to.left[side], chunk_of(left, bh, chunk, S, NH, dqk), row, r0);
 #pragma unroll
-            for (int i = 0; i < COLUMNS / L; i++)
+            for (int i = side; i < COLUMNS / L; i += GROUPS)
                 fetch(to.right[i], chunk_of(right, bh, chunk, S, NH, dhv), row, c0 + i * L);
             long long token = (first_chunk + chunk) * CHUNK + row + tid % 16 * 4;
             if (tid < 32) fetch_piece(&s.factor[stage][tid / 16][tid % 16 * 4], (tid < 16 ? factor : normal_factor) + token);
@@ -276,7 +279,7 @@ template <int COLUMNS> struct StateTile {
                 auto &from = s.stage[stage];
                 unsigned whole[4][4], a[4][4];
 #pragma unroll
-                for (int k = 0; k < 4; k++) load_left<true>(whole[k], from.left, WARP * 16, k * 16);
+                for (int k = 0; k < 4; k++) load_left<true>(whole[k], from.left[side], WARP * 16, k * 16);
 #pragma unroll
                 for (int k = 0; k < 4; k++)
 #pragma unroll

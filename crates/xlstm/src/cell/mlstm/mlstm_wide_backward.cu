@@ -102,9 +102,9 @@ extern "C" __global__ void __launch_bounds__(CHUNK) mlstm_wide_gates(
 /// Both walks at once: C and n before every chunk, and dC and dn after every chunk,
 /// dC <- e_last dC + (s e / N ∘ Q)^T dH, dn <- e_last dn + (s e dd ∘ Q)^T 1; C . dC + n . dn of the last
 /// and the first state, by tile.
-/// grid (ceil(dhv / COLUMNS), ceil(dqk / 64), 2 B NH), block 128. In: dC_last, dn_last (null: zero),
+/// grid (ceil(dhv / COLUMNS), ceil(dqk / (64 GROUPS)), 2 B NH), block 128 GROUPS. In: dC_last, dn_last (null: zero),
 /// C_last, n_last (read where dC_last or dn_last is given), C0, n0 (null: zero). Added to: dC0, dn0.
-template <int COLUMNS>
+template <int COLUMNS, int GROUPS>
 __device__ __forceinline__ void wide_backward_states(
     const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *w, const float *query,
     const float *slope, const float *prefix, const float *C0, const float *n0, const float *C_last, const float *n_last,
@@ -112,13 +112,13 @@ __device__ __forceinline__ void wide_backward_states(
     float *inner_last, float *inner_first, float *dC0, float *dn0, int S, int NH, int dqk, int dhv
 ) {
     extern __shared__ __align__(1024) char wide_shared[];
-    Walk<COLUMNS> &s = *(Walk<COLUMNS> *)wide_shared;
-    int tasks = gridDim.z / 2, bh = blockIdx.z % tasks, r0 = blockIdx.y * L, c0 = blockIdx.x * COLUMNS;
+    Walk<COLUMNS, GROUPS> &s = *(Walk<COLUMNS, GROUPS> *)wide_shared;
+    int tasks = gridDim.z / 2, bh = blockIdx.z % tasks, r0 = (blockIdx.y * GROUPS + SIDE) * L, c0 = blockIdx.x * COLUMNS;
     int chunks = (S + CHUNK - 1) / CHUNK;
     bool back = blockIdx.z < tasks, with_n = blockIdx.x == 0;
     long long size = (long long)dqk * dhv;
     const float *C_from = back ? dC_last : C0, *n_from = back ? dn_last : n0;
-    StateTile<COLUMNS> C;
+    StateTile<COLUMNS, GROUPS> C;
     auto place = [&](int r, int c) { return bh * size + (long long)(r0 + r) * dhv + c0 + c; };
     auto inside = [&](int r, int c) { return r0 + r < dqk && c0 + c < dhv; };
     float inner = 0.0f;
@@ -156,20 +156,23 @@ __device__ __forceinline__ void wide_backward_states(
     inner = block_sum(inner);
     if (threadIdx.x == 0) inner_first[tile] = inner;
 }
-#define WIDE_BACKWARD_STATES(COLUMNS)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(GROUP, COLUMNS == 64 ? 3 : 2) mlstm_wide_backward_states_##COLUMNS(   \
+#define WIDE_BACKWARD_STATES(NAME, COLUMNS, GROUPS)                                                                    \
+    extern "C" __global__ void __launch_bounds__(GROUP *GROUPS, WALK_BLOCKS(COLUMNS, GROUPS)) NAME(                    \
         const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *w,               \
         const float *query, const float *slope, const float *prefix, const float *C0, const float *n0,                 \
         const float *C_last, const float *n_last, const float *dC_last, const float *dn_last, element_t *states,       \
         float *normals, element_t *dstates, float *dnormals, float *inner_last, float *inner_first, float *dC0,        \
         float *dn0, int S, int NH, int dqk, int dhv                                                                    \
     ) {                                                                                                                \
-        wide_backward_states<COLUMNS>(q, k, v, dh, w, query, slope, prefix, C0, n0, C_last, n_last, dC_last, dn_last,  \
+        wide_backward_states<COLUMNS, GROUPS>(q, k, v, dh, w, query, slope, prefix, C0, n0, C_last, n_last, dC_last, dn_last,  \
                                       states, normals, dstates, dnormals, inner_last, inner_first, dC0, dn0, S, NH,    \
                                       dqk, dhv);                                                                       \
     }
-WIDE_BACKWARD_STATES(64)
-WIDE_BACKWARD_STATES(128)
+WIDE_BACKWARD_STATES(mlstm_wide_backward_states_64, 64, 1)
+WIDE_BACKWARD_STATES(mlstm_wide_backward_states_128, 128, 1)
+#ifdef WARPGROUP
+WIDE_BACKWARD_STATES(mlstm_wide_backward_states_square, 128, 2)
+#endif
 
 /// dv_j += w_j (K dC)_j + sum_t A_tj dh_t / N_t; and crossing = e_last (C . dC + n . dn) of a chunk by
 /// slice of features. Added to: dv or null.

@@ -18,17 +18,17 @@ extern "C" __global__ void __launch_bounds__(CHUNK) mlstm_wide_exponents(
 #ifdef ELEMENT_BF16
 
 /// C and n before every chunk, C' = e_last C + (w ∘ K)^T V, n' = e_last n + (w ∘ K)^T 1, and the last.
-/// grid (ceil(dhv / COLUMNS), ceil(dqk / 64), B NH), block 128. C_last, n_last may be null.
-template <int COLUMNS>
+/// grid (ceil(dhv / COLUMNS), ceil(dqk / (64 GROUPS)), B NH), block 128 GROUPS. C_last, n_last may be null.
+template <int COLUMNS, int GROUPS>
 __device__ __forceinline__ void wide_states(
     const element_t *k, const element_t *v, const float *w, const float *prefix, const float *C0, const float *n0,
     element_t *states, float *normals, float *C_last, float *n_last, int S, int NH, int dqk, int dhv
 ) {
     extern __shared__ __align__(1024) char wide_shared[];
-    int bh = blockIdx.z, r0 = blockIdx.y * L, c0 = blockIdx.x * COLUMNS, chunks = (S + CHUNK - 1) / CHUNK;
+    int bh = blockIdx.z, r0 = (blockIdx.y * GROUPS + SIDE) * L, c0 = blockIdx.x * COLUMNS, chunks = (S + CHUNK - 1) / CHUNK;
     bool with_n = blockIdx.x == 0;
     long long size = (long long)dqk * dhv;
-    StateTile<COLUMNS> C;
+    StateTile<COLUMNS, GROUPS> C;
     C.each([&](float &x, int r, int c) {
         bool inside = C0 && r0 + r < dqk && c0 + c < dhv;
         x = inside ? C0[bh * size + (long long)(r0 + r) * dhv + c0 + c] : 0.0f;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void wide_states(
         int x = r0 + WARP * 16 + half * 8 + LANE / 4;
         C.set_normal(half, n0 && x < dqk ? n0[(long long)bh * dqk + x] : 0.0f);
     }
-    C.walk(*(Walk<COLUMNS> *)wide_shared, k, v, w, w, prefix, states, normals, bh, r0, c0, with_n, 1,
+    C.walk(*(Walk<COLUMNS, GROUPS> *)wide_shared, k, v, w, w, prefix, states, normals, bh, r0, c0, with_n, 1,
            C_last ? chunks : chunks - 1, S, NH, dqk, dhv);
     if (!C_last) return;
     C.each([&](float &x, int r, int c) {
@@ -48,15 +48,18 @@ __device__ __forceinline__ void wide_states(
         if (r0 + row < dqk) n_last[(long long)bh * dqk + r0 + row] = x;
     });
 }
-#define WIDE_STATES(COLUMNS)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(GROUP, COLUMNS == 64 ? 3 : 2) mlstm_wide_states_##COLUMNS(         \
+#define WIDE_STATES(NAME, COLUMNS, GROUPS)                                                                             \
+    extern "C" __global__ void __launch_bounds__(GROUP *GROUPS, WALK_BLOCKS(COLUMNS, GROUPS)) NAME(                    \
         const element_t *k, const element_t *v, const float *w, const float *prefix, const float *C0, const float *n0, \
         element_t *states, float *normals, float *C_last, float *n_last, int S, int NH, int dqk, int dhv               \
     ) {                                                                                                                \
-        wide_states<COLUMNS>(k, v, w, prefix, C0, n0, states, normals, C_last, n_last, S, NH, dqk, dhv);               \
+        wide_states<COLUMNS, GROUPS>(k, v, w, prefix, C0, n0, states, normals, C_last, n_last, S, NH, dqk, dhv);       \
     }
-WIDE_STATES(64)
-WIDE_STATES(128)
+WIDE_STATES(mlstm_wide_states_64, 64, 1)
+WIDE_STATES(mlstm_wide_states_128, 128, 1)
+#ifdef WARPGROUP
+WIDE_STATES(mlstm_wide_states_square, 128, 2)
+#endif
 
 /// h, and d of every token.
 /// grid (ceil(dhv / OUT), N, B NH), block 256. Out: h (B, S, NH, dhv), denominators
