@@ -26,55 +26,23 @@ const WIDE_BACKWARD: Source = source!("mlstm_wide_backward");
 
 /// Tokens of a chunk: CHUNK of mlstm_wide.cuh.
 const CHUNK: usize = 128;
-/// Rows and columns of a tile, and threads of a block that walks over states.
+/// Rows and columns of a tile, and threads that have a tile of rows.
 const L: usize = 64;
 const GROUP: usize = 128;
-/// Threads of a pass: PASS_THREADS of mlstm_wide.cuh.
-const PASS_THREADS: usize = 256;
 /// Bytes of a tile.
 const TILE: usize = L * L * 2;
 /// Most pairs of a sequence and a head: a grid has a block for each and direction.
 pub(super) const MAX_TASKS: usize = 65_535 / 2;
 
-/// How a state is cut into blocks that walk along the sequence.
-struct Walk {
-    /// Groups of threads, each with 64 rows, and columns of a block.
-    groups: usize,
-    columns: usize,
-    /// Blocks across and down a state.
-    grid: [usize; 2],
+/// Columns that a block has of a state, for enough blocks to fill a card, where there are as many
+/// blocks as `rows` for each slice of columns.
+fn state_slice(dhv: usize, rows: usize) -> usize {
+    if dhv > L && dhv.div_ceil(2 * L) * rows >= 200 { 2 * L } else { L }
 }
 
-impl Walk {
-    /// The largest cut that still gives blocks for every multiprocessor, with `tasks` states.
-    fn of(queue: &Queue, tasks: usize, dqk: usize, dhv: usize) -> Walk {
-        let cuts = [(2, 2 * L), (1, 2 * L), (1, L)];
-        let cut = |(groups, columns): (usize, usize)| Walk {
-            groups,
-            columns,
-            grid: [dhv.div_ceil(columns), dqk.div_ceil(groups * L)],
-        };
-        let fits = |walk: &Walk| {
-            (walk.groups == 1 || has_warp_groups(queue) && dqk > L)
-                && (walk.columns == L || dhv > L && walk.grid[0] * walk.grid[1] * tasks >= 128)
-        };
-        cuts.map(cut).into_iter().find(fits).unwrap_or(cut((1, L)))
-    }
-
-    /// Shared memory: `Walk` of mlstm_wide.cuh.
-    fn shared(&self) -> usize {
-        4 * ((self.groups + self.columns / L) * TILE + 2 * L * 4)
-    }
-
-    /// Blocks of a state.
-    fn tiles(&self) -> usize {
-        self.grid[0] * self.grid[1]
-    }
-
-    /// Of the kernels for 64, 128 and 128 x 128, the one.
-    fn name(&self, names: [&'static str; 3]) -> &'static str {
-        names[self.groups + self.columns / L - 2]
-    }
+/// Shared memory of a walk over states: `Walk` of mlstm_wide.cuh.
+fn walk_shared(columns: usize) -> usize {
+    4 * ((1 + columns / L) * TILE + 2 * L * 4)
 }
 
 /// Whether the card multiplies by warp groups: WARPGROUP of mlstm_wide.cuh.
@@ -97,11 +65,11 @@ impl Passes {
         if self.warp_groups && width > L { 2 * L } else { L }
     }
 
-    /// Shared memory: `Pass::Shared` of mlstm_wide.cuh.
-    fn shared(&self, out: usize, own: bool) -> usize {
+    /// Shared memory of a pass of some groups: `Pass::Shared` of mlstm_wide.cuh.
+    fn shared(&self, out: usize, own: bool, groups: usize) -> usize {
         let tiles = out / L;
-        let in_stage = (4 + tiles).max(if own { 4 * tiles } else { 0 });
-        let stages = if self.warp_groups { 3 } else { 2 };
+        let in_stage = (groups + 2 + tiles).max(if own { 4 * tiles } else { 0 });
+        let stages = if self.warp_groups { groups + 1 } else { 2 };
         stages * in_stage * TILE + (4 * CHUNK + 2 * L) * 4
     }
 }
@@ -136,10 +104,10 @@ pub(super) fn forward(
     let arguments = arguments![i, f, marks, n0, m0, stabilizers, prefix, entry, w, length, heads, dqk, flags];
     queue.launch(&WIDE_FORWARD, "mlstm_wide_exponents", [chunks, tasks, 1], CHUNK, arguments)?;
     let arguments = arguments![k, v, w, prefix, c0, n0, states, normals, c, n, length, heads, dqk, dhv];
-    let walk = Walk::of(queue, tasks, dqk, dhv);
-    let name = walk.name(["mlstm_wide_states_64", "mlstm_wide_states_128", "mlstm_wide_states_square"]);
-    let grid = [walk.grid[0], walk.grid[1], tasks];
-    queue.launch_shared(&WIDE_FORWARD, name, grid, walk.groups * GROUP, walk.shared(), arguments)?;
+    let columns = state_slice(dhv, key_tiles * tasks);
+    let name = if columns == L { "mlstm_wide_states_64" } else { "mlstm_wide_states_128" };
+    let grid = [dhv.div_ceil(columns), key_tiles, tasks];
+    queue.launch_shared(&WIDE_FORWARD, name, grid, GROUP, walk_shared(columns), arguments)?;
     let arguments = arguments![
         q,
         k,
@@ -163,15 +131,8 @@ pub(super) fn forward(
     let out = passes.slice(dhv);
     let name = if out == L { "mlstm_wide_outputs_64" } else { "mlstm_wide_outputs_128" };
     // Besides the pass, n in three parts.
-    let shared = passes.shared(out, false) + 3 * (key_tiles * L + 8) * 2;
-    queue.launch_shared(
-        &WIDE_FORWARD,
-        name,
-        [dhv.div_ceil(out), chunks, tasks],
-        PASS_THREADS,
-        shared,
-        arguments,
-    )
+    let shared = passes.shared(out, false, 1) + 3 * (key_tiles * L + 8) * 2;
+    queue.launch_shared(&WIDE_FORWARD, name, [dhv.div_ceil(out), 2 * chunks, tasks], GROUP, shared, arguments)
 }
 
 /// See [`Kernel::backward_cuda`](crate::engine::Kernel::backward_cuda).
@@ -188,13 +149,14 @@ pub(super) fn backward(
     let [dq, dk, dv, di_out, df_out, dc0, dn0, dm0, ..] = io.input_gradients;
     let marks = marked.then_some(io.ids[0]);
     let (flags, eps) = (flags(config), config.eps);
-    let (tasks, chunks) = (batch * heads, length.div_ceil(CHUNK));
+    let (tasks, chunks, key_tiles) = (batch * heads, length.div_ceil(CHUNK), dqk.div_ceil(L));
     let tokens = tasks * chunks * CHUNK;
     let passes = Passes::of(io.queue);
     let key_out = passes.slice(dqk);
     let value_out = passes.slice(dhv).max(key_out);
     let (value_slices, key_slices) = (dhv.div_ceil(value_out), dqk.div_ceil(key_out));
-    let walk = Walk::of(io.queue, 2 * tasks, dqk, dhv);
+    let columns = state_slice(dhv, 2 * key_tiles * tasks);
+    let state_tiles = key_tiles * dhv.div_ceil(columns);
     let queue = &mut *io.queue;
     let states = halves(queue, tasks * chunks * dqk * dhv)?;
     let dstates = halves(queue, tasks * chunks * dqk * dhv)?;
@@ -221,8 +183,8 @@ pub(super) fn backward(
         *part = queue.scratch(key_slices * tokens)?;
     }
     let crossing = queue.scratch(value_slices * tasks * chunks)?;
-    let inner_last = queue.scratch(tasks * walk.tiles())?;
-    let inner_first = queue.scratch(tasks * walk.tiles())?;
+    let inner_last = queue.scratch(tasks * state_tiles)?;
+    let inner_first = queue.scratch(tasks * state_tiles)?;
     let dh = output_gradient(queue, dh, batch * length * heads * dhv)?;
     let arguments = arguments![
         h,
@@ -278,13 +240,9 @@ pub(super) fn backward(
         dqk,
         dhv
     ];
-    let name = walk.name([
-        "mlstm_wide_backward_states_64",
-        "mlstm_wide_backward_states_128",
-        "mlstm_wide_backward_states_square",
-    ]);
-    let grid = [walk.grid[0], walk.grid[1], 2 * tasks];
-    queue.launch_shared(&WIDE_BACKWARD, name, grid, walk.groups * GROUP, walk.shared(), arguments)?;
+    let name = if columns == L { "mlstm_wide_backward_states_64" } else { "mlstm_wide_backward_states_128" };
+    let grid = [dhv.div_ceil(columns), key_tiles, 2 * tasks];
+    queue.launch_shared(&WIDE_BACKWARD, name, grid, GROUP, walk_shared(columns), arguments)?;
     let arguments = arguments![
         q, k, v, dh, prefix, entry, inverse, dd, states, normals, dstates, dnormals, dq, dk, dv, a, leaving,
         b, crossing, length, heads, dqk, dhv
@@ -295,8 +253,8 @@ pub(super) fn backward(
         (_, true) => "mlstm_wide_gradients_128_128",
     };
     let grid = [value_slices + 2 * key_slices, chunks, tasks];
-    let shared = passes.shared(value_out, false).max(passes.shared(key_out, true));
-    queue.launch_shared(&WIDE_BACKWARD, name, grid, PASS_THREADS, shared, arguments)?;
+    let shared = passes.shared(value_out, false, 2).max(passes.shared(key_out, true, 2));
+    queue.launch_shared(&WIDE_BACKWARD, name, grid, 2 * GROUP, shared, arguments)?;
     let arguments = arguments![a, leaving, b, crossing, di, df, key_slices, value_slices];
     queue.launch(&WIDE_BACKWARD, "mlstm_wide_gates", [chunks, tasks, 1], CHUNK, arguments)?;
     let arguments = arguments![
@@ -320,7 +278,7 @@ pub(super) fn backward(
         heads,
         dqk,
         flags,
-        walk.tiles()
+        state_tiles
     ];
     queue.launch(&BACKWARD, "mlstm_backward_unwind", [tasks, 1, 1], 1024, arguments)
 }

@@ -11,8 +11,8 @@
 // w_j = 2^(G_last - E_j). A decay of less than 2^-160 counts as that: across it, as across a reset,
 // every weight is 0 in f32.
 //
-// No pair of tokens goes to memory. The four products of a gradient are one form, a pass: a block
-// has the 128 rows X of a chunk, walks over slices of 64 features for S = X Y^T and H = X State, weighs S
+// No pair of tokens goes to memory. The four products of a gradient are one form, a pass: four
+// warps have 64 rows X of a chunk, walk over slices of 64 features for S = X Y^T and H = X State, weighs S
 // and adds S Z for a slice of the result's features.
 //
 //   outputs   X = Q, Y = K, State = C,     Z = V     h_t  = (s e_t H + sum_j A_tj v_j) / N_t
@@ -32,7 +32,8 @@
 //
 // What a chunk moves is its tokens and its states, of which chunks of 128 have half as many as those
 // of 64; chunks of 256 gain less than their products cost. A multiprocessor's share of L2 is the next
-// limit: hence 128 x 128 results a block.
+// limit: hence 128 x 128 results a block in backward; outputs, whose blocks are shorter, do better with
+// two blocks of 64 x 128 a multiprocessor.
 
 /// Tokens of a chunk: two of L.
 #define CHUNK 128
@@ -209,19 +210,19 @@ __device__ __forceinline__ void multiply_group(float (&to)[16][4], const unsigne
 
 #define WIDE_STATE_STAGES 4
 /// Blocks that a multiprocessor is to hold.
-#define WALK_BLOCKS(COLUMNS, GROUPS) (GROUPS == 2 ? 1 : COLUMNS == L ? 3 : 2)
+#define WALK_BLOCKS(COLUMNS) (COLUMNS == L ? 3 : 2)
 
 /// 64 tokens of two matrices, and the tokens' factors in C and in n.
-template <int COLUMNS, int GROUPS> struct Walk {
+template <int COLUMNS> struct Walk {
     struct {
-        Tile left[GROUPS], right[COLUMNS / L];
+        Tile left, right[COLUMNS / L];
     } stage[WIDE_STATE_STAGES];
     float factor[WIDE_STATE_STAGES][2][L];
 };
 
-/// What each of the GROUPS of four warps of mlstm_wide_states or mlstm_wide_backward_states has: 64 x
-/// COLUMNS of a state, from row r0 on, 16 rows a warp, and 64 numbers of its normaliser.
-template <int COLUMNS, int GROUPS> struct StateTile {
+/// What a block of mlstm_wide_states or mlstm_wide_backward_states has: 64 x COLUMNS of a state, 16
+/// rows a warp, and 64 numbers of its normaliser.
+template <int COLUMNS> struct StateTile {
     float sum[COLUMNS / 8][4];
     ColumnSum normal;
 
@@ -240,21 +241,20 @@ template <int COLUMNS, int GROUPS> struct StateTile {
     /// Along the sequence, or back. `direction` 1: sum = e_last sum + (factor left)^T right of each
     /// chunk in turn, from 0 on; -1: from the last on. Before each, it goes to states and normals.
     __device__ void walk(
-        Walk<COLUMNS, GROUPS> &s, const element_t *left, const element_t *right, const float *factor, const float *normal_factor,
+        Walk<COLUMNS> &s, const element_t *left, const element_t *right, const float *factor, const float *normal_factor,
         const float *prefix, element_t *states, float *normals, int bh, int r0, int c0, bool with_n, int direction,
         int additions, int S, int NH, int dqk, int dhv
     ) {
         const int tiles = CHUNK / L;
         int chunks = (S + CHUNK - 1) / CHUNK, tid = threadIdx.x;
         long long first_chunk = (long long)bh * chunks;
-        int side = GROUPS > 1 ? __shfl_sync(ALL, SIDE, 0) : 0;
         auto chunk_at = [&](int step) { return direction > 0 ? step / tiles : chunks - 1 - step / tiles; };
         auto pipeline = start<WIDE_STATE_STAGES>(additions * tiles, [&](int step, int stage) {
             int chunk = chunk_at(step), row = step % tiles * L;
             auto &to = s.stage[stage];
-            fetch(to.left[side], chunk_of(left, bh, chunk, S, NH, dqk), row, r0);
+            fetch(to.left, chunk_of(left, bh, chunk, S, NH, dqk), row, r0);
 #pragma unroll
-            for (int i = side; i < COLUMNS / L; i += GROUPS)
+            for (int i = 0; i < COLUMNS / L; i++)
                 fetch(to.right[i], chunk_of(right, bh, chunk, S, NH, dhv), row, c0 + i * L);
             long long token = (first_chunk + chunk) * CHUNK + row + tid % 16 * 4;
             if (tid < 32) fetch_piece(&s.factor[stage][tid / 16][tid % 16 * 4], (tid < 16 ? factor : normal_factor) + token);
@@ -279,7 +279,7 @@ template <int COLUMNS, int GROUPS> struct StateTile {
                 auto &from = s.stage[stage];
                 unsigned whole[4][4], a[4][4];
 #pragma unroll
-                for (int k = 0; k < 4; k++) load_left<true>(whole[k], from.left[side], WARP * 16, k * 16);
+                for (int k = 0; k < 4; k++) load_left<true>(whole[k], from.left, WARP * 16, k * 16);
 #pragma unroll
                 for (int k = 0; k < 4; k++)
 #pragma unroll
@@ -332,19 +332,17 @@ template <int COLUMNS, int GROUPS> struct StateTile {
 
 // ---- Passes ----
 
-/// Two groups of four warps, a tile of rows each: what both read is fetched once.
-#define PASS_THREADS (2 * GROUP)
 // All stages are under way at once. Where there is no WARPGROUP, shared memory may be small, and OUT is L.
 #ifdef WARPGROUP
-#define PASS_STAGES 3
+#define PASS_STAGES(GROUPS) (GROUPS + 1)
 #else
-#define PASS_STAGES 2
+#define PASS_STAGES(GROUPS) 2
 #endif
 
 /// The matrices of a pass.
 struct Sides {
     Rows rows, columns, state, second, own;
-    /// Which group, its first row within the chunk, and that of the other one, if it is seen.
+    /// Which half of the chunk this group's rows are, its first row, and that of the other, if it is seen.
     int side, row, other;
     bool both;
     /// Features that S runs over, and the first of the result's.
@@ -352,12 +350,13 @@ struct Sides {
 };
 
 /// OUT: columns of the result. AFTER: a row sees the columns from its own on, else those up to its
-/// own. TRANSPOSED: the state's rows are the result's features.
-template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
-    static const int TILES = OUT / L;
-    static const int IN_STAGE = OWN && 4 * TILES > 4 + TILES ? 4 * TILES : 4 + TILES;
+/// own. TRANSPOSED: the state's rows are the result's features. OWN: with the own rows' features of the
+/// result. GROUPS: of four warps, a half of the chunk each; two read together what both need.
+template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN, int GROUPS> struct Pass {
+    static const int TILES = OUT / L, RING = PASS_STAGES(GROUPS), COLUMNS = GROUPS, STATE = GROUPS + 2;
+    static const int IN_STAGE = OWN && 4 * TILES > STATE + TILES ? 4 * TILES : STATE + TILES;
     struct Shared {
-        Tile stage[PASS_STAGES][IN_STAGE];
+        Tile stage[RING][IN_STAGE];
         float prefix[CHUNK], entry[CHUNK], inverse[CHUNK], slope[CHUNK];
         /// 2^(G_t - G_63) of the chunk's second half, 2^(G_63 - E_j) of its first.
         float high[L], low[L];
@@ -370,9 +369,10 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
     static __device__ __forceinline__ int column(int n, int i) { return n * 8 + LANE % 4 * 2 + i % 2; }
     static __device__ __forceinline__ bool sees(int n) { return AFTER ? n >= WARP : n <= WARP; }
 
-    static __device__ __forceinline__ Sides halves(Sides x) {
+    /// half: of a block of one group.
+    static __device__ __forceinline__ Sides halves(Sides x, int half) {
         // By a shuffle the compiler knows that all of a warp agree.
-        x.side = __shfl_sync(ALL, SIDE, 0);
+        x.side = GROUPS == 2 ? __shfl_sync(ALL, SIDE, 0) : half;
         x.row = x.side * L;
         x.other = L - x.row;
         x.both = AFTER ? x.side == 0 && x.rows.rows > L : x.side == 1;
@@ -395,16 +395,20 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
     static __device__ __forceinline__ void fetch_step(Tile *tile, const Sides &x, int step, int steps) {
         int side = x.side;
         if (step < steps) {
-            fetch(tile[side], x.rows, x.row, step * L);
-            fetch(tile[2 + side], x.columns, x.row, step * L);
-            int i = TILES == 2 ? side : 0;
-            if (side >= TILES) return;
-            if (TRANSPOSED) fetch(tile[4 + i], x.state, x.out + i * L, step * L);
-            else fetch(tile[4 + i], x.state, step * L, x.out + i * L);
+            fetch(tile[GROUPS == 2 ? side : 0], x.rows, x.row, step * L);
+            fetch(tile[COLUMNS + side], x.columns, x.row, step * L);
+            if (GROUPS == 1 && x.both) fetch(tile[COLUMNS + 1 - side], x.columns, x.other, step * L);
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+                if (GROUPS == 2 && i != side) continue;
+                if (TRANSPOSED) fetch(tile[STATE + i], x.state, x.out + i * L, step * L);
+                else fetch(tile[STATE + i], x.state, step * L, x.out + i * L);
+            }
         } else {
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
                 fetch(tile[side * TILES + i], x.second, x.row, x.out + i * L);
+                if (GROUPS == 1 && x.both) fetch(tile[(1 - side) * TILES + i], x.second, x.other, x.out + i * L);
                 if (OWN) fetch(tile[(2 + side) * TILES + i], x.own, x.row, x.out + i * L);
             }
         }
@@ -418,16 +422,16 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
     ) {
         int steps = (x.inner + L - 1) / L;
         auto begin = [&](int step) {
-            if (step <= steps) fetch_step(s.stage[step % PASS_STAGES], x, step, steps);
+            if (step <= steps) fetch_step(s.stage[step % RING], x, step, steps);
             asm volatile("cp.async.commit_group;" ::: "memory");
         };
         auto arrive = [&](int step) {
-            asm volatile("cp.async.wait_group %0;" ::"n"(PASS_STAGES - 1) : "memory");
+            asm volatile("cp.async.wait_group %0;" ::"n"(RING - 1) : "memory");
             publish_copies();
             __syncthreads();
-            return s.stage[step % PASS_STAGES];
+            return s.stage[step % RING];
         };
-        for (int step = 0; step < PASS_STAGES; step++) begin(step);
+        for (int step = 0; step < RING; step++) begin(step);
         prologue();
 #pragma unroll
         for (int n = 0; n < 16; n++)
@@ -439,10 +443,11 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
             for (int i = 0; i < 4; i++) H[n][i] = 0.0f;
         for (int step = 0; step < steps; step++) {
             before_slice(step);
-            Tile *tile = arrive(step);
+            Tile *tile = arrive(step), &rows = tile[GROUPS == 2 ? x.side : 0];
 #ifdef WARPGROUP
-            unsigned long long left = tile_descriptor(tile[x.side]), state = tile_descriptor(tile[4]);
-            unsigned long long right = tile_descriptor(tile[2 + x.side]), other = tile_descriptor(tile[3 - x.side]);
+            unsigned long long left = tile_descriptor(rows), state = tile_descriptor(tile[STATE]);
+            unsigned long long right = tile_descriptor(tile[COLUMNS + x.side]);
+            unsigned long long other = tile_descriptor(tile[COLUMNS + 1 - x.side]);
             products_begin();
 #pragma unroll
             for (int k = 0; k < 4; k++) {
@@ -459,7 +464,7 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
 #pragma unroll
                 for (int k = 0; k < L; k += 16) {
                     unsigned a[4];
-                    load_left<false>(a, tile[x.side], WARP * 16, k);
+                    load_left<false>(a, rows, WARP * 16, k);
                     each_left(a, step * L + k);
                 }
             }
@@ -470,17 +475,17 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
 #pragma unroll
             for (int k = 0; k < L; k += 16) {
                 unsigned a[4], b[4];
-                load_left<false>(a, tile[x.side], WARP * 16, k);
+                load_left<false>(a, rows, WARP * 16, k);
 #pragma unroll
                 for (int n = 0; n < 8; n++)
                     if (n < 4 ? sees(n) : x.both) {
-                        load_right<true>(b, tile[n < 4 ? 2 + x.side : 3 - x.side], k, n % 4 * 16);
+                        load_right<true>(b, tile[COLUMNS + (n < 4 ? x.side : 1 - x.side)], k, n % 4 * 16);
                         multiply_add(S[2 * n], a, b[0], b[1]);
                         multiply_add(S[2 * n + 1], a, b[2], b[3]);
                     }
 #pragma unroll
                 for (int n = 0; n < OUT / 16; n++) {
-                    load_right<TRANSPOSED>(b, tile[4 + n / 4], k, n % 4 * 16);
+                    load_right<TRANSPOSED>(b, tile[STATE + n / 4], k, n % 4 * 16);
                     multiply_add(H[2 * n], a, b[0], b[1]);
                     multiply_add(H[2 * n + 1], a, b[2], b[3]);
                 }
@@ -488,7 +493,7 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN> struct Pass {
             }
 #endif
             __syncthreads();
-            begin(step + PASS_STAGES);
+            begin(step + RING);
         }
         return arrive(steps);
     }

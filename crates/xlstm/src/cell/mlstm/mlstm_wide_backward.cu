@@ -1,5 +1,44 @@
 // The mLSTM cell backward by chunks of 128; mlstm_wide.cuh says how.
 
+/// The chunk's whole d log i and d log f, but for the stabiliser.
+/// grid (N, B NH), block 128. tiles, value_tiles: slices of features of dqk and dhv.
+extern "C" __global__ void __launch_bounds__(CHUNK) mlstm_wide_gates(
+    const float *a, const float *leaving, const float *b, const float *crossing, float *di, float *df, int tiles,
+    int value_tiles
+) {
+    __shared__ float after[4], before[4];
+    int tid = threadIdx.x, warp = tid / 32;
+    long long at = (long long)blockIdx.y * gridDim.x + blockIdx.x, all = (long long)gridDim.y * gridDim.x;
+    float in = 0.0f, out = 0.0f, whole = 0.0f, cross = 0.0f;
+    for (int tile = 0; tile < tiles; tile++) {
+        long long from = (tile * all + at) * CHUNK + tid;
+        in += a[from];
+        out += leaving[from];
+        whole += b[from];
+    }
+    for (int tile = 0; tile < value_tiles; tile++)
+        cross += crossing[tile * all + at];
+    // What comes to token t from pairs within the chunk, and to it from before; what left before it.
+    float suffix = in - (whole - out), sum = out;
+    for (int step = 1; step < 32; step <<= 1) {
+        float right = __shfl_down_sync(ALL, suffix, step), left = __shfl_up_sync(ALL, sum, step);
+        if (LANE + step < 32) suffix += right;
+        if (LANE >= step) sum += left;
+    }
+    if (LANE == 0) after[warp] = suffix;
+    if (LANE == 31) before[warp] = sum;
+    __syncthreads();
+    sum -= out;
+    for (int other = 0; other < 4; other++) {
+        if (other > warp) suffix += after[other];
+        if (other < warp) sum += before[other];
+    }
+    di[at * CHUNK + tid] = whole;
+    df[at * CHUNK + tid] = suffix + sum + cross;
+}
+
+#ifdef ELEMENT_BF16
+
 /// What every later kernel needs of a token: G, E, w, 1 / N, dd, the gradient of m through eps, and
 /// the query's weights s e / N in C and s e dd in n; 0 at pads and past the end.
 /// grid (N, B NH), block 256.
@@ -60,51 +99,12 @@ extern "C" __global__ void __launch_bounds__(256) mlstm_wide_tokens(
     slope[at] = state * out[1];
 }
 
-/// The chunk's whole d log i and d log f, but for the stabiliser.
-/// grid (N, B NH), block 128. tiles, value_tiles: slices of features of dqk and dhv.
-extern "C" __global__ void __launch_bounds__(CHUNK) mlstm_wide_gates(
-    const float *a, const float *leaving, const float *b, const float *crossing, float *di, float *df, int tiles,
-    int value_tiles
-) {
-    __shared__ float after[4], before[4];
-    int tid = threadIdx.x, warp = tid / 32;
-    long long at = (long long)blockIdx.y * gridDim.x + blockIdx.x, all = (long long)gridDim.y * gridDim.x;
-    float in = 0.0f, out = 0.0f, whole = 0.0f, cross = 0.0f;
-    for (int tile = 0; tile < tiles; tile++) {
-        long long from = (tile * all + at) * CHUNK + tid;
-        in += a[from];
-        out += leaving[from];
-        whole += b[from];
-    }
-    for (int tile = 0; tile < value_tiles; tile++)
-        cross += crossing[tile * all + at];
-    // What comes to token t from pairs within the chunk, and to it from before; what left before it.
-    float suffix = in - (whole - out), sum = out;
-    for (int step = 1; step < 32; step <<= 1) {
-        float right = __shfl_down_sync(ALL, suffix, step), left = __shfl_up_sync(ALL, sum, step);
-        if (LANE + step < 32) suffix += right;
-        if (LANE >= step) sum += left;
-    }
-    if (LANE == 0) after[warp] = suffix;
-    if (LANE == 31) before[warp] = sum;
-    __syncthreads();
-    sum -= out;
-    for (int other = 0; other < 4; other++) {
-        if (other > warp) suffix += after[other];
-        if (other < warp) sum += before[other];
-    }
-    di[at * CHUNK + tid] = whole;
-    df[at * CHUNK + tid] = suffix + sum + cross;
-}
-
-#ifdef ELEMENT_BF16
-
 /// Both walks at once: C and n before every chunk, and dC and dn after every chunk,
 /// dC <- e_last dC + (s e / N ∘ Q)^T dH, dn <- e_last dn + (s e dd ∘ Q)^T 1; C . dC + n . dn of the last
 /// and the first state, by tile.
-/// grid (ceil(dhv / COLUMNS), ceil(dqk / (64 GROUPS)), 2 B NH), block 128 GROUPS. In: dC_last, dn_last (null: zero),
+/// grid (ceil(dhv / COLUMNS), ceil(dqk / 64), 2 B NH), block 128. In: dC_last, dn_last (null: zero),
 /// C_last, n_last (read where dC_last or dn_last is given), C0, n0 (null: zero). Added to: dC0, dn0.
-template <int COLUMNS, int GROUPS>
+template <int COLUMNS>
 __device__ __forceinline__ void wide_backward_states(
     const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *w, const float *query,
     const float *slope, const float *prefix, const float *C0, const float *n0, const float *C_last, const float *n_last,
@@ -112,13 +112,13 @@ __device__ __forceinline__ void wide_backward_states(
     float *inner_last, float *inner_first, float *dC0, float *dn0, int S, int NH, int dqk, int dhv
 ) {
     extern __shared__ __align__(1024) char wide_shared[];
-    Walk<COLUMNS, GROUPS> &s = *(Walk<COLUMNS, GROUPS> *)wide_shared;
-    int tasks = gridDim.z / 2, bh = blockIdx.z % tasks, r0 = (blockIdx.y * GROUPS + SIDE) * L, c0 = blockIdx.x * COLUMNS;
+    Walk<COLUMNS> &s = *(Walk<COLUMNS> *)wide_shared;
+    int tasks = gridDim.z / 2, bh = blockIdx.z % tasks, r0 = blockIdx.y * L, c0 = blockIdx.x * COLUMNS;
     int chunks = (S + CHUNK - 1) / CHUNK;
     bool back = blockIdx.z < tasks, with_n = blockIdx.x == 0;
     long long size = (long long)dqk * dhv;
     const float *C_from = back ? dC_last : C0, *n_from = back ? dn_last : n0;
-    StateTile<COLUMNS, GROUPS> C;
+    StateTile<COLUMNS> C;
     auto place = [&](int r, int c) { return bh * size + (long long)(r0 + r) * dhv + c0 + c; };
     auto inside = [&](int r, int c) { return r0 + r < dqk && c0 + c < dhv; };
     float inner = 0.0f;
@@ -156,23 +156,20 @@ __device__ __forceinline__ void wide_backward_states(
     inner = block_sum(inner);
     if (threadIdx.x == 0) inner_first[tile] = inner;
 }
-#define WIDE_BACKWARD_STATES(NAME, COLUMNS, GROUPS)                                                                    \
-    extern "C" __global__ void __launch_bounds__(GROUP *GROUPS, WALK_BLOCKS(COLUMNS, GROUPS)) NAME(                    \
+#define WIDE_BACKWARD_STATES(COLUMNS)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(GROUP, WALK_BLOCKS(COLUMNS)) mlstm_wide_backward_states_##COLUMNS(    \
         const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *w,               \
         const float *query, const float *slope, const float *prefix, const float *C0, const float *n0,                 \
         const float *C_last, const float *n_last, const float *dC_last, const float *dn_last, element_t *states,       \
         float *normals, element_t *dstates, float *dnormals, float *inner_last, float *inner_first, float *dC0,        \
         float *dn0, int S, int NH, int dqk, int dhv                                                                    \
     ) {                                                                                                                \
-        wide_backward_states<COLUMNS, GROUPS>(q, k, v, dh, w, query, slope, prefix, C0, n0, C_last, n_last, dC_last, dn_last,  \
+        wide_backward_states<COLUMNS>(q, k, v, dh, w, query, slope, prefix, C0, n0, C_last, n_last, dC_last, dn_last,  \
                                       states, normals, dstates, dnormals, inner_last, inner_first, dC0, dn0, S, NH,    \
                                       dqk, dhv);                                                                       \
     }
-WIDE_BACKWARD_STATES(mlstm_wide_backward_states_64, 64, 1)
-WIDE_BACKWARD_STATES(mlstm_wide_backward_states_128, 128, 1)
-#ifdef WARPGROUP
-WIDE_BACKWARD_STATES(mlstm_wide_backward_states_square, 128, 2)
-#endif
+WIDE_BACKWARD_STATES(64)
+WIDE_BACKWARD_STATES(128)
 
 /// dv_j += w_j (K dC)_j + sum_t A_tj dh_t / N_t; and crossing = e_last (C . dC + n . dn) of a chunk by
 /// slice of features. Added to: dv or null.
@@ -182,7 +179,7 @@ __device__ __forceinline__ void wide_values(
     const float *inverse, const element_t *states, const float *normals, const element_t *dstates,
     const float *dnormals, element_t *dv, float *crossing, int S, int NH, int dqk, int dhv, int slice
 ) {
-    typedef Pass<OUT, true, false, false> Values;
+    typedef Pass<OUT, true, false, false, 2> Values;
     extern __shared__ __align__(1024) char wide_shared[];
     typename Values::Shared &s = *(typename Values::Shared *)wide_shared;
     int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, chunks = gridDim.y;
@@ -194,7 +191,7 @@ __device__ __forceinline__ void wide_values(
     x.state = {dstates + at * dqk * dhv, dhv, dqk, dhv, true};
     x.second = x.own = chunk_of(dh, bh, chunk, S, NH, dhv);
     x.inner = dqk, x.out = slice * OUT;
-    x = Values::halves(x);
+    x = Values::halves(x, 0);
     Rows to = chunk_of(dv, bh, chunk, S, NH, dhv);
     float scale = 1.0f / sqrtf((float)dqk), inner = 0.0f;
     // Each side has dC at hand, and reads half of the rows of C in every slice.
@@ -216,7 +213,7 @@ __device__ __forceinline__ void wide_values(
             Values::weights(s, at, prefix, entry, inverse, nullptr);
             if (dv) prefetch_rows<OUT>(to, x.row, x.out);
             if (slice == 0)
-                for (int r = tid; r < dqk; r += PASS_THREADS)
+                for (int r = tid; r < dqk; r += 2 * GROUP)
                     inner = fmaf(normals[at * dqk + r], dnormals[at * dqk + r], inner);
         },
         [&](int step) {
@@ -225,7 +222,7 @@ __device__ __forceinline__ void wide_values(
         [&](int step, Tile *tile) {
 #pragma unroll
             for (int i = 0; i < PIECES_EACH; i++)
-                inner = dot(piece[i], read((const Vector *)tile[4 + c / L].at(first_row + i * AT_ONCE, c % L)), inner);
+                inner = dot(piece[i], read((const Vector *)tile[Values::STATE + c / L].at(first_row + i * AT_ONCE, c % L)), inner);
         },
         [](unsigned (&)[4], int) {}
     );
@@ -246,7 +243,7 @@ __device__ __forceinline__ void wide_values(
     __syncthreads();
     if (tid > 0) return;
     inner = 0.0f;
-    for (int i = 0; i < PASS_THREADS / 32; i++) inner += s.low[i];
+    for (int i = 0; i < 2 * GROUP / 32; i++) inner += s.low[i];
     crossing[slice * (long long)gridDim.z * chunks + at] = power(s.prefix[CHUNK - 1]) * inner;
 }
 
@@ -259,7 +256,7 @@ __device__ __forceinline__ void wide_queries(
     const element_t *states, const float *normals, element_t *dq, float *a, int S, int NH, int dqk,
     int dhv, int slice
 ) {
-    typedef Pass<OUT, false, true, true> Queries;
+    typedef Pass<OUT, false, true, true, 2> Queries;
     extern __shared__ __align__(1024) char wide_shared[];
     typename Queries::Shared &s = *(typename Queries::Shared *)wide_shared;
     int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, chunks = gridDim.y;
@@ -271,7 +268,7 @@ __device__ __forceinline__ void wide_queries(
     x.second = chunk_of(k, bh, chunk, S, NH, dqk);
     x.own = chunk_of(q, bh, chunk, S, NH, dqk);
     x.inner = dhv, x.out = slice * OUT;
-    x = Queries::halves(x);
+    x = Queries::halves(x, 0);
     Rows to = chunk_of(dq, bh, chunk, S, NH, dqk);
     float scale = 1.0f / sqrtf((float)dqk);
     auto prologue = [&]() {
@@ -310,7 +307,7 @@ __device__ __forceinline__ void wide_keys(
     const float *entry, const float *inverse, const float *dd, const element_t *dstates,
     const float *dnormals, element_t *dk, float *leaving, float *b, int S, int NH, int dqk, int dhv, int slice
 ) {
-    typedef Pass<OUT, true, true, true> Keys;
+    typedef Pass<OUT, true, true, true, 2> Keys;
     extern __shared__ __align__(1024) char wide_shared[];
     typename Keys::Shared &s = *(typename Keys::Shared *)wide_shared;
     int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, chunks = gridDim.y;
@@ -322,7 +319,7 @@ __device__ __forceinline__ void wide_keys(
     x.second = chunk_of(q, bh, chunk, S, NH, dqk);
     x.own = chunk_of(k, bh, chunk, S, NH, dqk);
     x.inner = dhv, x.out = slice * OUT;
-    x = Keys::halves(x);
+    x = Keys::halves(x, 0);
     float scale = 1.0f / sqrtf((float)dqk);
     auto prologue = [&]() {
         Keys::weights(s, at, prefix, entry, inverse, dd);
@@ -353,7 +350,7 @@ __device__ __forceinline__ void wide_keys(
 /// dv, dq and dk. Blocks of a chunk are neighbours, so that what they share is read once.
 /// grid (ceil(dhv / VALUES) + 2 ceil(dqk / KEYS), N, B NH), block 256.
 #define WIDE_GRADIENTS(VALUES, KEYS)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(PASS_THREADS, 1) mlstm_wide_gradients_##VALUES##_##KEYS(              \
+    extern "C" __global__ void __launch_bounds__(2 * GROUP, 1) mlstm_wide_gradients_##VALUES##_##KEYS(              \
         const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,          \
         const float *entry, const float *inverse, const float *dd, const element_t *states, const float *normals,       \
         const element_t *dstates,                                                                                      \

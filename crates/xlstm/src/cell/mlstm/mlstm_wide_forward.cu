@@ -18,17 +18,17 @@ extern "C" __global__ void __launch_bounds__(CHUNK) mlstm_wide_exponents(
 #ifdef ELEMENT_BF16
 
 /// C and n before every chunk, C' = e_last C + (w ∘ K)^T V, n' = e_last n + (w ∘ K)^T 1, and the last.
-/// grid (ceil(dhv / COLUMNS), ceil(dqk / (64 GROUPS)), B NH), block 128 GROUPS. C_last, n_last may be null.
-template <int COLUMNS, int GROUPS>
+/// grid (ceil(dhv / COLUMNS), ceil(dqk / 64), B NH), block 128. C_last, n_last may be null.
+template <int COLUMNS>
 __device__ __forceinline__ void wide_states(
     const element_t *k, const element_t *v, const float *w, const float *prefix, const float *C0, const float *n0,
     element_t *states, float *normals, float *C_last, float *n_last, int S, int NH, int dqk, int dhv
 ) {
     extern __shared__ __align__(1024) char wide_shared[];
-    int bh = blockIdx.z, r0 = (blockIdx.y * GROUPS + SIDE) * L, c0 = blockIdx.x * COLUMNS, chunks = (S + CHUNK - 1) / CHUNK;
+    int bh = blockIdx.z, r0 = blockIdx.y * L, c0 = blockIdx.x * COLUMNS, chunks = (S + CHUNK - 1) / CHUNK;
     bool with_n = blockIdx.x == 0;
     long long size = (long long)dqk * dhv;
-    StateTile<COLUMNS, GROUPS> C;
+    StateTile<COLUMNS> C;
     C.each([&](float &x, int r, int c) {
         bool inside = C0 && r0 + r < dqk && c0 + c < dhv;
         x = inside ? C0[bh * size + (long long)(r0 + r) * dhv + c0 + c] : 0.0f;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void wide_states(
         int x = r0 + WARP * 16 + half * 8 + LANE / 4;
         C.set_normal(half, n0 && x < dqk ? n0[(long long)bh * dqk + x] : 0.0f);
     }
-    C.walk(*(Walk<COLUMNS, GROUPS> *)wide_shared, k, v, w, w, prefix, states, normals, bh, r0, c0, with_n, 1,
+    C.walk(*(Walk<COLUMNS> *)wide_shared, k, v, w, w, prefix, states, normals, bh, r0, c0, with_n, 1,
            C_last ? chunks : chunks - 1, S, NH, dqk, dhv);
     if (!C_last) return;
     C.each([&](float &x, int r, int c) {
@@ -48,21 +48,18 @@ __device__ __forceinline__ void wide_states(
         if (r0 + row < dqk) n_last[(long long)bh * dqk + r0 + row] = x;
     });
 }
-#define WIDE_STATES(NAME, COLUMNS, GROUPS)                                                                             \
-    extern "C" __global__ void __launch_bounds__(GROUP *GROUPS, WALK_BLOCKS(COLUMNS, GROUPS)) NAME(                    \
+#define WIDE_STATES(COLUMNS)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(GROUP, WALK_BLOCKS(COLUMNS)) mlstm_wide_states_##COLUMNS(             \
         const element_t *k, const element_t *v, const float *w, const float *prefix, const float *C0, const float *n0, \
         element_t *states, float *normals, float *C_last, float *n_last, int S, int NH, int dqk, int dhv               \
     ) {                                                                                                                \
-        wide_states<COLUMNS, GROUPS>(k, v, w, prefix, C0, n0, states, normals, C_last, n_last, S, NH, dqk, dhv);       \
+        wide_states<COLUMNS>(k, v, w, prefix, C0, n0, states, normals, C_last, n_last, S, NH, dqk, dhv);               \
     }
-WIDE_STATES(mlstm_wide_states_64, 64, 1)
-WIDE_STATES(mlstm_wide_states_128, 128, 1)
-#ifdef WARPGROUP
-WIDE_STATES(mlstm_wide_states_square, 128, 2)
-#endif
+WIDE_STATES(64)
+WIDE_STATES(128)
 
 /// h, and d of every token.
-/// grid (ceil(dhv / OUT), N, B NH), block 256. Out: h (B, S, NH, dhv), denominators
+/// grid (ceil(dhv / OUT), 2 N, B NH), block 128: half a chunk. Out: h (B, S, NH, dhv), denominators
 /// (B, NH, S). Shared: a Pass and three parts of n.
 template <int OUT>
 __device__ __forceinline__ void wide_outputs(
@@ -70,12 +67,13 @@ __device__ __forceinline__ void wide_outputs(
     const float *prefix, const float *entry, const element_t *states, const float *normals, element_t *h,
     float *denominators, int S, int NH, int dqk, int dhv, int flags, float eps
 ) {
-    typedef Pass<OUT, false, false, false> Outputs;
+    typedef Pass<OUT, false, false, false, 1> Outputs;
     extern __shared__ __align__(1024) char wide_shared[];
     typename Outputs::Shared &s = *(typename Outputs::Shared *)wide_shared;
     element_t *n_parts = (element_t *)(&s + 1);
-    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, tid = threadIdx.x;
-    int chunks = gridDim.y, pitch = (dqk + L - 1) / L * L + 8;
+    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y / 2, half = blockIdx.y % 2, tid = threadIdx.x;
+    if (chunk * CHUNK + half * L >= S) return;
+    int chunks = gridDim.y / 2, pitch = (dqk + L - 1) / L * L + 8;
     long long at = (long long)bh * chunks + chunk;
     Sides x;
     x.rows = chunk_of(q, bh, chunk, S, NH, dqk);
@@ -83,7 +81,7 @@ __device__ __forceinline__ void wide_outputs(
     x.state = {states + at * dqk * dhv, dhv, dqk, dhv, true};
     x.second = x.own = chunk_of(v, bh, chunk, S, NH, dhv);
     x.inner = dqk, x.out = blockIdx.x * OUT;
-    x = Outputs::halves(x);
+    x = Outputs::halves(x, half);
     Outputs pass;
     ColumnSum from_state;
     const element_t *part = n_parts + min(LANE / 4, 2) * pitch + LANE % 4 * 2;
@@ -91,7 +89,7 @@ __device__ __forceinline__ void wide_outputs(
         s, x,
         [&]() {
             Outputs::weights(s, at, prefix, entry, nullptr, nullptr);
-            for (int r = tid; r < pitch; r += PASS_THREADS) {
+            for (int r = tid; r < pitch; r += GROUP) {
                 float n = r < dqk ? normals[at * dqk + r] : 0.0f;
         #pragma unroll
                 for (int part = 0; part < 3; part++) {
@@ -139,7 +137,7 @@ __device__ __forceinline__ void wide_outputs(
     put_rows<false, OUT>(pass.H, chunk_of(h, bh, chunk, S, NH, dhv), x.row + WARP * 16, x.out);
 }
 #define WIDE_OUTPUTS(OUT)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(PASS_THREADS, 1) mlstm_wide_outputs_##OUT(                            \
+    extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_outputs_##OUT(                                   \
         const element_t *q, const element_t *k, const element_t *v, const unsigned *marks, const float *stabilizers,   \
         const float *prefix, const float *entry, const element_t *states, const float *normals, element_t *h,          \
         float *denominators, int S, int NH, int dqk, int dhv, int flags, float eps                                     \
