@@ -16,6 +16,7 @@ macro_rules! source {
                 include_str!("mlstm.cuh"),
                 include_str!("mlstm_tiles.cuh"),
                 include_str!("mlstm_wide.cuh"),
+                include_str!("mlstm_wide_pass.cuh"),
                 include_str!(concat!($name, ".cu"))
             ),
         )
@@ -65,7 +66,7 @@ impl Passes {
         if self.warp_groups && width > L { 2 * L } else { L }
     }
 
-    /// Shared memory of a pass of some groups: `Pass::Shared` of mlstm_wide.cuh.
+    /// Shared memory of a pass of some groups: `Pass::Shared` of mlstm_wide_pass.cuh.
     fn shared(&self, out: usize, own: bool, groups: usize) -> usize {
         let tiles = out / L;
         let in_stage = (groups + 2 + tiles).max(if own { 4 * tiles } else { 0 });
