@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::cublaslt::sys as lt;
@@ -31,6 +32,9 @@ pub struct Gpu {
     modules: Mutex<HashMap<ModuleKey, Arc<CudaModule>>>,
     functions: Mutex<HashMap<(ModuleKey, &'static str), CudaFunction>>,
     pub(super) blas: Blas,
+    /// Bytes of all buffers, and the most that there have been.
+    allocated: AtomicUsize,
+    peak: AtomicUsize,
 }
 
 impl std::fmt::Debug for Gpu {
@@ -129,6 +133,8 @@ impl Gpu {
             modules: Mutex::default(),
             functions: Mutex::default(),
             blas,
+            allocated: AtomicUsize::new(0),
+            peak: AtomicUsize::new(0),
         }))
     }
 
@@ -142,14 +148,16 @@ impl Gpu {
         &self.name
     }
 
-    /// Bytes of its memory that are in use, by whomever.
-    ///
-    /// # Errors
-    /// When the driver does not say.
-    pub fn memory_in_use(&self) -> Result<usize> {
-        self.enter()?;
-        let (free, total) = result::mem_get_info().map_err(|e| driver("measure memory", e))?;
-        Ok(total - free)
+    /// The most bytes of its memory that buffers of this value have taken at a time, since it was
+    /// made or [`forget_peak`](Self::forget_peak) was called. What the driver and the code take
+    /// besides, half a gigabyte, is not counted.
+    pub fn peak_bytes(&self) -> usize {
+        self.peak.load(Ordering::Relaxed)
+    }
+
+    /// Lets the peak begin anew with what is there now.
+    pub fn forget_peak(&self) {
+        self.peak.store(self.allocated.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
     /// What kernels are compiled for, such as `sm_90a`.
@@ -396,10 +404,10 @@ impl Buffer {
         gpu.enter()?;
         let bytes = bytes.max(4).next_multiple_of(1024);
         // SAFETY: a plain allocation, freed in drop.
-        let pointer = unsafe { result::malloc_sync(bytes) }.map_err(|e| {
-            driver(&format!("allocate {} MiB", bytes >> 20), e).hint("use a smaller batch or model")
-        })?;
+        let pointer = unsafe { result::malloc_sync(bytes) }.map_err(|e| no_room(gpu, bytes, e))?;
         let buffer = Buffer { gpu: gpu.clone(), pointer, bytes };
+        let allocated = gpu.allocated.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        gpu.peak.fetch_max(allocated, Ordering::Relaxed);
         gpu.fill(pointer, 0, bytes)?;
         Ok(buffer)
     }
@@ -413,12 +421,26 @@ impl Buffer {
     }
 }
 
+/// What is said where `bytes` more cannot be had: with the card's numbers, which tell others' use of
+/// it from ours.
+fn no_room(gpu: &Gpu, bytes: usize, error: DriverError) -> Error {
+    let mebibytes = |bytes: usize| bytes.div_ceil(1 << 20);
+    let (asked, held) = (mebibytes(bytes), mebibytes(gpu.allocated.load(Ordering::Relaxed)));
+    let found = result::mem_get_info().map_or_else(
+        |_| String::new(),
+        |(free, total)| format!(", {} of {} MiB are free on {}", free >> 20, total >> 20, gpu.name),
+    );
+    driver(&format!("allocate {asked} MiB beside the {held} MiB held already{found}"), error)
+        .hint("use a smaller batch (more micro-batches), shorter sequences, or a smaller model")
+}
+
 impl Drop for Buffer {
     fn drop(&mut self) {
         // Work in flight may use the buffer: wait. Errors have been reported where they happened.
         let _ = self.gpu.synchronize();
         // SAFETY: allocated in `zeros`, freed once.
         let _ = unsafe { result::free_sync(self.pointer) };
+        self.gpu.allocated.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 

@@ -215,7 +215,7 @@ impl CudaForward<'_> {
     }
 }
 
-/// What backward gets. As on the CPU, gradients are added.
+/// What backward gets. As on the CPU, gradients are added, but for those that are fresh.
 pub struct CudaBackward<'a> {
     /// Input values, as far as declared.
     pub inputs: [Option<u64>; MAX_SLOTS],
@@ -225,6 +225,8 @@ pub struct CudaBackward<'a> {
     pub output_gradients: [Option<u64>; MAX_SLOTS],
     /// Gradients of the inputs; None where nobody asks.
     pub input_gradients: [Option<u64>; MAX_SLOTS],
+    /// See [`is_fresh`](Self::is_fresh).
+    pub(super) fresh: u32,
     /// Integer inputs.
     pub ids: [u64; 3],
     /// Shapes of all of them.
@@ -237,6 +239,13 @@ impl CudaBackward<'_> {
     /// The value of input `i`, which is always there and declared as read.
     pub fn input(&self, i: usize) -> u64 {
         self.inputs[i].unwrap_or(0)
+    }
+
+    /// Whether the gradient of input `i`, one that the operation
+    /// [overwrites](crate::engine::operation::Kernel::overwrites), is to be written whole: what it holds is
+    /// arbitrary.
+    pub fn is_fresh(&self, i: usize) -> bool {
+        self.fresh >> i & 1 == 1
     }
 
     /// The gradient of output 0 of an operation that has no other with a gradient.
