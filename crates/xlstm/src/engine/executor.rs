@@ -248,18 +248,33 @@ impl<T: Element> Executor<T> {
                 _ => {}
             }
         }
-        let mut input_gradients = [const { None }; MAX_SLOTS];
-        for ((gradient, hold), var) in input_gradients.iter_mut().zip(taken.iter_mut()).zip(&node.inputs) {
-            let Some(var) = var else { continue };
-            let len = self.tape.shape(*var).len();
-            let offset = match self.tape.values[var.index()].source {
-                Source::Parameter { offset, .. } => offset,
-                _ => 0,
-            };
-            if !hold.is_empty() {
-                let first = self.plan.first[i].contains(&var.index());
-                *gradient = Some(Gradient::new(&mut hold[offset..offset + len], first));
+        // Several inputs may be rows of one parameter, which the first of them holds then: parts are
+        // cut off in the order in which they lie.
+        let source = |slot: usize| node.inputs[slot].map(|var| self.tape.values[var.index()].source);
+        let place = |slot: usize| match source(slot) {
+            Some(Source::Parameter { index, offset }) => {
+                let same =
+                    |s: &usize| matches!(source(*s), Some(Source::Parameter { index: i, .. }) if i == index);
+                ((0..slot).find(same).unwrap_or(slot), offset)
             }
+            _ => (slot, 0),
+        };
+        let mut order: [usize; MAX_SLOTS] = std::array::from_fn(|slot| slot);
+        let order = &mut order[..node.inputs.len()];
+        order.sort_unstable_by_key(|&slot| place(slot));
+        let mut input_gradients = [const { None }; MAX_SLOTS];
+        let mut buffers = taken.each_mut().map(|hold| (&mut hold[..], 0));
+        for &slot in &*order {
+            let ((holder, offset), Some(var)) = (place(slot), node.inputs[slot]) else { continue };
+            let (rest, position) = std::mem::take(&mut buffers[holder]);
+            if rest.is_empty() {
+                continue;
+            }
+            let len = self.tape.shape(var).len();
+            let (part, rest) = rest[offset - position..].split_at_mut(len);
+            buffers[holder] = (rest, offset + len);
+            let first = self.plan.first[i].contains(&var.index());
+            input_gradients[slot] = Some(Gradient::new(part, first));
         }
         let reads = node.operation.reads();
         let mut io = Backward {
@@ -291,7 +306,7 @@ impl<T: Element> Executor<T> {
         for gradient in io.input_gradients.iter_mut().filter_map(Option::take) {
             gradient.cleared();
         }
-        for (hold, var) in taken.iter_mut().zip(&node.inputs) {
+        for (hold, var) in taken.iter_mut().zip(&node.inputs).filter(|(hold, _)| !hold.is_empty()) {
             let Some(var) = var else { continue };
             match (self.tape.values[var.index()].source, self.plan.gradient[var.index()]) {
                 (Source::Parameter { index, .. }, _) => gradients[index] = std::mem::take(hold),

@@ -12,7 +12,7 @@ use super::integer_products::{Activations, Rows, activation_space, dots};
 use super::matrix::{MatMut, MatRef, Threads, product};
 use super::narrow::{Bf16, F16, Half, Narrow, Widen};
 use super::operation::scratch;
-use super::quantized::Quantized;
+use super::quantized::{Code, Quantized};
 use super::scalar::Scalar;
 use super::stored::Slice;
 use super::vector::{sum, vectorize};
@@ -27,40 +27,55 @@ const TASK: usize = 1 << 15;
 /// are used.
 const TILE: usize = 1 << 20;
 
-/// y (rows, outer) = x (rows, inner) W^T, or y += with `accumulate`; W is `inner` columns from
-/// `first` of a matrix of `outer` rows and `width` columns.
-#[allow(clippy::too_many_arguments)]
+/// y (rows, outer) = x (rows, inner) W^T, or y += with `accumulate`.
+#[derive(Debug)]
+pub struct Projection<'a, T> {
+    /// (rows, outer).
+    pub y: &'a mut [T],
+    /// (outer, inner), or columns of a wider matrix.
+    pub w: Slice<'a, T>,
+    /// Rows of W.
+    pub outer: usize,
+    /// Whether y is added to.
+    pub accumulate: bool,
+}
+
+/// Computes projections of the same x (rows, inner); their W are `inner` columns from `first` of
+/// matrices of `width` columns.
 pub fn project<T: Scalar>(
-    y: &mut [T],
+    maps: &mut [Projection<'_, T>],
     x: &[T],
-    w: Slice<'_, T>,
-    [rows, inner, outer]: [usize; 3],
+    [rows, inner]: [usize; 2],
     [first, width]: [usize; 2],
-    accumulate: bool,
     space: &mut Vec<T>,
 ) {
-    if rows == 0 || outer == 0 || inner == 0 {
-        if !accumulate {
-            y.fill(T::ZERO);
-        }
+    if rows == 0 || inner == 0 {
+        maps.iter_mut().filter(|map| !map.accumulate).for_each(|map| map.y.fill(T::ZERO));
         return;
     }
     if rows <= FEW {
-        // (outer, rows): what a task writes lies together.
-        let columns = scratch(space, outer * rows + rows * activation_space(inner));
-        let (columns, codes) = columns.split_at_mut(outer * rows);
-        few(columns, x, w, [rows, inner], [first, width], codes);
-        for (n, column) in columns.chunks_exact(rows).enumerate() {
-            for (r, &sum) in column.iter().enumerate() {
-                let y = &mut y[r * outer + n];
-                *y = if accumulate { *y + sum } else { sum };
-            }
+        for alike in maps.chunk_by_mut(|a, b| stored_alike(a.w, b.w)) {
+            few(alike, x, [rows, inner], [first, width], space);
         }
         return;
     }
     let x = MatRef::new(x, rows, inner);
-    let mut y = MatMut::new(y, rows, outer);
-    let w = match w {
+    for map in maps.iter_mut().filter(|map| map.outer > 0) {
+        many(map, x, [rows, inner], [first, width], space);
+    }
+}
+
+/// One projection of many rows.
+fn many<T: Scalar>(
+    map: &mut Projection<'_, T>,
+    x: MatRef<'_, T>,
+    [rows, inner]: [usize; 2],
+    [first, width]: [usize; 2],
+    space: &mut Vec<T>,
+) {
+    let (outer, accumulate) = (map.outer, map.accumulate);
+    let mut y = MatMut::new(map.y, rows, outer);
+    let w = match map.w {
         Slice::Narrow(w) => w,
         Slice::Wide(w) => {
             let w = MatRef::new(w, outer, width).columns_at(first, inner);
@@ -80,48 +95,99 @@ pub fn project<T: Scalar>(
     }
 }
 
-/// columns (outer, rows) = W x^T; `codes` is space for quantised rows of x.
+/// Whether rows of both are multiplied in the same way.
+fn stored_alike<T>(a: Slice<'_, T>, b: Slice<'_, T>) -> bool {
+    match (a, b) {
+        (Slice::Wide(_), Slice::Wide(_)) => true,
+        (Slice::Narrow(Narrow::Half(a, _)), Slice::Narrow(Narrow::Half(b, _))) => a == b,
+        (Slice::Narrow(Narrow::Quantized(a)), Slice::Narrow(Narrow::Quantized(b))) => a.code == b.code,
+        _ => false,
+    }
+}
+
+/// Projections of few rows whose weights are stored alike: one pass over all rows of all W.
 fn few<T: Scalar>(
-    columns: &mut [T],
+    maps: &mut [Projection<'_, T>],
     x: &[T],
-    w: Slice<'_, T>,
     [rows, inner]: [usize; 2],
     [first, width]: [usize; 2],
-    codes: &mut [T],
+    space: &mut Vec<T>,
 ) {
-    let bits = match w {
+    let outer: usize = maps.iter().map(|map| map.outer).sum();
+    // (outer, rows): what a task writes lies together.
+    let space = scratch(space, outer * rows + rows * activation_space(inner));
+    let (columns, codes) = space.split_at_mut(outer * rows);
+    let rounded = match maps[0].w {
+        Slice::Narrow(Narrow::Quantized(w)) => round(x, [rows, inner], w.code, codes),
+        _ => None,
+    };
+    let bits = match maps[0].w {
         Slice::Wide(_) => 8 * size_of::<T>(),
         Slice::Narrow(Narrow::Half(..)) => 16,
         Slice::Narrow(Narrow::Quantized(w)) => 8 / w.code.codes_a_byte(),
     };
     let task = (TASK * 8 / bits / inner).max(1);
-    let tasks = columns.par_chunks_mut(task * rows).enumerate();
-    let start = |i: usize| i * task * width + first;
-    match w {
-        Slice::Wide(w) => tasks.for_each(|(i, y)| {
-            vectorize!(|| dense::<T, Same>(y, x, &w[start(i)..], [rows, inner, width]));
-        }),
-        Slice::Narrow(Narrow::Half(Half::Bf16, w)) => tasks.for_each(|(i, y)| {
-            vectorize!(|| dense::<T, Bf16>(y, x, &w[start(i)..], [rows, inner, width]));
-        }),
-        Slice::Narrow(Narrow::Half(Half::F16, w)) => tasks.for_each(|(i, y)| {
-            vectorize!(|| dense::<T, F16>(y, x, &w[start(i)..], [rows, inner, width]));
-        }),
-        Slice::Narrow(Narrow::Quantized(w)) => {
-            let single =
-                (bytemuck::try_cast_slice::<T, f32>(x), bytemuck::try_cast_slice_mut::<T, f32>(codes));
-            let (Ok(x), Ok(codes), 4) = (single.0, single.1, size_of::<T>()) else {
-                return tasks.for_each(|(i, y)| widened(y, x, w, start(i), [rows, inner, width]));
-            };
-            let space = codes.chunks_exact_mut(activation_space(inner));
-            let mut x = x.chunks_exact(inner).zip(space).map(|(x, space)| Activations::new(x, w.code, space));
-            let nothing = Activations::default();
-            let x: [Activations; FEW] = std::array::from_fn(|_| x.next().unwrap_or(nothing));
-            tasks.for_each(|(i, y)| {
-                let w = Rows { weights: w, first: start(i), stride: width };
-                coded(bytemuck::cast_slice_mut(y), &x[..rows], w);
-            });
+    columns.par_chunks_mut(task * rows).enumerate().for_each(|(i, mut columns)| {
+        let mut start = i * task;
+        for map in &*maps {
+            let count = map.outer.saturating_sub(start).min(columns.len() / rows);
+            let (now, later) = columns.split_at_mut(count * rows);
+            if count > 0 {
+                let rounded = rounded.as_ref().map(|x| &x[..rows]);
+                some_rows(now, x, rounded, map.w, start * width + first, [rows, inner, width]);
+            }
+            (columns, start) = (later, start.saturating_sub(map.outer));
         }
+    });
+    let mut columns = columns.chunks_exact(rows);
+    for map in maps {
+        for (n, column) in columns.by_ref().take(map.outer).enumerate() {
+            for (r, &sum) in column.iter().enumerate() {
+                let y = &mut map.y[r * map.outer + n];
+                *y = if map.accumulate { *y + sum } else { sum };
+            }
+        }
+    }
+}
+
+/// Rows of x as products in integers take them; None for f64, which rounds nothing.
+fn round<'a, T: Scalar>(
+    x: &[T],
+    [rows, inner]: [usize; 2],
+    code: Code,
+    space: &'a mut [T],
+) -> Option<[Activations<'a>; FEW]> {
+    let x = bytemuck::try_cast_slice::<T, f32>(x).ok().filter(|x| x.len() == rows * inner)?;
+    let space = bytemuck::try_cast_slice_mut::<T, f32>(space).ok()?;
+    let spaces = space.chunks_exact_mut(activation_space(inner));
+    let mut rounded = x.chunks_exact(inner).zip(spaces).map(|(x, space)| Activations::new(x, code, space));
+    let nothing = Activations::default();
+    Some(std::array::from_fn(|_| rounded.next().unwrap_or(nothing)))
+}
+
+/// columns (count, rows) = W x^T for as many rows of W, from element `start`, as there is room for.
+fn some_rows<T: Scalar>(
+    columns: &mut [T],
+    x: &[T],
+    rounded: Option<&[Activations<'_>]>,
+    w: Slice<'_, T>,
+    start: usize,
+    [rows, inner, width]: [usize; 3],
+) {
+    let size = [rows, inner, width];
+    match (w, rounded) {
+        (Slice::Wide(w), _) => vectorize!(|| dense::<T, Same>(columns, x, &w[start..], size)),
+        (Slice::Narrow(Narrow::Half(Half::Bf16, w)), _) => {
+            vectorize!(|| dense::<T, Bf16>(columns, x, &w[start..], size));
+        }
+        (Slice::Narrow(Narrow::Half(Half::F16, w)), _) => {
+            vectorize!(|| dense::<T, F16>(columns, x, &w[start..], size));
+        }
+        (Slice::Narrow(Narrow::Quantized(w)), Some(x)) => {
+            let w = Rows { weights: w, first: start, stride: width };
+            coded(bytemuck::cast_slice_mut(columns), x, w);
+        }
+        (Slice::Narrow(Narrow::Quantized(w)), None) => widened(columns, x, w, start, size),
     }
 }
 
@@ -228,7 +294,7 @@ mod tests {
     use super::*;
     use crate::engine::narrow::to_f16;
     use crate::engine::precision::to_bf16;
-    use crate::engine::quantized::{Code, GROUP, quantize};
+    use crate::engine::quantized::{GROUP, quantize};
 
     fn number(i: usize, seed: usize) -> f32 {
         ((i * 37 + seed * 11) % 193) as f32 / 97.0 - 1.0
@@ -309,12 +375,14 @@ mod tests {
                         let wide = case.values(outer * width);
                         let x: Vec<f32> = (0..rows * inner).map(|i| number(i, 2)).collect();
                         let start: Vec<f32> = (0..rows * outer).map(|i| number(i, 3)).collect();
-                        let (size, columns) = ([rows, inner, outer], [first, width]);
+                        let (size, columns) = ([rows, inner], [first, width]);
                         let mut y = start.clone();
-                        project(&mut y, &x, case.single(), size, columns, accumulate, &mut vec![f32::NAN; 7]);
+                        let map = Projection { y: &mut y, w: case.single(), outer, accumulate };
+                        project(&mut [map], &x, size, columns, &mut vec![f32::NAN; 7]);
                         let x64: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
                         let mut y64: Vec<f64> = start.iter().map(|x| f64::from(*x)).collect();
-                        project(&mut y64, &x64, case.double(), size, columns, accumulate, &mut Vec::new());
+                        let map = Projection { y: &mut y64, w: case.double(), outer, accumulate };
+                        project(&mut [map], &x64, size, columns, &mut Vec::new());
                         for (i, (got, got64)) in y.iter().zip(y64).enumerate() {
                             let (r, n) = (i / outer, i % outer);
                             let w = |k: usize| wide[n * width + first + k];
@@ -337,6 +405,40 @@ mod tests {
         }
     }
 
+    /// Several projections of one x give the bits of one after the other, however their weights are
+    /// stored and wherever the tasks are cut.
+    #[test]
+    fn projections_together_are_projections_alone() {
+        let inner = 96;
+        let outers = [5, 400, 1, 130, 0, 33, 257];
+        for rows in [1, 3, 8, 12] {
+            let x: Vec<f32> = (0..rows * inner).map(|i| number(i, 4)).collect();
+            let cases: Vec<Vec<Case>> = outers.iter().map(|outer| Case::all(outer * inner)).collect();
+            // The first three weights alike, then each another.
+            let stored = |i: usize| if i < 3 { &cases[i][4] } else { &cases[i][i % 5] };
+            let start = |i: usize| vec![0.25_f32; rows * outers[i]];
+            let mut together: Vec<Vec<f32>> = (0..outers.len()).map(start).collect();
+            let mut maps: Vec<_> = (together.iter_mut().enumerate())
+                .map(|(i, y)| {
+                    let accumulate = i % 2 == 1;
+                    Projection { y, w: stored(i).single(), outer: outers[i], accumulate }
+                })
+                .collect();
+            project(&mut maps, &x, [rows, inner], [0, inner], &mut Vec::new());
+            for (i, together) in together.iter().enumerate() {
+                let mut alone = start(i);
+                let map = Projection {
+                    y: &mut alone,
+                    w: stored(i).single(),
+                    outer: outers[i],
+                    accumulate: i % 2 == 1,
+                };
+                project(&mut [map], &x, [rows, inner], [0, inner], &mut Vec::new());
+                assert_eq!(*together, alone, "{rows} rows, projection {i}");
+            }
+        }
+    }
+
     #[test]
     fn many_tiles_are_one_product() {
         // More elements than a tile holds, and a last tile that is smaller.
@@ -347,7 +449,8 @@ mod tests {
         let x: Vec<f64> = (0..rows * inner).map(|i| ((i * 31) % 101) as f64 / 50.0 - 1.0).collect();
         let run = |rows: usize| {
             let mut y = vec![f64::NAN; rows * outer];
-            project(&mut y, &x[..rows * inner], w, [rows, inner, outer], [0, inner], false, &mut Vec::new());
+            let map = Projection { y: &mut y, w, outer, accumulate: false };
+            project(&mut [map], &x[..rows * inner], [rows, inner], [0, inner], &mut Vec::new());
             y
         };
         for (many, few) in run(rows).chunks(outer).zip(run(8).chunks(outer)) {

@@ -144,7 +144,8 @@ impl Tape {
     /// Records an operation; returns its outputs, the saved ones included.
     ///
     /// # Errors
-    /// When the operation rejects the shapes of its inputs, or is given one of them twice.
+    /// When the operation rejects the shapes of its inputs, or is given one of them twice; different
+    /// rows of one parameter are different inputs.
     pub fn record(
         &mut self,
         operation: impl Operation + 'static,
@@ -193,9 +194,12 @@ impl Tape {
     }
 
     fn same_gradient(&self, a: Var, b: Var) -> bool {
-        match (self.values[a.index()].source, self.values[b.index()].source) {
-            (Source::Parameter { index: a, .. }, Source::Parameter { index: b, .. }) => a == b,
-            _ => a == b,
+        let [a, b] = [a, b].map(|var| (var, &self.values[var.index()]));
+        match (a.1.source, b.1.source) {
+            (Source::Parameter { index: p, offset: x }, Source::Parameter { index: q, offset: y }) => {
+                p == q && x < y + b.1.shape.len() && y < x + a.1.shape.len()
+            }
+            _ => a.0 == b.0,
         }
     }
 

@@ -6,7 +6,7 @@ use super::parameters::{Builder, Init, Parameter};
 use crate::engine::{Tape, Var};
 use crate::error::Result;
 use crate::ops::activation::{Activation, gated};
-use crate::ops::linear::linear;
+use crate::ops::linear::{linear, linears};
 
 /// The layer's parameters and options.
 #[derive(Debug)]
@@ -40,13 +40,11 @@ impl FeedForward {
     /// # Errors
     /// When shapes do not fit.
     pub fn forward(&self, tape: &mut Tape, x: Var, context: &mut Context) -> Result<Var> {
-        let half = |tape: &mut Tape, first: usize| {
+        let halves = [0, self.width].map(|first| {
             let bias = self.proj_up.1.map(|b| b.rows(tape, first, self.width));
-            let weight = self.proj_up.0.rows(tape, first, self.width);
-            linear(tape, x, weight, bias)
-        };
-        let gate = half(tape, 0)?;
-        let up = half(tape, self.width)?;
+            (self.proj_up.0.rows(tape, first, self.width), bias)
+        });
+        let [gate, up] = linears(tape, x, halves)?;
         let product = gated(tape, gate, up, self.activation)?;
         let (weight, bias) = (self.proj_down.0.var(tape), self.proj_down.1.map(|b| b.var(tape)));
         let y = linear(tape, product, weight, bias)?;

@@ -17,7 +17,7 @@ use crate::error::Result;
 use crate::ops::causal_conv::causal_conv;
 use crate::ops::concat_linear::concat_linear;
 use crate::ops::headwise::headwise;
-use crate::ops::linear::linear;
+use crate::ops::linear::{linear, linears};
 use crate::ops::norm::{Norm, NormKind, norm};
 use crate::ops::skip_gate::skip_gate;
 
@@ -122,13 +122,11 @@ impl MlstmLayer {
         state: Option<&[Var]>,
         context: &mut Context,
     ) -> Result<(Var, Vec<Var>)> {
-        let half = |tape: &mut Tape, first: usize| {
+        let halves = [0, self.inner].map(|first| {
             let bias = self.proj_up.1.map(|b| b.rows(tape, first, self.inner));
-            let weight = self.proj_up.0.rows(tape, first, self.inner);
-            linear(tape, x, weight, bias)
-        };
-        let a = half(tape, 0)?;
-        let z = half(tape, self.inner)?;
+            (self.proj_up.0.rows(tape, first, self.inner), bias)
+        });
+        let [a, z] = linears(tape, x, halves)?;
         let (weight, bias) = (self.conv.0.var(tape), self.conv.1.var(tape));
         let (c, window) = causal_conv(tape, a, weight, Some(bias), state.map(|s| s[3]), context.marks, true)?;
         let project = |tape: &mut Tape, x: Var, (weight, bias): (Parameter, Option<Parameter>)| {

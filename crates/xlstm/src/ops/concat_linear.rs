@@ -13,7 +13,7 @@ use crate::engine::matrix::{MatMut, MatRef, Threads, product};
 use crate::engine::operation::{Backward, Forward, Kernel, Slots, scratch};
 #[cfg(feature = "cuda")]
 use crate::engine::operation::{MAX_SLOTS, NodeShapes};
-use crate::engine::projection::project;
+use crate::engine::projection::{Projection, project};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{add_to, axpy, vectorize};
 use crate::engine::{Scalar, Shape, Storable};
@@ -122,7 +122,8 @@ impl Kernel for ConcatLinear {
                 continue;
             }
             let w = io.weight(self.parts);
-            project(y, x, w, [rows, width, outer], [first, total], true, io.scratch);
+            let map = Projection { y: &mut *y, w, outer, accumulate: true };
+            project(&mut [map], x, [rows, width], [first, total], io.scratch);
             first += width;
         }
     }

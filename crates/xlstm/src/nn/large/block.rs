@@ -21,7 +21,7 @@ use crate::nn::parameters::{Builder, Init, Parameter};
 use crate::ops::activation::{Activation, gated};
 use crate::ops::add::add;
 use crate::ops::concat_linear::concat_linear;
-use crate::ops::linear::linear;
+use crate::ops::linear::linears;
 use crate::ops::norm::{Norm, NormKind, norm};
 use crate::ops::soft_cap::{Capped, soft_cap};
 
@@ -69,17 +69,12 @@ impl Projection {
         let weight = self.weight.rows(tape, self.first, self.rows);
         (weight, self.bias.map(|bias| bias.rows(tape, self.first, self.rows)))
     }
+}
 
-    fn forward(&self, tape: &mut Tape, x: Var) -> Result<Var> {
-        let (weight, bias) = self.vars(tape);
-        linear(tape, x, weight, bias)
-    }
-
-    /// The same for gates, whose results a GPU keeps in f32.
-    fn gate(&self, tape: &mut Tape, x: Var) -> Result<Var> {
-        let (weight, bias) = self.vars(tape);
-        concat_linear(tape, &[x], weight, bias)
-    }
+/// The projections of x.
+fn forward<const N: usize>(projections: &[Projection; N], tape: &mut Tape, x: Var) -> Result<[Var; N]> {
+    let maps = projections.map(|projection| projection.vars(tape));
+    linears(tape, x, maps)
 }
 
 /// How the weights and biases of one projection start.
@@ -243,14 +238,12 @@ impl LargeBlock {
         context: &mut Context,
     ) -> Result<(Var, Vec<Var>)> {
         let u = self.norm_mlstm.forward(tape, x)?;
-        let mut four = [u; 4];
-        for (value, projection) in four.iter_mut().zip(&self.qkvo) {
-            *value = projection.forward(tape, u)?;
-        }
-        let [q, k, v, o] = four;
+        let [q, k, v, o] = forward(&self.qkvo, tape, u)?;
         let mut gates = [u; 2];
+        // A GPU keeps the results of this operation in f32.
         for (value, projection) in gates.iter_mut().zip(&self.gates) {
-            *value = projection.gate(tape, u)?;
+            let (weight, bias) = projection.vars(tape);
+            *value = concat_linear(tape, &[u], weight, bias)?;
             if let Some(cap) = self.gate_soft_cap {
                 *value = soft_cap(tape, *value, cap, Capped::Gates)?;
             }
@@ -259,13 +252,13 @@ impl LargeBlock {
         let (h, after) = mlstm(tape, &self.cell, q, k, v, gates.into(), before, context.marks)?;
         let h = self.multihead_norm.forward(tape, h)?;
         let h = gated(tape, o, h, Activation::Sigmoid)?;
-        let y = self.out_proj.forward(tape, h)?;
+        let [y] = forward(&[self.out_proj], tape, h)?;
         let x = add(tape, x, y)?;
 
         let u = self.norm_ffn.forward(tape, x)?;
-        let (gate, up) = (self.up[0].forward(tape, u)?, self.up[1].forward(tape, u)?);
+        let [gate, up] = forward(&self.up, tape, u)?;
         let product = gated(tape, gate, up, Activation::Swish)?;
-        let y = self.down.forward(tape, product)?;
+        let [y] = forward(&[self.down], tape, product)?;
         Ok((add(tape, x, y)?, vec![after.c, after.n, after.m]))
     }
 }

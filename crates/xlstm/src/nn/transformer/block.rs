@@ -17,7 +17,7 @@ use crate::nn::parameters::{Builder, Init, Parameter};
 use crate::ops::activation::{Activation, activated};
 use crate::ops::add::add;
 use crate::ops::attention::attention;
-use crate::ops::linear::linear;
+use crate::ops::linear::{linear, linears};
 use crate::ops::norm::{Norm, NormKind, norm};
 use crate::ops::positions::Places;
 use crate::ops::rotary::rotary;
@@ -68,11 +68,13 @@ impl Projection {
         })
     }
 
-    /// `count` of the outputs from `first`.
-    fn rows(&self, tape: &mut Tape, x: Var, first: usize, count: usize) -> Result<Var> {
-        let weight = self.weight.rows(tape, first, count);
-        let bias = self.bias.map(|bias| bias.rows(tape, first, count));
-        linear(tape, x, weight, bias)
+    /// N equal parts of the outputs.
+    fn parts<const N: usize>(&self, tape: &mut Tape, x: Var, count: usize) -> Result<[Var; N]> {
+        let parts = std::array::from_fn(|part| {
+            let bias = self.bias.map(|bias| bias.rows(tape, part * count, count));
+            (self.weight.rows(tape, part * count, count), bias)
+        });
+        linears(tape, x, parts)
     }
 
     fn forward(&self, tape: &mut Tape, x: Var) -> Result<Var> {
@@ -156,11 +158,7 @@ impl TransformerBlock {
         context: &mut Context,
     ) -> Result<(Var, Vec<Var>)> {
         let u = self.ln_1.forward(tape, x)?;
-        let mut qkv = [u; 3];
-        for (i, value) in qkv.iter_mut().enumerate() {
-            *value = self.c_attn.rows(tape, u, i * self.dim, self.dim)?;
-        }
-        let [mut q, mut k, v] = qkv;
+        let [mut q, mut k, v] = self.c_attn.parts(tape, u, self.dim)?;
         if let Some(angles) = shared.angles {
             (q, k) = (rotary(tape, q, angles)?, rotary(tape, k, angles)?);
         }
