@@ -137,6 +137,11 @@ impl Kernel for Linear {
     }
 
     #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0], &[])
+    }
+
+    #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let (rows, inner) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
         for map in 0..self.maps {
@@ -164,6 +169,7 @@ impl Kernel for Linear {
             let Some(gradient) = io.output_gradients[map] else { continue };
             let outer = io.shapes.outputs[map].last();
             let dy = Operand::new(gradient, outer);
+            let first = io.output_gradients[..map].iter().all(Option::is_none);
             if let Some(dx) = io.input_gradients[0] {
                 io.queue.product(&Product {
                     size: [rows, inner, outer],
@@ -171,7 +177,7 @@ impl Kernel for Linear {
                     b: Operand::new(io.input(weight_of(map)), inner),
                     c: Operand::new(dx, inner),
                     batch: 1,
-                    accumulate: true,
+                    accumulate: !(first && io.is_fresh(0)),
                 })?;
             }
             if let Some(dw) = io.input_gradients[weight_of(map)] {

@@ -163,8 +163,7 @@ __device__ __forceinline__ void row_backward(GRADIENTS, SHAPE, int fresh) {
                     open.x[j] = d[c].x[j] * normed * value * (1.0f - value);
                     d[c].x[j] *= value;
                 }
-                if (dgate && (fresh & 4)) store_wide(dgate + start + column, open, WIDE);
-                else if (dgate) add_wide(dgate + start + column, open, WIDE);
+                if (dgate) give_wide(dgate + start + column, open, WIDE, fresh & 4);
             }
             EACH_WIDE(j) {
                 float g = d[c].x[j] * (scale.x[j] + offset);
@@ -187,10 +186,8 @@ __device__ __forceinline__ void row_backward(GRADIENTS, SHAPE, int fresh) {
                 float g = d[c].x[j] * (scale.x[j] + offset);
                 d[c].x[j] = fmaf(inverse[c], g - g_mean - n[c].x[j] * gn_mean, more.x[j]);
             }
-            if (dx && (fresh & 1)) store_wide(dx + start + column, d[c], WIDE);
-            else if (dx) add_wide(dx + start + column, d[c], WIDE);
-            if (dadded && (fresh & 2)) store_wide(dadded + start + column, d[c], WIDE);
-            else if (dadded) add_wide(dadded + start + column, d[c], WIDE);
+            if (dx) give_wide(dx + start + column, d[c], WIDE, fresh & 1);
+            if (dadded) give_wide(dadded + start + column, d[c], WIDE, fresh & 2);
         }
     }
     long long tile = (long long)blockIdx.x * width;
@@ -307,8 +304,7 @@ extern "C" __global__ void __launch_bounds__(256) norm_backward(GRADIENTS, SHAPE
                 open.x[j] = d.x[j] * normed * value * (1.0f - value);
                 d.x[j] *= value;
             }
-            if (dgate && (fresh & 4)) store_wide(dgate + start + i, open, count);
-            else if (dgate) add_wide(dgate + start + i, open, count);
+            if (dgate) give_wide(dgate + start + i, open, count, fresh & 4);
         }
         // Beyond the end, dy is zero.
         EACH_WIDE(j) {
@@ -332,10 +328,8 @@ extern "C" __global__ void __launch_bounds__(256) norm_backward(GRADIENTS, SHAPE
             float normal = (n.x[j] - mean) * inverse;
             d.x[j] = fmaf(inverse, d.x[j] * (scale.x[j] + offset) - g_sum - normal * gn_sum, more.x[j]);
         }
-        if (dx && (fresh & 1)) store_wide(dx + start + i, d, count);
-        else if (dx) add_wide(dx + start + i, d, count);
-        if (dadded && (fresh & 2)) store_wide(dadded + start + i, d, count);
-        else if (dadded) add_wide(dadded + start + i, d, count);
+        if (dx) give_wide(dx + start + i, d, count, fresh & 1);
+        if (dadded) give_wide(dadded + start + i, d, count, fresh & 2);
     }
 }
 

@@ -88,6 +88,11 @@ impl Kernel for SoftCap {
     }
 
     #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0], &[])
+    }
+
+    #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let n = io.shapes.outputs[0].len();
         let name = match self.what {
@@ -105,7 +110,8 @@ impl Kernel for SoftCap {
             Capped::Gates => "soft_cap_backward_full",
         };
         let Some(dx) = io.input_gradients[0] else { return Ok(()) };
-        let arguments = arguments![io.gradient(), io.outputs[0], dx, n as u64, self.cap];
+        let fresh = u32::from(io.is_fresh(0));
+        let arguments = arguments![io.gradient(), io.outputs[0], dx, n as u64, self.cap, fresh];
         io.queue.launch_wide(&SOURCE, name, n, arguments)
     }
 }

@@ -80,6 +80,12 @@ template <class T> __device__ __forceinline__ void add_wide(T *p, const Wide &wi
     store_wide(p, sum, count);
 }
 
+/// p = wide where it is fresh, else p += wide.
+template <class T> __device__ __forceinline__ void give_wide(T *p, const Wide &wide, int count, bool fresh) {
+    if (fresh) store_wide(p, wide, count);
+    else add_wide(p, wide, count);
+}
+
 /// Of n elements, the first that this thread takes; `count` of them, 0 or less for none.
 __device__ __forceinline__ long long my_elements(long long n, int *count) {
     long long first = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDE;
