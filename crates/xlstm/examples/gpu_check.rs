@@ -14,17 +14,17 @@ use xlstm::ops::activation::{Activation, activated, gated};
 use xlstm::ops::add::add;
 use xlstm::ops::attention::attention;
 use xlstm::ops::causal_conv::causal_conv;
-use xlstm::ops::concat_linear::concat_linear;
 use xlstm::ops::cross_entropy::cross_entropy;
 use xlstm::ops::dropout::dropout;
 use xlstm::ops::embedding::embedding;
 use xlstm::ops::from_bits::from_bits;
+use xlstm::ops::gates::gates;
 use xlstm::ops::headwise::{headwise, headwise_full};
 use xlstm::ops::last_token::last_token;
 use xlstm::ops::learned_positions::learned_positions;
 use xlstm::ops::linear::linear;
 use xlstm::ops::mean_tokens::mean_tokens;
-use xlstm::ops::norm::{Norm, NormKind, norm};
+use xlstm::ops::norm::{Norm, NormKind, add_norm, gated_norm, norm};
 use xlstm::ops::positions::positions;
 use xlstm::ops::reverse::reverse;
 use xlstm::ops::rotary::{angles, rotary};
@@ -304,19 +304,41 @@ fn operations(table: &mut Table<'_>) {
         [(&[64, 33, 64][..], 4), (&[96, 96, 96], 4), (&[40, 8, 16, 24], 12), (&[600], 8), (&[3, 1, 2], 1)]
     {
         let case = widths.iter().fold(new(), |case, width| case.input(&[2, 70, *width]));
-        let case = case.input(&[outer]).weight(&[outer, widths.iter().sum()]);
+        let shape = [outer, widths.iter().sum()];
+        let case = case.input(&[outer]).input(&[outer]).weight(&shape).weight(&shape);
         let parts = widths.len();
-        table.compare(&format!("concat_linear {widths:?} {outer}"), &case, T, &|t, v, _| {
-            Ok(vec![concat_linear(t, &v[..parts], v[parts + 1], Some(v[parts]))?])
-        });
+        for cap in [None, Some(5.0)] {
+            let capped = if cap.is_some() { " capped" } else { "" };
+            table.compare(&format!("gates {widths:?} {outer}{capped}"), &case, T, &|t, v, _| {
+                let maps = [0, 1].map(|gate| (v[parts + 2 + gate], Some(v[parts + gate])));
+                Ok(gates(t, &v[..parts], maps, cap)?.to_vec())
+            });
+        }
     }
-    for (kind, groups, width) in
-        [(NormKind::Layer, 1, 96), (NormKind::Layer, 4, 256), (NormKind::RootMeanSquare, 3, 33)]
-    {
+    for (kind, groups, width) in [
+        (NormKind::Layer, 1, 96),
+        (NormKind::Layer, 4, 256),
+        (NormKind::RootMeanSquare, 1, 640),
+        (NormKind::Layer, 6, 768),
+        (NormKind::Layer, 2, 1024),
+        (NormKind::RootMeanSquare, 3, 33),
+        (NormKind::RootMeanSquare, 1, 1536),
+    ] {
         let options = Norm { kind, groups, eps: 1e-5, unit_offset: groups != 3 };
         let case = new().between(&[3, 67, width], -1.0, 3.0).input(&[width]).input(&[width]);
-        table.compare(&format!("norm {kind:?} {groups}"), &case, T, &|t, v, _| {
+        table.compare(&format!("norm {kind:?} {groups} of {width}"), &case, T, &|t, v, _| {
             Ok(vec![norm(t, v[0], v[1], None, options)?, norm(t, v[0], v[1], Some(v[2]), options)?])
+        });
+        let shape = [3, 67, width];
+        let case = new().between(&shape, -1.0, 3.0).input(&shape).input(&[width]).input(&[width]);
+        table.compare(&format!("add_norm {kind:?} {groups} of {width}"), &case, T, &|t, v, _| {
+            let (s, y) = add_norm(t, [v[0], v[1]], v[2], Some(v[3]), options)?;
+            let (sum, z) = add_norm(t, [s, v[1]], v[2], None, options)?;
+            Ok(vec![y, sum, z])
+        });
+        table.compare(&format!("gated_norm {kind:?} {groups} of {width}"), &case, T, &|t, v, _| {
+            let y = gated_norm(t, v[0], v[1], v[2], Some(v[3]), options)?;
+            Ok(vec![y, gated_norm(t, v[0], v[1], v[2], None, options)?])
         });
     }
     for (cap, what) in [(15.0, Capped::Gates), (0.5, Capped::Activations)] {

@@ -1,11 +1,11 @@
 //! The residual blocks: x + layer(norm(x)), and after an sLSTM layer x + ffn(norm(x)).
 
-use super::{Context, Residual};
 use super::config::{BlockKind, ModelConfig};
 use super::feed_forward::FeedForward;
 use super::mlstm_layer::MlstmLayer;
 use super::parameters::{Builder, Init, Parameter};
 use super::slstm_layer::SlstmLayer;
+use super::{Context, Residual};
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
 use crate::ops::norm::{Norm, NormKind};

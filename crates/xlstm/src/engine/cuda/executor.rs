@@ -553,7 +553,7 @@ mod tests {
     use super::*;
     use crate::engine::Mode;
     use crate::ops::add::add;
-    use crate::ops::concat_linear::concat_linear;
+    use crate::ops::gates::gates;
     use crate::ops::linear::linear;
 
     #[test]
@@ -562,8 +562,8 @@ mod tests {
         let (x, unread) = (tape.input([6, 8]), tape.input([3]));
         let weight = tape.parameter(0, 0, [8, 8].into());
         let y = linear(&mut tape, x, weight, None)?;
-        let weight = tape.parameter(1, 0, [4, 16].into());
-        let gate = concat_linear(&mut tape, &[x, y], weight, None)?;
+        let maps = [1, 2].map(|index| (tape.parameter(index, 0, [4, 16].into()), None));
+        let [gate, _] = gates(&mut tape, &[x, y], maps, None)?;
         let found = types(&tape, Precision::Bf16)?;
         let of = |var: Var| found[var.index()];
         assert_eq!([x, y].map(of), [Precision::Bf16; 2]);

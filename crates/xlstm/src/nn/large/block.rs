@@ -15,14 +15,13 @@ use crate::cell::mlstm::{Form, MlstmConfig, MlstmState, mlstm};
 use crate::cell::{ForgetGate, InputGate};
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
-use crate::nn::{Context, Residual};
 use crate::nn::config::ModelConfig;
 use crate::nn::parameters::{Builder, Init, Parameter};
+use crate::nn::{Context, Residual};
 use crate::ops::activation::{Activation, gated};
-use crate::ops::concat_linear::concat_linear;
+use crate::ops::gates::gates;
 use crate::ops::linear::linears;
 use crate::ops::norm::{Norm, NormKind, gated_norm};
-use crate::ops::soft_cap::{Capped, soft_cap};
 
 /// A norm's weight and, with `use_bias`, its bias.
 #[derive(Debug, Clone, Copy)]
@@ -245,15 +244,8 @@ impl LargeBlock {
     ) -> Result<(Residual, Vec<Var>)> {
         let (x, u) = self.norm_mlstm.forward(tape, x)?;
         let [q, k, v, o] = forward(&self.qkvo, tape, u)?;
-        let mut gates = [u; 2];
-        // A GPU keeps the results of this operation in f32.
-        for (value, projection) in gates.iter_mut().zip(&self.gates) {
-            let (weight, bias) = projection.vars(tape);
-            *value = concat_linear(tape, &[u], weight, bias)?;
-            if let Some(cap) = self.gate_soft_cap {
-                *value = soft_cap(tape, *value, cap, Capped::Gates)?;
-            }
-        }
+        let maps = self.gates.map(|gate| gate.vars(tape));
+        let gates = gates(tape, &[u], maps, self.gate_soft_cap)?;
         let before = state.map(|s| MlstmState { c: s[0], n: s[1], m: s[2] });
         let (h, after) = mlstm(tape, &self.cell, q, k, v, gates.into(), before, context.marks)?;
         let h = self.multihead_norm.gated(tape, h, o)?;

@@ -11,9 +11,9 @@
 use super::GPT_DEVIATION;
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
-use crate::nn::{Context, Residual};
 use crate::nn::config::ModelConfig;
 use crate::nn::parameters::{Builder, Init, Parameter};
+use crate::nn::{Context, Residual};
 use crate::ops::activation::{Activation, activated};
 use crate::ops::attention::attention;
 use crate::ops::linear::{linear, linears};
