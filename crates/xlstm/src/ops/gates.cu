@@ -182,9 +182,11 @@ __device__ __forceinline__ void weights_of(GIVEN, const float *dz, float *parts,
 }
 
 /// dW_g and db_g += the sums of parts over the tiles: 32 threads a column take every 32nd tile, and their sums
-/// are added in order. Null gradients are not asked for. grid (ceil(2 heads (total + 1) / 32)), block (32, 32).
+/// are added in order. Null gradients are not asked for, and those of dW_0, dW_1, db_0, db_1 whose bit `fresh` has
+/// are written, not added to. grid (ceil(2 heads (total + 1) / 32)), block (32, 32).
 extern "C" __global__ void __launch_bounds__(1024) gates_sums(
-    const float *parts, float *dw0, float *dw1, float *db0, float *db1, int tiles, int heads, int total
+    const float *parts, float *dw0, float *dw1, float *db0, float *db1, int tiles, int heads, int total,
+    int fresh
 ) {
     __shared__ float partial[32][33];
     int width = 2 * heads * (total + 1), place = blockIdx.x * 32 + threadIdx.x;
@@ -201,14 +203,15 @@ extern "C" __global__ void __launch_bounds__(1024) gates_sums(
     float *to = column == total ? (second ? db1 : db0) : (second ? dw1 : dw0);
     if (!to) return;
     to += column == total ? o % heads : (long long)(o % heads) * total + column;
-    *to += sum;
+    int bit = (column == total ? 2 : 0) + (second ? 1 : 0);
+    *to = fresh >> bit & 1 ? sum : *to + sum;
 }
 
 /// forward: grid (ceil(rows / 32), ceil(2 heads / OUTPUTS)), block 256. inputs: grid (ceil(width / 1024),
 /// ceil(rows / (4 TOGETHER))), block 128, once for each part and each OUTPUTS outputs. weights: grid
 /// (ceil(total / 1024), tiles, ceil(2 heads / OUTPUTS)), block 128.
 #define GATE_KERNELS(OUTPUTS) \
-    extern "C" __global__ void __launch_bounds__(256) gates_forward_##OUTPUTS( \
+    extern "C" __global__ void __launch_bounds__(256, 1) gates_forward_##OUTPUTS( \
         GIVEN, const element_t *first, const element_t *second, const float *b0, const float *b1, float *y0, \
         float *y1, int rows, int heads, float cap \
     ) { \

@@ -271,7 +271,7 @@ impl Kernel for Gates {
 
     #[cfg(feature = "cuda")]
     fn overwrites(&self) -> Slots {
-        Slots { inputs: (1 << self.parts) - 1, outputs: 0 }
+        Slots { inputs: (1 << (self.parts + 4)) - 1, outputs: 0 }
     }
 
     #[cfg(feature = "cuda")]
@@ -323,7 +323,9 @@ impl Kernel for Gates {
         let arguments = arguments![x0, x1, x2, x3, w0, w1, w2, w3, dz, parts, rows, heads];
         let grid = [total.div_ceil(1024), tiles, (2 * heads).div_ceil(outputs)];
         io.queue.launch(&SOURCE, sums, grid, 128, arguments)?;
-        let arguments = arguments![parts, dw0, dw1, db0, db1, tiles, heads, total];
+        let slots = [self.weight(0), self.weight(1), self.bias(0), self.bias(1)];
+        let fresh: u32 = (0..).zip(slots).map(|(bit, slot)| u32::from(io.is_fresh(slot)) << bit).sum();
+        let arguments = arguments![parts, dw0, dw1, db0, db1, tiles, heads, total, fresh];
         io.queue.launch_square(&SOURCE, "gates_sums", [each.div_ceil(32), 1, 1], [32, 32], arguments)
     }
 }

@@ -138,7 +138,7 @@ impl Kernel for Linear {
 
     #[cfg(feature = "cuda")]
     fn overwrites(&self) -> Slots {
-        Slots::of(&[0], &[])
+        Slots { inputs: (1 << weight_of(self.maps)) - 1, outputs: 0 }
     }
 
     #[cfg(feature = "cuda")]
@@ -166,8 +166,11 @@ impl Kernel for Linear {
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let (rows, inner) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
         for map in 0..self.maps {
-            let Some(gradient) = io.output_gradients[map] else { continue };
             let outer = io.shapes.outputs[map].last();
+            let Some(gradient) = io.output_gradients[map] else {
+                self.clear_fresh(io, map, [outer, inner])?;
+                continue;
+            };
             let dy = Operand::new(gradient, outer);
             let first = io.output_gradients[..map].iter().all(Option::is_none);
             if let Some(dx) = io.input_gradients[0] {
@@ -187,11 +190,25 @@ impl Kernel for Linear {
                     b: Operand::new(io.input(0), inner),
                     c: Operand::new(dw, inner).full(),
                     batch: 1,
-                    accumulate: true,
+                    accumulate: !io.is_fresh(weight_of(map)),
                 })?;
             }
             if let Some(db) = io.input_gradients[bias_of(map)] {
-                io.queue.add_rows(gradient, false, rows, outer, db)?;
+                let fresh = io.is_fresh(bias_of(map));
+                io.queue.give_rows(gradient, false, [rows, outer], (db, fresh))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Linear {
+    /// The parameters' gradients of a map that nobody reads.
+    fn clear_fresh(&self, io: &CudaBackward<'_>, map: usize, [outer, inner]: [usize; 2]) -> Result<()> {
+        for (slot, n) in [(weight_of(map), outer * inner), (bias_of(map), outer)] {
+            if let Some(gradient) = io.input_gradients[slot].filter(|_| io.is_fresh(slot)) {
+                io.queue.zero(gradient, n)?;
             }
         }
         Ok(())

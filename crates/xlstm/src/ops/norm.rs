@@ -293,7 +293,7 @@ impl Kernel for Normed {
 
     #[cfg(feature = "cuda")]
     fn overwrites(&self) -> Slots {
-        Slots::of(&[0, ADDED, GATE], &[])
+        Slots::of(&[0, 1, 2, ADDED, GATE], &[])
     }
 
     #[cfg(feature = "cuda")]
@@ -383,9 +383,9 @@ impl Kernel for Normed {
                 }
             }
         }
-        for (parts, sums) in [(Some(parts), dw), (bias_parts, db)] {
+        for (parts, sums, slot) in [(Some(parts), dw, 1), (bias_parts, db, 2)] {
             if let (Some(parts), Some(sums)) = (parts, sums) {
-                io.queue.add_parts(parts, tiles, width, sums)?;
+                io.queue.give_parts(parts, tiles, width, (sums, io.is_fresh(slot)))?;
             }
         }
         Ok(())

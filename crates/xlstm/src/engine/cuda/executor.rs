@@ -38,6 +38,9 @@ pub struct CudaExecutor {
     /// The forward pass, with the parameters that it was captured over.
     graph: Graph,
     captured_over: (u64, Option<u64>),
+    /// The inputs of each node whose gradients, of parameters, nothing has reached before it in backward
+    /// and which it can write whole; and those parameters, first elements and numbers of elements.
+    written: (Vec<u32>, Vec<(usize, usize, usize)>),
     notes: Notes,
     queue: Queue,
 }
@@ -72,6 +75,7 @@ impl CudaExecutor {
                 _ => ends.push((i, i)),
             }
         }
+        let written = written(&tape, &plan);
         Ok(CudaExecutor {
             arena: Buffer::zeros(gpu, bytes)?,
             ids: Buffer::zeros(gpu, ids_bytes)?,
@@ -85,6 +89,7 @@ impl CudaExecutor {
             are_uploaded: true,
             graph: Graph::default(),
             captured_over: (0, None),
+            written,
             notes: Notes { flags: Buffer::zeros(gpu, ends.len() * 8)?, ends },
         })
     }
@@ -347,11 +352,25 @@ impl CudaExecutor {
     /// # Errors
     /// When a kernel cannot be compiled or launched.
     pub fn backward(&mut self, parameters: &CudaParameters, gradients: &mut CudaTensors) -> Result<()> {
+        self.queue_backward(parameters, gradients, false)
+    }
+
+    /// As [`backward`](Self::backward); with `first`, what `gradients` hold is arbitrary and is lost. Most
+    /// are then written whole, which spares clearing and reading them.
+    pub(crate) fn queue_backward(
+        &mut self,
+        parameters: &CudaParameters,
+        gradients: &mut CudaTensors,
+        first: bool,
+    ) -> Result<()> {
         self.check(parameters)?;
         self.queue.gpu().enter()?;
+        if first {
+            gradients.clear_outside(&self.written.1)?;
+        }
         let mut part = self.notes.ends.len();
         for i in (0..self.tape.nodes.len()).rev() {
-            self.backward_node(i, parameters, gradients)?;
+            self.backward_node(i, parameters, gradients, first)?;
             if part > 0 && self.notes.ends[part - 1].1 == i {
                 part -= 1;
                 if let Some(Some(var)) = self.tape.nodes[i].inputs.first().copied() {
@@ -383,7 +402,7 @@ impl CudaExecutor {
             if is_forward {
                 self.forward_node(i, parameters)?;
             } else {
-                self.backward_node(i, parameters, gradients)?;
+                self.backward_node(i, parameters, gradients, true)?;
             }
             mark.record(&gpu)?;
         }
@@ -426,11 +445,12 @@ impl CudaExecutor {
         i: usize,
         parameters: &CudaParameters,
         gradients: &mut CudaTensors,
+        first: bool,
     ) -> Result<()> {
         let node = &self.tape.nodes[i];
         let reached = node.outputs.iter().any(|v| self.plan.gradient[v.index()].is_some());
         let overwritten = node.operation.overwrites();
-        let mut fresh = 0;
+        let mut fresh = if first { self.written.0[i] } else { 0 };
         for &var in &self.plan.first[i] {
             let at = node.inputs.iter().position(|input| input.is_some_and(|input| input.index() == var));
             if let Some(at) = at.filter(|&at| reached && overwritten.input(at)) {
@@ -494,6 +514,32 @@ impl CudaExecutor {
         }
         ids
     }
+}
+
+/// See [`CudaExecutor`]'s field.
+fn written(tape: &Tape, plan: &Plan) -> (Vec<u32>, Vec<(usize, usize, usize)>) {
+    let (mut slots, mut pieces) = (vec![0; tape.nodes.len()], Vec::new());
+    let mut reached: Vec<(usize, usize, usize)> = Vec::new();
+    for (i, node) in tape.nodes.iter().enumerate().rev() {
+        if node.outputs.iter().all(|v| plan.gradient[v.index()].is_none()) {
+            continue;
+        }
+        let overwrites = node.operation.overwrites();
+        for (slot, var) in node.inputs.iter().enumerate() {
+            let Some(value) = var.map(|var| &tape.values[var.index()]) else { continue };
+            let Source::Parameter { index, offset } = value.source else { continue };
+            let piece = (index, offset, value.shape.len());
+            let overlaps = |&(other, start, n): &(usize, usize, usize)| {
+                other == index && start < offset + piece.2 && offset < start + n
+            };
+            if overwrites.input(slot) && !reached.iter().any(overlaps) {
+                slots[i] |= 1 << slot;
+                pieces.push(piece);
+            }
+            reached.push(piece);
+        }
+    }
+    (slots, pieces)
 }
 
 /// Bytes of a value or its gradient; whole words, since memory is filled by words.

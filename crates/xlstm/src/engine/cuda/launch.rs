@@ -163,8 +163,19 @@ impl Queue {
 
     /// sums (width) += the sum of `parts` rows (parts, width), in order.
     pub(crate) fn add_parts(&self, parts: u64, count: usize, width: usize, sums: u64) -> Result<()> {
-        let grid = [width.div_ceil(32), 1, 1];
-        self.launch_square(&REDUCE, "add_parts", grid, [32, 32], arguments![parts, sums, count, width])
+        self.give_parts(parts, count, width, (sums, false))
+    }
+
+    /// As [`add_parts`](Self::add_parts), but written whole where the sums are fresh.
+    pub(crate) fn give_parts(
+        &self,
+        parts: u64,
+        count: usize,
+        width: usize,
+        (sums, fresh): (u64, bool),
+    ) -> Result<()> {
+        let arguments = arguments![parts, sums, count, width, u32::from(fresh)];
+        self.launch_square(&REDUCE, "add_parts", [width.div_ceil(32), 1, 1], [32, 32], arguments)
     }
 
     /// sums (width) += the sum over the rows of x (rows, width), in fixed tiles; x holds elements,
@@ -177,11 +188,22 @@ impl Queue {
         width: usize,
         sums: u64,
     ) -> Result<()> {
+        self.give_rows(x, full, [rows, width], (sums, false))
+    }
+
+    /// As [`add_rows`](Self::add_rows), but written whole where the sums are fresh.
+    pub(crate) fn give_rows(
+        &mut self,
+        x: u64,
+        full: bool,
+        [rows, width]: [usize; 2],
+        sums: (u64, bool),
+    ) -> Result<()> {
         let name = if full { "row_parts_full" } else { "row_parts" };
         let tiles = rows.div_ceil(ROWS);
         let parts = self.scratch(tiles * width)?;
         self.launch(&REDUCE, name, [width.div_ceil(128), tiles, 1], 128, arguments![x, parts, rows, width])?;
-        self.add_parts(parts, tiles, width, sums)
+        self.give_parts(parts, tiles, width, sums)
     }
 }
 
