@@ -9,7 +9,9 @@
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
-use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::ROWS};
+use crate::engine::cuda::{
+    CudaBackward, CudaForward, Source, blas::Operand, blas::Product, context::arguments, launch::Queue,
+};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
 #[cfg(feature = "cuda")]
 use crate::engine::operation::MAX_SLOTS;
@@ -49,12 +51,8 @@ pub fn gates(
     Ok([outputs[0], outputs[1]])
 }
 
-/// As many parts as the GPU's kernels have pointers for.
+/// More parts than anybody has.
 const MAX_PARTS: usize = 4;
-
-/// Outputs that those kernels take at a time, and rows that the kernel of dx takes: see gates.cu.
-#[cfg(feature = "cuda")]
-const CUDA_ROWS: usize = 16;
 
 #[cfg(feature = "cuda")]
 const SOURCE: Source = Source::new("gates", include_str!("gates.cu"));
@@ -277,78 +275,95 @@ impl Kernel for Gates {
     #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let (rows, heads) = (io.shapes.outputs[0].rows(), io.shapes.outputs[0].last());
-        let ([x0, x1, x2, x3], [w0, w1, w2, w3]) = (self.given(&io.inputs), self.widths(io.shapes));
-        let weights = [0, 1].map(|gate| io.input(self.weight(gate)));
-        let biases = [0, 1].map(|gate| io.inputs[self.bias(gate)]);
+        let (w, total, padded) = self.both_weights(&io.inputs, io.shapes, io.queue)?;
+        let z = io.queue.scratch(rows * padded)?;
+        let mut accumulate = false;
+        for (part, columns) in self.columns(io.shapes).into_iter().enumerate() {
+            let (width, w) = (columns.len(), w + (columns.start * io.queue.precision().bytes()) as u64);
+            if width == 0 {
+                continue;
+            }
+            io.queue.product(&Product {
+                size: [rows, padded, width],
+                a: Operand::new(io.input(part), width),
+                b: Operand::new(w, total).t(),
+                c: Operand::new(z, padded).full(),
+                batch: 1,
+                accumulate,
+            })?;
+            accumulate = true;
+        }
+        if !accumulate {
+            io.queue.zero(z, rows * padded)?;
+        }
+        let [b0, b1] = [0, 1].map(|gate| io.inputs[self.bias(gate)]);
         let [y0, y1, ..] = io.outputs;
-        let cap = self.cap.unwrap_or(0.0);
-        let arguments = arguments![
-            x0, x1, x2, x3, w0, w1, w2, w3, weights[0], weights[1], biases[0], biases[1], y0, y1, rows,
-            heads, cap
-        ];
-        let (outputs, [name, ..]) = kernels(heads);
-        let grid = [rows.div_ceil(32), (2 * heads).div_ceil(outputs), 1];
-        io.queue.launch(&SOURCE, name, grid, 256, arguments)
+        let arguments = arguments![z, b0, b1, y0, y1, rows, heads, padded, self.cap.unwrap_or(0.0)];
+        io.queue.launch_each(&SOURCE, "gates_values", 2 * rows * heads, arguments)
     }
 
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let (rows, heads) = (io.shapes.outputs[0].rows(), io.shapes.outputs[0].last());
-        let (total, tiles) = (io.shapes.input(self.weight(0)).last(), rows.div_ceil(ROWS));
-        let ([x0, x1, x2, x3], [w0, w1, w2, w3]) = (self.given(&io.inputs), self.widths(io.shapes));
-        let weights = [0, 1].map(|gate| io.input(self.weight(gate)));
-        let (outputs, [_, inputs, sums]) = kernels(heads);
-        let dz = io.queue.scratch(2 * rows * heads)?;
+        let (w, total, padded) = self.both_weights(&io.inputs, io.shapes, io.queue)?;
+        let bytes = io.queue.precision().bytes();
+        let dz = io.queue.scratch((rows * padded * bytes).div_ceil(4))?;
         let ([y0, y1, ..], [dy0, dy1, ..]) = (io.outputs, io.output_gradients);
-        let arguments = arguments![y0, y1, dy0, dy1, dz, rows, heads, self.cap.unwrap_or(0.0)];
-        io.queue.launch_each(&SOURCE, "gates_slopes", 2 * rows * heads, arguments)?;
+        let arguments = arguments![y0, y1, dy0, dy1, dz, rows, heads, padded, self.cap.unwrap_or(0.0)];
+        io.queue.launch_each(&SOURCE, "gates_slopes", rows * padded, arguments)?;
+        let [dw, db] = [padded * total, padded].map(|n| io.queue.scratch(n));
+        let (dw, db) = (dw?, db?);
         for (part, columns) in self.columns(io.shapes).into_iter().enumerate() {
-            let Some(dx) = io.input_gradients[part] else { continue };
-            for o in (0..2 * heads).step_by(outputs) {
-                let fresh = u32::from(o == 0 && io.is_fresh(part));
-                let [w0, w1] = weights;
-                let (first, width) = (columns.start, columns.len());
-                let arguments = arguments![dz, w0, w1, dx, rows, heads, o, total, first, width, fresh];
-                let grid = [width.div_ceil(1024), rows.div_ceil(CUDA_ROWS), 1];
-                io.queue.launch(&SOURCE, inputs, grid, 128, arguments)?;
+            let (width, first) = (columns.len(), columns.start);
+            if width == 0 {
+                continue;
             }
+            if let Some(dx) = io.input_gradients[part] {
+                io.queue.product(&Product {
+                    size: [rows, width, padded],
+                    a: Operand::new(dz, padded),
+                    b: Operand::new(w + (first * bytes) as u64, total),
+                    c: Operand::new(dx, width),
+                    batch: 1,
+                    accumulate: !io.is_fresh(part),
+                })?;
+            }
+            io.queue.product(&Product {
+                size: [padded, width, rows],
+                a: Operand::new(dz, padded).t(),
+                b: Operand::new(io.input(part), width),
+                c: Operand::new(dw + 4 * first as u64, total).full(),
+                batch: 1,
+                accumulate: false,
+            })?;
         }
-        let [dw0, dw1] = [0, 1].map(|gate| io.input_gradients[self.weight(gate)]);
-        let [db0, db1] = [0, 1].map(|gate| io.input_gradients[self.bias(gate)]);
-        if [dw0, dw1, db0, db1].iter().all(Option::is_none) {
-            return Ok(());
-        }
-        let each = 2 * heads * (total + 1);
-        let parts = io.queue.scratch(tiles * each)?;
-        let arguments = arguments![x0, x1, x2, x3, w0, w1, w2, w3, dz, parts, rows, heads];
-        let grid = [total.div_ceil(1024), tiles, (2 * heads).div_ceil(outputs)];
-        io.queue.launch(&SOURCE, sums, grid, 128, arguments)?;
+        io.queue.give_rows(dz, false, [rows, padded], (db, true))?;
         let slots = [self.weight(0), self.weight(1), self.bias(0), self.bias(1)];
+        let [dw0, dw1, db0, db1] = slots.map(|slot| io.input_gradients[slot]);
         let fresh: u32 = (0..).zip(slots).map(|(bit, slot)| u32::from(io.is_fresh(slot)) << bit).sum();
-        let arguments = arguments![parts, dw0, dw1, db0, db1, tiles, heads, total, fresh];
-        io.queue.launch_square(&SOURCE, "gates_sums", [each.div_ceil(32), 1, 1], [32, 32], arguments)
-    }
-}
-
-/// Outputs that kernels take at a time, and those kernels: forward, dx, dW.
-#[cfg(feature = "cuda")]
-fn kernels(heads: usize) -> (usize, [&'static str; 3]) {
-    if (2 * heads).div_ceil(8) > (2 * heads).div_ceil(12) {
-        (12, ["gates_forward_12", "gates_inputs_12", "gates_weights_12"])
-    } else {
-        (8, ["gates_forward_8", "gates_inputs_8", "gates_weights_8"])
+        let arguments = arguments![dw, db, dw0, dw1, db0, db1, heads, total, fresh];
+        io.queue.launch_each(&SOURCE, "gates_gradients", 2 * heads * (total + 1), arguments)
     }
 }
 
 #[cfg(feature = "cuda")]
 impl Gates {
-    /// The parts, as many as kernels take.
-    fn given(&self, inputs: &[Option<u64>; MAX_SLOTS]) -> [Option<u64>; MAX_PARTS] {
-        std::array::from_fn(|part| inputs[part].filter(|_| part < self.parts))
-    }
-
-    fn widths(&self, shapes: &NodeShapes) -> [usize; MAX_PARTS] {
-        std::array::from_fn(|part| if part < self.parts { shapes.input(part).last() } else { 0 })
+    /// The weights of both gates below each other in work space, its columns and its rows.
+    fn both_weights(
+        &self,
+        inputs: &[Option<u64>; MAX_SLOTS],
+        shapes: &NodeShapes,
+        queue: &mut Queue,
+    ) -> Result<(u64, usize, usize)> {
+        let shape = shapes.input(self.weight(0));
+        let (heads, total) = (shape.rows(), shape.last());
+        // Rows of 16 bytes in dz, what products are fast with.
+        let padded = (2 * heads).next_multiple_of(8);
+        let w = queue.scratch((padded * total * queue.precision().bytes()).div_ceil(4))?;
+        let [w0, w1] = [0, 1].map(|gate| inputs[self.weight(gate)]);
+        let arguments = arguments![w0, w1, w, heads, padded, total];
+        queue.launch_each(&SOURCE, "gates_weights", padded * total, arguments)?;
+        Ok((w, total, padded))
     }
 }
 

@@ -59,16 +59,24 @@ __device__ __forceinline__ void row_forward(
     if (row >= rows) return;
     long long start = (long long)row * width;
     Wide own[CHUNKS];
+    Raw first[CHUNKS] = {}, more[CHUNKS] = {}, open[CHUNKS] = {};
     float mean[CHUNKS], inverse[CHUNKS];
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         int column = (32 * c + lane) * WIDE;
-        own[c] = load_wide(x + start + column, width - column);
-        if (added) {
-            Wide more = load_wide(added + start + column, width - column);
-            EACH_WIDE(j) own[c].x[j] += more.x[j];
+        if (column < width) first[c] = load_raw(x + start + column);
+        if (added && column < width) more[c] = load_raw(added + start + column);
+        if (gate && column < width) open[c] = load_raw(gate + start + column);
+    }
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        int column = (32 * c + lane) * WIDE;
+        own[c] = unpack(first[c]);
+        if (added && column < width) {
+            Wide other = unpack(more[c]);
+            EACH_WIDE(j) own[c].x[j] += other.x[j];
             own[c] = as_stored(own[c]);
-            store_wide(s + start + column, own[c], width - column);
+            store_whole(s + start + column, own[c]);
         }
         mean[c] = 0.0f;
         if (layer) EACH_WIDE(j) mean[c] += own[c].x[j];
@@ -89,17 +97,17 @@ __device__ __forceinline__ void row_forward(
         int column = (32 * c + lane) * WIDE;
         if (column >= width) continue;
         inverse[c] = 1.0f / sqrtf(inverse[c] / size + eps);
-        Wide scale = load_wide(w + column, WIDE);
+        Wide scale = load_whole(w + column);
         EACH_WIDE(j) own[c].x[j] = (own[c].x[j] - mean[c]) * inverse[c] * (scale.x[j] + offset);
         if (b) {
-            Wide bias = load_wide(b + column, WIDE);
+            Wide bias = load_whole(b + column);
             EACH_WIDE(j) own[c].x[j] += bias.x[j];
         }
         if (gate) {
-            Wide open = load_wide(gate + start + column, WIDE);
-            EACH_WIDE(j) own[c].x[j] *= sigmoid(open.x[j]);
+            Wide slots = unpack(open[c]);
+            EACH_WIDE(j) own[c].x[j] *= sigmoid(slots.x[j]);
         }
-        store_wide(y + start + column, own[c], WIDE);
+        store_whole(y + start + column, own[c]);
         if (column % size == 0) {
             float *to = saved + 2 * ((long long)row * groups + column / size);
             to[0] = mean[c];
@@ -112,22 +120,36 @@ __device__ __forceinline__ void row_forward(
 /// of other readers, without mean(g) for the root-mean-square norm; dx and dadded += ds, dgate += dy y / open
 /// (the gate's slope); parts (tiles, width) = the sums of dn n over a tile of rows, bias_parts of dn. Where
 /// `fresh` has bit 0, 1, 2, dx, dadded, dgate are written, not added to. Null gradients are not asked for.
-/// A block a tile, a warp every eighth row of it.
+/// A block a tile, a warp every fourth row of it.
 #define GRADIENTS \
     const element_t *dy, const element_t *ds, const element_t *s, const element_t *gate, const float *w, \
         const float *b, const float *saved, element_t *dx, element_t *dadded, element_t *dgate, float *parts, \
         float *bias_parts
 
-/// The sums of eight warps, in order, to 256 columns of parts.
+/// Warps of a block of row_backward.
+#define WARPS 4
+
+/// The sums of the warps, in order, to 256 columns of parts.
 __device__ __forceinline__ void add_warps(const Wide &wide, float *to, int count) {
-    __shared__ float sums[8][32 * WIDE];
+    __shared__ float sums[WARPS][32 * WIDE];
     __syncthreads();
     EACH_WIDE(j) sums[threadIdx.x / 32][threadIdx.x % 32 * WIDE + j] = wide.x[j];
     __syncthreads();
-    if ((int)threadIdx.x >= count) return;
-    float sum = 0.0f;
-    for (int i = 0; i < 8; i++) sum += sums[i][threadIdx.x];
-    to[threadIdx.x] = sum;
+    for (int column = threadIdx.x; column < min(count, 32 * WIDE); column += 32 * WARPS) {
+        float sum = 0.0f;
+        for (int i = 0; i < WARPS; i++) sum += sums[i][column];
+        to[column] = sum;
+    }
+}
+
+/// p = wide where it is fresh, else p += wide; aligned and whole.
+__device__ __forceinline__ void give_whole(element_t *p, const Wide &wide, bool fresh) {
+    Wide sum = wide;
+    if (!fresh) {
+        Wide before = load_whole(p);
+        EACH_WIDE(j) sum.x[j] += before.x[j];
+    }
+    store_whole(p, sum);
 }
 
 template <int CHUNKS, bool BIAS>
@@ -135,35 +157,41 @@ __device__ __forceinline__ void row_backward(GRADIENTS, SHAPE, int fresh) {
     int lane = threadIdx.x % 32, size = width / groups;
     int first = blockIdx.x * TILE_ROWS + threadIdx.x / 32, end = min(rows, (int)(blockIdx.x + 1) * TILE_ROWS);
     Wide dw[CHUNKS] = {}, db[BIAS ? CHUNKS : 1] = {};
-    for (int row = first; row < end; row += 8) {
+    for (int row = first; row < end; row += WARPS) {
         long long start = (long long)row * width;
-        Wide n[CHUNKS], d[CHUNKS];
-        float inverse[CHUNKS], g_sum[CHUNKS], gn_sum[CHUNKS];
+        Raw of_s[CHUNKS] = {}, of_dy[CHUNKS] = {}, of_ds[CHUNKS] = {}, of_gate[CHUNKS] = {};
+        float mean[CHUNKS] = {}, inverse[CHUNKS] = {}, g_sum[CHUNKS] = {}, gn_sum[CHUNKS] = {};
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
             int column = (32 * c + lane) * WIDE;
-            n[c] = load_wide(s + start + column, width - column);
-            d[c] = load_wide(dy + start + column, width - column);
+            if (column < width) {
+                of_s[c] = load_raw(s + start + column);
+                of_dy[c] = load_raw(dy + start + column);
+                const float *from = saved + 2 * ((long long)row * groups + column / size);
+                mean[c] = from[0];
+                inverse[c] = from[1];
+            }
+            if (ds && column < width) of_ds[c] = load_raw(ds + start + column);
+            if (gate && column < width) of_gate[c] = load_raw(gate + start + column);
         }
+        Wide n[CHUNKS], d[CHUNKS];
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
             int column = (32 * c + lane) * WIDE;
-            g_sum[c] = gn_sum[c] = inverse[c] = 0.0f;
+            n[c] = unpack(of_s[c]);
+            d[c] = unpack(of_dy[c]);
             if (column >= width) continue;
-            const float *from = saved + 2 * ((long long)row * groups + column / size);
-            float mean = from[0];
-            inverse[c] = from[1];
-            Wide scale = load_wide(w + column, WIDE);
-            EACH_WIDE(j) n[c].x[j] = (n[c].x[j] - mean) * inverse[c];
+            Wide scale = load_whole(w + column);
+            EACH_WIDE(j) n[c].x[j] = (n[c].x[j] - mean[c]) * inverse[c];
             if (gate) {
-                Wide open = load_wide(gate + start + column, WIDE), bias = {};
-                if (b) bias = load_wide(b + column, WIDE);
+                Wide open = unpack(of_gate[c]), bias = {};
+                if (b) bias = load_whole(b + column);
                 EACH_WIDE(j) {
                     float value = sigmoid(open.x[j]), normed = fmaf(n[c].x[j], scale.x[j] + offset, bias.x[j]);
                     open.x[j] = d[c].x[j] * normed * value * (1.0f - value);
                     d[c].x[j] *= value;
                 }
-                if (dgate) give_wide(dgate + start + column, open, WIDE, fresh & 4);
+                if (dgate) give_whole(dgate + start + column, open, fresh & 4);
             }
             EACH_WIDE(j) {
                 float g = d[c].x[j] * (scale.x[j] + offset);
@@ -180,14 +208,13 @@ __device__ __forceinline__ void row_backward(GRADIENTS, SHAPE, int fresh) {
             int column = (32 * c + lane) * WIDE;
             if (column >= width) continue;
             float g_mean = layer ? g_sum[c] / size : 0.0f, gn_mean = gn_sum[c] / size;
-            Wide scale = load_wide(w + column, WIDE), more = {};
-            if (ds) more = load_wide(ds + start + column, WIDE);
+            Wide scale = load_whole(w + column), more = unpack(of_ds[c]);
             EACH_WIDE(j) {
                 float g = d[c].x[j] * (scale.x[j] + offset);
                 d[c].x[j] = fmaf(inverse[c], g - g_mean - n[c].x[j] * gn_mean, more.x[j]);
             }
-            if (dx) give_wide(dx + start + column, d[c], WIDE, fresh & 1);
-            if (dadded) give_wide(dadded + start + column, d[c], WIDE, fresh & 2);
+            if (dx) give_whole(dx + start + column, d[c], fresh & 1);
+            if (dadded) give_whole(dadded + start + column, d[c], fresh & 2);
         }
     }
     long long tile = (long long)blockIdx.x * width;
@@ -198,7 +225,7 @@ __device__ __forceinline__ void row_backward(GRADIENTS, SHAPE, int fresh) {
     }
 }
 
-/// Forward: grid (ceil(rows / 8)); backward: grid (ceil(rows / TILE_ROWS)); block 256.
+/// Forward: grid (ceil(rows / 8)), block 256; backward: grid (ceil(rows / TILE_ROWS)), block 32 WARPS.
 #define ROW_KERNELS(CHUNKS) \
     extern "C" __global__ void __launch_bounds__(256) norm_row_forward_##CHUNKS( \
         const element_t *x, const element_t *added, const element_t *gate, const float *w, const float *b, \
@@ -206,13 +233,13 @@ __device__ __forceinline__ void row_backward(GRADIENTS, SHAPE, int fresh) {
     ) { \
         row_forward<CHUNKS>(x, added, gate, w, b, s, y, saved, rows, width, groups, layer, offset, eps); \
     } \
-    extern "C" __global__ void __launch_bounds__(256) norm_row_backward_##CHUNKS(GRADIENTS, SHAPE, int fresh) { \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS) norm_row_backward_##CHUNKS(GRADIENTS, SHAPE, int fresh) { \
         row_backward<CHUNKS, false>( \
             dy, ds, s, gate, w, b, saved, dx, dadded, dgate, parts, bias_parts, rows, width, groups, layer, offset, \
             fresh \
         ); \
     } \
-    extern "C" __global__ void __launch_bounds__(256) norm_row_backward_bias_##CHUNKS(GRADIENTS, SHAPE, int fresh) { \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS) norm_row_backward_bias_##CHUNKS(GRADIENTS, SHAPE, int fresh) { \
         row_backward<CHUNKS, true>( \
             dy, ds, s, gate, w, b, saved, dx, dadded, dgate, parts, bias_parts, rows, width, groups, layer, offset, \
             fresh \

@@ -369,7 +369,7 @@ impl Kernel for Normed {
         match chunks(width, groups) {
             Some(chunks) => {
                 let name = if db.is_some() { BACKWARD_BIAS[chunks - 1] } else { BACKWARD[chunks - 1] };
-                io.queue.launch(&SOURCE, name, [tiles, 1, 1], 256, arguments)?;
+                io.queue.launch(&SOURCE, name, [tiles, 1, 1], 128, arguments)?;
             }
             None => {
                 let grid = [(rows * groups).div_ceil(8), 1, 1];

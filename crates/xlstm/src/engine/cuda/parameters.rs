@@ -52,7 +52,9 @@ impl Layout {
                 let next = taken.peek().map_or(end, |&(start, _)| start.clamp(at, end));
                 if next > at {
                     match outside.last_mut() {
-                        Some((start, n)) if (*start + *n).next_multiple_of(ALIGNMENT) >= at => *n = next - *start,
+                        Some((start, n)) if (*start + *n).next_multiple_of(ALIGNMENT) >= at => {
+                            *n = next - *start
+                        }
                         _ => outside.push((at, next - at)),
                     }
                 }
