@@ -9,22 +9,25 @@
 #   ROUNDS        runs of each side, in turns (default 5); each is the median of several steps
 #   THREADS       threads of both sides (default 2)
 #   NOTE          a sentence on the peers for the table; it stays until there is another
+#   XLSTM         the program, where it is built already
+#   RESULT        the name of the table's files (default cpu): one for each machine
 #   MACHINE       what the table says it was measured on (default: the processor's name)
 # The figure of a side is the median of its runs. Of several peers the fastest counts; one that is
 # slower than 0.8 of the fastest after two rounds runs no more. Needs an idle machine: only ratios of
 # one session mean something, and the load before each case is written down.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cargo build --release -p xlstm-cli
+[[ -n ${XLSTM:-} ]] || cargo build --release -p xlstm-cli
 exec python3 - "$@" <<'PYTHON'
 import datetime, json, os, pathlib, statistics, subprocess, sys
 
-CASES = """large-128 large-256 lm-mlstm-128 lm-mlstm-256 lm-slstm-128 lm-slstm-256 lm-mixed-128 pyx-slstm-128
+CASES = """large-128 large-256 large-256:bf16 lm-mlstm-128 lm-mlstm-256 lm-slstm-128 lm-slstm-256 lm-mixed-128 pyx-slstm-128
 pyx-slstm-256 pyx-mlstm-128 pyx-mlstm-256 lstm-128 lstm-eq256 gpt-128 gpt-256 infer-50m infer-50m:bf16
 infer-50m:int8 infer-50m:int4""".split()
 rounds, threads = int(os.environ.get("ROUNDS", "5")), os.environ.get("THREADS", "2")
 peers, script = os.environ.get("PEERS"), os.environ.get("PEER_SCRIPT", "scripts/cpu_peers.py")
-results = pathlib.Path("docs/results")
+results, name = pathlib.Path("docs/results"), os.environ.get("RESULT", "cpu")
+program = os.environ.get("XLSTM", "target/release/xlstm")
 
 
 def say(line):
@@ -45,7 +48,7 @@ def measure(command):
 
 
 def ours(kind, preset, dtype):
-    command = ["target/release/xlstm", "bench", kind, "--preset", preset, "--threads", threads, "--device", "cpu", "--json"]
+    command = [program, "bench", kind, "--preset", preset, "--threads", threads, "--device", "cpu", "--json"]
     return measure(command + ([] if dtype == "f32" else ["--dtype", dtype]))
 
 
@@ -123,10 +126,11 @@ def number(value, digits=0):
 
 def write(rows, machine, note):
     document = {"machine": machine, "threads": int(threads), "note": note, "rows": rows}
-    (results / "cpu.json").write_text(json.dumps(document, indent=1) + "\n")
+    (results / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     lines = [
         "# On the CPU, beside public implementations", "",
-        f"Made by `scripts/bench_cpu.sh`: {machine}, {threads} threads, f32 unless a row says otherwise. Rows without a",
+        f"Made by `scripts/bench_cpu.sh`: {machine}, {threads} threads, f32 unless a row says otherwise (a row of training in",
+        "bf16 has the peers in f32). Rows without a",
         "second word are whole training steps: forward, backward and AdamW, ours also with clipping by the global norm.",
         "`infer-50m` reads 512 tokens (ours with the last logits only, peers with all), or draws 128 one at a time.", "",
         "Each figure is the median of the runs of its side, taken in turns with the other; each run is the median of",
@@ -152,12 +156,12 @@ def write(rows, machine, note):
     lines += ["", note] if note else []
     lines += ["", "Parameters, ours and the peer's:", "", "| case | ours | peer |", "|---|---|---|"]
     lines += [f"| {r['case']} | {number(r['params'])} | {number(r['peer_params'])} |" for r in rows]
-    (results / "cpu.md").write_text("\n".join(lines) + "\n")
+    (results / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
 cases = sys.argv[1:] or CASES
 try:
-    before = json.loads((results / "cpu.json").read_text())
+    before = json.loads((results / f"{name}.json").read_text())
 except FileNotFoundError:
     before = {"rows": []}
 rows, note = before["rows"], os.environ.get("NOTE", before.get("note", ""))
@@ -181,6 +185,6 @@ for case in cases:
     for r in fresh:
         say(f"  {r['case']}: {number(r['ours'])} and {number(r['peer'])} tokens/s ({r['peer_name']}), ratio {number(r['ratio'], 2)}, "
             f"floor {number(100 * (r['floor_share'] or 0))} %")
-say(f"wrote {results}/cpu.md and cpu.json" + (f"; failed: {', '.join(failed)}" if failed else ""))
+say(f"wrote {results}/{name}.md and {name}.json" + (f"; failed: {', '.join(failed)}" if failed else ""))
 sys.exit(1 if failed else 0)
 PYTHON

@@ -14,11 +14,11 @@ use xlstm::ops::activation::{Activation, activated, gated};
 use xlstm::ops::add::add;
 use xlstm::ops::attention::attention;
 use xlstm::ops::causal_conv::causal_conv;
-use xlstm::ops::cross_entropy::cross_entropy;
 use xlstm::ops::dropout::dropout;
 use xlstm::ops::embedding::embedding;
 use xlstm::ops::from_bits::from_bits;
 use xlstm::ops::gates::gates;
+use xlstm::ops::head_loss::{Head, head_loss};
 use xlstm::ops::headwise::{headwise, headwise_full};
 use xlstm::ops::last_token::last_token;
 use xlstm::ops::learned_positions::learned_positions;
@@ -29,7 +29,7 @@ use xlstm::ops::positions::positions;
 use xlstm::ops::reverse::reverse;
 use xlstm::ops::rotary::{angles, rotary};
 use xlstm::ops::skip_gate::skip_gate;
-use xlstm::ops::soft_cap::{Capped, soft_cap};
+use xlstm::ops::soft_cap::soft_cap;
 use xlstm::ops::squared_error::squared_error;
 use xlstm::ops::window::window;
 
@@ -341,11 +341,9 @@ fn operations(table: &mut Table<'_>) {
             Ok(vec![y, gated_norm(t, v[0], v[1], v[2], None, options)?])
         });
     }
-    for (cap, what) in [(15.0, Capped::Gates), (0.5, Capped::Activations)] {
+    for cap in [15.0, 0.5] {
         let case = new().between(&[999], -40.0, 40.0);
-        table.compare(&format!("soft_cap {what:?}"), &case, T, &|t, v, _| {
-            Ok(vec![soft_cap(t, v[0], cap, what)?])
-        });
+        table.compare(&format!("soft_cap {cap}"), &case, T, &|t, v, _| Ok(vec![soft_cap(t, v[0], cap)?]));
     }
     let case = new().input(&[2, 67, 150]).input(&[150]).input(&[2, 67, 150]).input(&[2, 67, 150]);
     table.compare("skip_gate", &case, T, &|t, v, _| Ok(vec![skip_gate(t, v[0], v[1], v[2], v[3])?]));
@@ -401,12 +399,21 @@ fn operations(table: &mut Table<'_>) {
             Ok(vec![reverse(t, v[0], Some(i[0]))?])
         });
     }
-    for vocabulary in [70, 5000, 5003] {
-        let targets = (0..39).map(|i| if i % 5 == 2 { IGNORE } else { i * 7 % 70 }).collect();
-        let case = new().between(&[3, 13, vocabulary], -4.0, 4.0).input(&[1]).ids(targets);
-        table.compare(&format!("cross_entropy {vocabulary}"), &case, T, &|t, v, i| {
-            let (loss, nll) = cross_entropy(t, v[0], i[0], v[1])?;
-            Ok(vec![loss, nll])
+    // The last has more rows than a slice.
+    for (rows, vocabulary, cap) in [
+        (39, 70, None),
+        (39, 5000, Some(5.0)),
+        (39, 5000, None),
+        (39, 5003, None),
+        (20, 50_304, Some(30.0)),
+        (1100, 270_000, None),
+    ] {
+        let targets = (0..rows as u32).map(|i| if i % 5 == 2 { IGNORE } else { i * 7 % 70 }).collect();
+        let case = new().between(&[rows, 8], -2.0, 2.0).between(&[vocabulary, 8], -1.0, 1.0);
+        let case = case.input(&[vocabulary]).input(&[1]).ids(targets);
+        table.compare(&format!("head_loss {rows}x{vocabulary}"), &case, T, &|t, v, i| {
+            let head = Head { weight: v[1], bias: Some(v[2]), cap };
+            Ok(vec![head_loss(t, v[0], head, i[0], v[3])?.0])
         });
     }
     for (length, taps, silu) in [(70, 4, true), (3, 4, false), (33, 1, true), (70, 3, true)] {

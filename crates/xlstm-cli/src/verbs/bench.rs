@@ -67,6 +67,9 @@ struct ReadingArgs {
     /// What the weights are stored in: f32, bf16, f16, int8 or int4
     #[arg(long, value_name = "DTYPE", default_value = "f32")]
     dtype: Storage,
+    /// Tokens of the prompt [default: the preset's]
+    #[arg(long, value_name = "N", value_parser = count)]
+    prompt: Option<usize>,
     /// CPU threads; 0 = all
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: usize,
@@ -230,7 +233,8 @@ fn table(operations: &[OperationTime]) -> String {
 
 /// Prefill, or decoding by so many sessions.
 fn read(common: &Common, args: &ReadingArgs, sessions: Option<usize>) -> Result<()> {
-    let preset = Preset::named(&common.preset)?;
+    let mut preset = Preset::named(&common.preset)?;
+    preset.prompt = args.prompt.unwrap_or(preset.prompt);
     let device = args.choose()?;
     let (dtype, (prompt, drawn)) = (args.dtype.name(), (preset.prompt, preset.drawn));
     let (measured, unit, what) = match sessions {

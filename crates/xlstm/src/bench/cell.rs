@@ -44,7 +44,7 @@ pub fn cells(preset: &Preset, device: &Device, repeats: usize) -> Result<Vec<Cel
             .hint("use a preset of another family, such as lm-mixed-128"));
     }
     match device {
-        Device::Cpu(_) => cells.iter().map(|cell| time(cell, preset, device, repeats)).collect(),
+        Device::Cpu(..) => cells.iter().map(|cell| time(cell, preset, device, repeats)).collect(),
         #[cfg(feature = "cuda")]
         Device::Cuda(..) => {
             Err(Error::config("cells are timed on the processor alone").hint("use --device cpu"))

@@ -7,17 +7,18 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use super::median;
-use crate::engine::Device;
+use crate::engine::bf16_products::product_in;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::measure;
-use crate::engine::matrix::{MatMut, MatRef, Threads, product};
+use crate::engine::matrix::{MatMut, MatRef};
 use crate::engine::vector::{dot, vectorize};
+use crate::engine::{Device, Precision};
 use crate::error::Result;
 
 /// What a processor or a GPU can do at the most, measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Floor {
-    /// 10^9 operations a second of a matrix product, in f32 on a processor.
+    /// 10^9 operations a second of a matrix product of f32 numbers, in the device's precision.
     pub product_gigaflops: f64,
     /// 10^9 bytes a second that are read from memory.
     pub bandwidth_gigabytes: f64,
@@ -53,8 +54,8 @@ impl Floor {
     /// When a GPU fails or has no room for the matrices.
     pub fn measure(device: &Device) -> Result<Floor> {
         match device {
-            Device::Cpu(_) => Ok(device.install(|| Floor {
-                product_gigaflops: product_gigaflops(PRODUCT),
+            Device::Cpu(..) => Ok(device.install(|| Floor {
+                product_gigaflops: product_gigaflops(PRODUCT, device.precision()),
                 bandwidth_gigabytes: bandwidth_gigabytes(NUMBERS),
             })),
             #[cfg(feature = "cuda")]
@@ -84,13 +85,13 @@ fn seconds(mut work: impl FnMut()) -> f64 {
 }
 
 /// x W^T as a linear layer has it, on all threads.
-fn product_gigaflops([rows, columns, inner]: [usize; 3]) -> f64 {
+fn product_gigaflops([rows, columns, inner]: [usize; 3], precision: Precision) -> f64 {
     let numbers = |count: usize| -> Vec<f32> { (0..count).map(|i| (i % 7) as f32 - 3.0).collect() };
     let (x, weights) = (numbers(rows * inner), numbers(columns * inner));
     let mut y = vec![0.0; rows * columns];
     let seconds = seconds(|| {
         let (x, weights) = (MatRef::new(&x, rows, inner), MatRef::new(&weights, columns, inner));
-        product(MatMut::new(&mut y, rows, columns), 1.0, x, weights.t(), false, Threads::All);
+        product_in(precision, MatMut::new(&mut y, rows, columns), x, weights.t(), false);
         black_box(&mut y);
     });
     2.0 * (rows * columns * inner) as f64 / seconds / 1e9
@@ -115,8 +116,8 @@ mod tests {
     #[test]
     fn rates_are_numbers() {
         let device = Device::cpu(2).unwrap();
-        let (products, bandwidth) =
-            device.install(|| (product_gigaflops([64, 48, 32]), bandwidth_gigabytes(1 << 20)));
+        let (products, bandwidth) = device
+            .install(|| (product_gigaflops([64, 48, 32], Precision::F32), bandwidth_gigabytes(1 << 20)));
         // No processor that runs this is slower than 10 MFLOP/s, none reads a terabyte in a ms.
         assert!((0.01..1e5).contains(&products), "{products}");
         assert!((0.01..1e6).contains(&bandwidth), "{bandwidth}");

@@ -90,7 +90,7 @@ fn median(values: &[f64]) -> f64 {
 /// See [`Measured::peak_megabytes`].
 fn peak_megabytes(device: &Device) -> Option<f64> {
     match device {
-        Device::Cpu(_) => {
+        Device::Cpu(..) => {
             // Linux keeps the high-water mark of a process's resident memory.
             let status = std::fs::read_to_string("/proc/self/status").ok()?;
             let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
@@ -106,7 +106,7 @@ fn peak_megabytes(device: &Device) -> Option<f64> {
 /// moment than all that follows.
 fn forget_peak(device: &Device) {
     match device {
-        Device::Cpu(_) => (),
+        Device::Cpu(..) => (),
         #[cfg(feature = "cuda")]
         Device::Cuda(gpu, _) => gpu.forget_peak(),
     }

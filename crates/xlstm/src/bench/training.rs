@@ -40,7 +40,7 @@ pub fn train_steps(preset: &Preset, device: &Device, steps: usize) -> Result<Tra
     let model = Arc::new(LanguageModel::new(&preset.model)?);
     let trained = time(preset, &model, device, steps, true)?;
     let plain = match device {
-        Device::Cpu(_) => None,
+        Device::Cpu(..) => None,
         #[cfg(feature = "cuda")]
         Device::Cuda(..) => Some(time(preset, &model, device, steps, false)?.measured),
     };

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::bf16_products::has_bf16_products;
 #[cfg(feature = "cuda")]
 use super::cuda::Gpu;
 use super::precision::Precision;
@@ -68,23 +69,31 @@ impl fmt::Display for DeviceChoice {
 /// A device: the value that decides where buffers live and kernels run.
 #[derive(Clone, Debug)]
 pub enum Device {
-    /// The processor: a pool of threads.
-    Cpu(Arc<rayon::ThreadPool>),
+    /// The processor: a pool of threads, and what operands of products with weights are rounded to.
+    Cpu(Arc<rayon::ThreadPool>, Precision),
     /// A GPU, with what activations are stored in on it.
     #[cfg(feature = "cuda")]
     Cuda(Arc<Gpu>, Precision),
 }
 
 impl Device {
-    /// The processor, with `threads` threads (0: as many as the machine has).
+    /// The processor, with `threads` threads (0: as many as the machine has), in full precision.
     ///
     /// # Errors
     /// When the operating system refuses the threads.
     pub fn cpu(threads: usize) -> Result<Device> {
+        Device::cpu_in(threads, Precision::F32)
+    }
+
+    /// The same, with operands of products rounded to `precision`.
+    ///
+    /// # Errors
+    /// As [`cpu`](Device::cpu).
+    pub fn cpu_in(threads: usize, precision: Precision) -> Result<Device> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().map_err(|e| {
             Error::config(format!("cannot start {threads} threads: {e}")).hint("use fewer with --threads")
         })?;
-        Ok(Device::Cpu(Arc::new(pool)))
+        Ok(Device::Cpu(Arc::new(pool), precision))
     }
 
     /// GPU number `ordinal`.
@@ -110,25 +119,24 @@ impl Device {
     /// `precision` that is bf16 on a GPU and f32 on the processor.
     ///
     /// # Errors
-    /// When a device that is asked for by name cannot be used, or cannot compute in
-    /// `precision`.
+    /// When a device that is asked for by name cannot be used.
     pub fn choose(
         choice: DeviceChoice,
         precision: Option<Precision>,
         threads: usize,
     ) -> Result<(Device, String)> {
         let on_gpu = precision.unwrap_or(Precision::Bf16);
-        let (device, why) = match choice {
+        let cpu = || Device::cpu_in(threads, precision.unwrap_or(Precision::F32));
+        let (device, mut why) = match choice {
             DeviceChoice::Cuda(ordinal) => (Device::cuda(ordinal, on_gpu)?, String::new()),
-            DeviceChoice::Cpu => (Device::cpu(threads)?, String::new()),
+            DeviceChoice::Cpu => (cpu()?, String::new()),
             DeviceChoice::Auto => match Device::cuda(0, on_gpu) {
                 Ok(device) => (device, String::new()),
-                Err(error) => (Device::cpu(threads)?, format!(" ({error})")),
+                Err(error) => (cpu()?, format!(" ({error})")),
             },
         };
-        if matches!(device, Device::Cpu(_)) && precision == Some(Precision::Bf16) {
-            return Err(Error::config(format!("the processor does not compute in bf16{why}"))
-                .hint("use --dtype f32, or a GPU"));
+        if matches!(device, Device::Cpu(_, Precision::Bf16)) && !has_bf16_products() {
+            why += " (without AVX512-BF16 this takes longer than f32)";
         }
         let line = format!("device: {device}{why}");
         Ok((device, line))
@@ -137,16 +145,17 @@ impl Device {
     /// The device by name.
     pub fn choice(&self) -> DeviceChoice {
         match self {
-            Device::Cpu(_) => DeviceChoice::Cpu,
+            Device::Cpu(..) => DeviceChoice::Cpu,
             #[cfg(feature = "cuda")]
             Device::Cuda(gpu, _) => DeviceChoice::Cuda(gpu.ordinal()),
         }
     }
 
-    /// What activations are stored in.
+    /// What activations are stored in on a GPU, and operands of products are rounded to on the
+    /// processor.
     pub fn precision(&self) -> Precision {
         match self {
-            Device::Cpu(_) => Precision::F32,
+            Device::Cpu(_, precision) => *precision,
             #[cfg(feature = "cuda")]
             Device::Cuda(_, precision) => *precision,
         }
@@ -155,7 +164,7 @@ impl Device {
     /// Number of worker threads.
     pub fn threads(&self) -> usize {
         match self {
-            Device::Cpu(pool) => pool.current_num_threads(),
+            Device::Cpu(pool, _) => pool.current_num_threads(),
             #[cfg(feature = "cuda")]
             Device::Cuda(..) => rayon::current_num_threads(),
         }
@@ -165,7 +174,7 @@ impl Device {
     /// costs about 20 µs, so a whole step goes in at once; a call from inside is free.
     pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         match self {
-            Device::Cpu(pool) => pool.install(work),
+            Device::Cpu(pool, _) => pool.install(work),
             #[cfg(feature = "cuda")]
             Device::Cuda(..) => work(),
         }
@@ -175,9 +184,9 @@ impl Device {
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Device::Cpu(_) => match self.threads() {
-                1 => write!(f, "cpu, 1 thread, f32"),
-                threads => write!(f, "cpu, {threads} threads, f32"),
+            Device::Cpu(_, precision) => match self.threads() {
+                1 => write!(f, "cpu, 1 thread, {}", precision.name()),
+                threads => write!(f, "cpu, {threads} threads, {}", precision.name()),
             },
             #[cfg(feature = "cuda")]
             Device::Cuda(gpu, precision) => {
@@ -210,7 +219,8 @@ mod tests {
         let (device, line) = Device::choose(DeviceChoice::Cpu, None, 1).unwrap();
         assert_eq!(device.threads(), 1);
         assert_eq!(line, "device: cpu, 1 thread, f32");
-        let error = Device::choose(DeviceChoice::Cpu, Some(Precision::Bf16), 1).unwrap_err();
-        assert!(error.to_string().contains("bf16"), "{error}");
+        let (device, line) = Device::choose(DeviceChoice::Cpu, Some(Precision::Bf16), 1).unwrap();
+        assert_eq!(device.precision(), Precision::Bf16);
+        assert!(line.starts_with("device: cpu, 1 thread, bf16"), "{line}");
     }
 }

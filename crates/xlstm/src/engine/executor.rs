@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::operation::{Backward, Element, Forward, Gradient, MAX_SLOTS};
 use super::plan::Plan;
+use super::precision::Precision;
 use super::profile::{OperationTime, Profile};
 use super::stored::{Slice, Stored};
 use super::tape::{Ids, Source, Tape, Var};
@@ -15,6 +16,7 @@ use super::tape::{Ids, Source, Tape, Var};
 pub struct Executor<T> {
     tape: Tape,
     plan: Plan,
+    precision: Precision,
     slots: Vec<Vec<T>>,
     ids: Vec<Vec<u32>>,
     scratch: Vec<T>,
@@ -32,12 +34,17 @@ pub struct Culprit {
 }
 
 impl<T: Element> Executor<T> {
-    /// Plans and allocates the buffers of `tape`.
+    /// Plans and allocates the buffers of `tape`, to be replayed in full precision.
     pub fn new(tape: Tape) -> Executor<T> {
+        Executor::with_precision(tape, Precision::F32)
+    }
+
+    /// The same, with products of f32 numbers in `precision`.
+    pub fn with_precision(tape: Tape, precision: Precision) -> Executor<T> {
         let plan = Plan::new(&tape, |value| tape.values[value].shape.len());
         let slots = plan.slots.iter().map(|&len| vec![T::ZERO; len]).collect();
         let ids = tape.ids.iter().map(|&len| vec![0; len]).collect();
-        Executor { tape, plan, slots, ids, scratch: Vec::new() }
+        Executor { tape, plan, precision, slots, ids, scratch: Vec::new() }
     }
 
     /// Bytes of all buffers.
@@ -207,6 +214,7 @@ impl<T: Element> Executor<T> {
             outputs,
             ids: [&[]; 3],
             shapes: &node.shapes,
+            precision: self.precision,
             scratch: &mut self.scratch,
         };
         for (slot, var) in node.inputs.iter().enumerate() {
@@ -284,6 +292,7 @@ impl<T: Element> Executor<T> {
             input_gradients,
             ids: [&[]; 3],
             shapes: &node.shapes,
+            precision: self.precision,
             scratch: &mut self.scratch,
         };
         for (slot, (input, var)) in io.inputs.iter_mut().zip(&node.inputs).enumerate() {

@@ -33,6 +33,35 @@ impl<'a, T: Scalar> MatRef<'a, T> {
         MatRef { data, rows, columns, row_stride, column_stride: 1 }
     }
 
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Element (i, j).
+    #[inline(always)]
+    pub fn at(&self, i: usize, j: usize) -> T {
+        self.data[i * self.row_stride + j * self.column_stride]
+    }
+
+    /// Whether a row's elements lie side by side; otherwise a column's do.
+    pub fn has_contiguous_rows(&self) -> bool {
+        self.column_stride == 1
+    }
+
+    /// The matrix itself, where it is of f32.
+    pub(super) fn single(self) -> Option<MatRef<'a, f32>> {
+        let MatRef { data, rows, columns, row_stride, column_stride } = self;
+        let single = size_of::<T>() == size_of::<f32>();
+        let data = bytemuck::try_cast_slice(data).ok().filter(|_| single)?;
+        Some(MatRef { data, rows, columns, row_stride, column_stride })
+    }
+
     /// The same memory read as the transpose.
     pub fn t(self) -> Self {
         MatRef {
@@ -93,6 +122,21 @@ impl<'a, T: Scalar> MatMut<'a, T> {
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows
+    }
+
+    /// Number of columns.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// The matrix itself, where it is of f32; else given back.
+    pub(super) fn single(self) -> Result<MatMut<'a, f32>, Self> {
+        if size_of::<T>() != size_of::<f32>() {
+            return Err(self);
+        }
+        // f32 is the only scalar of four bytes.
+        let MatMut { data, rows, columns, row_stride, .. } = self;
+        Ok(MatMut { data: data.cast(), rows, columns, row_stride, marker: PhantomData })
     }
 
     /// Row `i`.

@@ -3,6 +3,7 @@
 //! The tape knows no operation; an operation (see [`crate::ops`]) knows no tape. What
 //! lies between is [`operation`]: a name, a shape rule, forward and backward.
 
+pub mod bf16_products;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod device;

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use super::cuda::{CudaBackward, CudaForward};
 use super::{
     narrow::Narrow,
+    precision::Precision,
     scalar::Scalar,
     shape::Shape,
     stored::{Slice, Storable},
@@ -82,6 +83,8 @@ pub struct Forward<'a, T> {
     pub ids: [&'a [u32]; 3],
     /// Shapes of all of them.
     pub shapes: &'a NodeShapes,
+    /// What operands of products with weights are rounded to, where there are many rows.
+    pub precision: Precision,
     /// Work space, grown where an operation needs more; its content is arbitrary.
     pub scratch: &'a mut Vec<T>,
 }
@@ -117,6 +120,8 @@ pub struct Backward<'a, T> {
     pub ids: [&'a [u32]; 3],
     /// Shapes of all of them.
     pub shapes: &'a NodeShapes,
+    /// What operands of products with weights are rounded to, where there are many rows.
+    pub precision: Precision,
     /// Work space, grown where an operation needs more; its content is arbitrary.
     pub scratch: &'a mut Vec<T>,
 }

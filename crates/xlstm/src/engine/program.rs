@@ -100,7 +100,7 @@ impl<T: Element> Program<T> {
     /// When a GPU's memory runs out.
     pub fn new(tape: Tape, device: &Device) -> Result<Program<T>> {
         match device {
-            Device::Cpu(_) => Ok(Program::Cpu(Executor::new(tape))),
+            Device::Cpu(_, precision) => Ok(Program::Cpu(Executor::with_precision(tape, *precision))),
             #[cfg(feature = "cuda")]
             Device::Cuda(gpu, precision) => Ok(Program::Cuda(CudaExecutor::new(tape, *precision, gpu)?)),
         }

@@ -8,10 +8,12 @@
 
 use rayon::prelude::*;
 
+use super::bf16_products::product_in;
 use super::integer_products::{Activations, Rows, activation_space, dots};
-use super::matrix::{MatMut, MatRef, Threads, product};
+use super::matrix::{MatMut, MatRef};
 use super::narrow::{Bf16, F16, Half, Narrow, Widen};
 use super::operation::scratch;
+use super::precision::Precision;
 use super::quantized::{Code, Quantized};
 use super::scalar::Scalar;
 use super::stored::Slice;
@@ -41,12 +43,14 @@ pub struct Projection<'a, T> {
 }
 
 /// Computes projections of the same x (rows, inner); their W are `inner` columns from `first` of
-/// matrices of `width` columns.
+/// matrices of `width` columns. Many rows of f32 numbers are multiplied in `precision`; few as they
+/// are, since there products cost nothing beside reading W.
 pub fn project<T: Scalar>(
     maps: &mut [Projection<'_, T>],
     x: &[T],
     [rows, inner]: [usize; 2],
     [first, width]: [usize; 2],
+    precision: Precision,
     space: &mut Vec<T>,
 ) {
     if rows == 0 || inner == 0 {
@@ -61,7 +65,7 @@ pub fn project<T: Scalar>(
     }
     let x = MatRef::new(x, rows, inner);
     for map in maps.iter_mut().filter(|map| map.outer > 0) {
-        many(map, x, [rows, inner], [first, width], space);
+        many(map, x, [rows, inner], [first, width], precision, space);
     }
 }
 
@@ -71,6 +75,7 @@ fn many<T: Scalar>(
     x: MatRef<'_, T>,
     [rows, inner]: [usize; 2],
     [first, width]: [usize; 2],
+    precision: Precision,
     space: &mut Vec<T>,
 ) {
     let (outer, accumulate) = (map.outer, map.accumulate);
@@ -79,7 +84,7 @@ fn many<T: Scalar>(
         Slice::Narrow(w) => w,
         Slice::Wide(w) => {
             let w = MatRef::new(w, outer, width).columns_at(first, inner);
-            return product(y, T::ONE, x, w.t(), accumulate, Threads::All);
+            return product_in(precision, y, x, w.t(), accumulate);
         }
     };
     let tile = (TILE / inner).clamp(1, outer);
@@ -91,7 +96,7 @@ fn many<T: Scalar>(
             .enumerate()
             .for_each(|(i, wide)| w.at((start + i) * width + first, inner).widen(wide));
         let w = MatRef::new(wide, count, inner);
-        product(y.columns_at(start, count), T::ONE, x, w.t(), accumulate, Threads::All);
+        product_in(precision, y.columns_at(start, count), x, w.t(), accumulate);
     }
 }
 
@@ -378,11 +383,11 @@ mod tests {
                         let (size, columns) = ([rows, inner], [first, width]);
                         let mut y = start.clone();
                         let map = Projection { y: &mut y, w: case.single(), outer, accumulate };
-                        project(&mut [map], &x, size, columns, &mut vec![f32::NAN; 7]);
+                        project(&mut [map], &x, size, columns, Precision::F32, &mut vec![f32::NAN; 7]);
                         let x64: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
                         let mut y64: Vec<f64> = start.iter().map(|x| f64::from(*x)).collect();
                         let map = Projection { y: &mut y64, w: case.double(), outer, accumulate };
-                        project(&mut [map], &x64, size, columns, &mut Vec::new());
+                        project(&mut [map], &x64, size, columns, Precision::F32, &mut Vec::new());
                         for (i, (got, got64)) in y.iter().zip(y64).enumerate() {
                             let (r, n) = (i / outer, i % outer);
                             let w = |k: usize| wide[n * width + first + k];
@@ -424,7 +429,7 @@ mod tests {
                     Projection { y, w: stored(i).single(), outer: outers[i], accumulate }
                 })
                 .collect();
-            project(&mut maps, &x, [rows, inner], [0, inner], &mut Vec::new());
+            project(&mut maps, &x, [rows, inner], [0, inner], Precision::F32, &mut Vec::new());
             for (i, together) in together.iter().enumerate() {
                 let mut alone = start(i);
                 let map = Projection {
@@ -433,7 +438,7 @@ mod tests {
                     outer: outers[i],
                     accumulate: i % 2 == 1,
                 };
-                project(&mut [map], &x, [rows, inner], [0, inner], &mut Vec::new());
+                project(&mut [map], &x, [rows, inner], [0, inner], Precision::F32, &mut Vec::new());
                 assert_eq!(*together, alone, "{rows} rows, projection {i}");
             }
         }
@@ -450,7 +455,14 @@ mod tests {
         let run = |rows: usize| {
             let mut y = vec![f64::NAN; rows * outer];
             let map = Projection { y: &mut y, w, outer, accumulate: false };
-            project(&mut [map], &x[..rows * inner], [rows, inner], [0, inner], &mut Vec::new());
+            project(
+                &mut [map],
+                &x[..rows * inner],
+                [rows, inner],
+                [0, inner],
+                Precision::F32,
+                &mut Vec::new(),
+            );
             y
         };
         for (many, few) in run(rows).chunks(outer).zip(run(8).chunks(outer)) {

@@ -260,7 +260,7 @@ impl ModelFolder {
     /// When a GPU's memory runs out.
     pub fn weights(&self, device: &Device) -> Result<Weights<f32>> {
         match device {
-            Device::Cpu(_) => {
+            Device::Cpu(..) => {
                 Ok(Weights::Stored(self.files.stored(&storable_parameters(&self.model)?).into()))
             }
             #[cfg(feature = "cuda")]

@@ -10,8 +10,8 @@ use crate::engine::{Ids, Shape, Tape, Var};
 use crate::error::{Error, Result};
 use crate::nn::config::at_least_one;
 use crate::nn::{Builder, Context, ModelConfig, Parameter, ParameterSpec};
-use crate::ops::cross_entropy::cross_entropy;
 use crate::ops::from_bits::from_bits;
+use crate::ops::head_loss::{self, head_loss};
 use crate::ops::last_token::last_token;
 use crate::ops::mean_tokens::mean_tokens;
 use crate::ops::squared_error::squared_error;
@@ -155,7 +155,7 @@ impl Model for FeatureModel {
         self.stack.most_tokens()
     }
 
-    fn outputs(
+    fn features(
         &self,
         tape: &mut Tape,
         inputs: Ids,
@@ -184,14 +184,25 @@ impl Model for FeatureModel {
                 pooled.mean
             }
         };
-        tape.scope("head");
-        Ok((project(tape, y, self.head)?, after))
+        Ok((y, after))
     }
 
-    fn loss(&self, tape: &mut Tape, outputs: Var, targets: Ids, scale: Var) -> Result<(Var, Var)> {
+    fn outputs(&self, tape: &mut Tape, features: Var) -> Result<Var> {
+        tape.scope("head");
+        project(tape, features, self.head)
+    }
+
+    fn loss(&self, tape: &mut Tape, features: Var, targets: Ids, scale: Var) -> Result<(Var, Var)> {
         match self.config.head {
-            Head::Classification { .. } => cross_entropy(tape, outputs, targets, scale),
-            Head::Regression { .. } => squared_error(tape, outputs, targets, scale),
+            Head::Classification { .. } => {
+                tape.scope("head");
+                let (weight, bias) = (self.head.0.var(tape), Some(self.head.1.var(tape)));
+                head_loss(tape, features, head_loss::Head { weight, bias, cap: None }, targets, scale)
+            }
+            Head::Regression { .. } => {
+                let outputs = self.outputs(tape, features)?;
+                squared_error(tape, outputs, targets, scale)
+            }
         }
     }
 }

@@ -86,11 +86,11 @@ pub trait Model: Debug + Send + Sync {
     fn most_tokens(&self) -> Option<usize>;
 
     /// inputs (B S, each [`Inputs::width`] integers) and the state before them
-    /// -> outputs (B, S or 1, O) and the state after them.
+    /// -> what the head reads (B, S or 1, D), and the state after them.
     ///
     /// # Errors
     /// When shapes do not fit.
-    fn outputs(
+    fn features(
         &self,
         tape: &mut Tape,
         inputs: Ids,
@@ -100,9 +100,16 @@ pub trait Model: Debug + Send + Sync {
         context: &mut Context,
     ) -> Result<(Var, Vec<Var>)>;
 
-    /// All outputs and their targets -> `scale` times the sum of the losses, and the loss of each.
+    /// features (…, D) -> outputs (…, O).
     ///
     /// # Errors
     /// When shapes do not fit.
-    fn loss(&self, tape: &mut Tape, outputs: Var, targets: Ids, scale: Var) -> Result<(Var, Var)>;
+    fn outputs(&self, tape: &mut Tape, features: Var) -> Result<Var>;
+
+    /// All features and the targets of their outputs -> `scale` times the sum of the losses, and the
+    /// loss of each.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    fn loss(&self, tape: &mut Tape, features: Var, targets: Ids, scale: Var) -> Result<(Var, Var)>;
 }

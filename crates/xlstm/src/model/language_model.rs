@@ -10,11 +10,11 @@ use crate::error::{Error, Result};
 use crate::nn::large::Initialization;
 use crate::nn::transformer::GPT_DEVIATION;
 use crate::nn::{Builder, Context, Family, Init, ModelConfig, Parameter, ParameterSpec};
-use crate::ops::cross_entropy::cross_entropy;
 use crate::ops::embedding::embedding;
+use crate::ops::head_loss::{Head, head_loss};
 use crate::ops::last_token::last_token;
 use crate::ops::linear::linear;
-use crate::ops::soft_cap::{Capped, soft_cap};
+use crate::ops::soft_cap::soft_cap;
 
 /// A language model: what it computes. Its numbers are [`Parameters`](crate::nn::Parameters).
 #[derive(Debug)]
@@ -113,38 +113,12 @@ impl LanguageModel {
         self.backbone.state_layout(batch)
     }
 
-    /// tokens (B S) and the state before them -> features (B, S, D) and the state after them.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
-    pub fn features(
-        &self,
-        tape: &mut Tape,
-        tokens: Ids,
-        shape: [usize; 2],
-        state: Option<&[Var]>,
-        context: &mut Context,
-    ) -> Result<(Var, Vec<Var>)> {
-        tape.scope("embedding");
-        let weight = self.embedding.var(tape);
-        let mut x = embedding(tape, tokens, weight, shape)?;
-        if self.config.add_embedding_dropout {
-            x = context.dropout(tape, x, self.config.dropout)?;
-        }
-        self.backbone.forward(tape, x, state, context)
-    }
-
-    /// features (…, D) -> logits (…, V).
-    ///
-    /// # Errors
-    /// When shapes do not fit.
-    pub fn logits(&self, tape: &mut Tape, features: Var) -> Result<Var> {
+    fn head(&self, tape: &mut Tape) -> Head {
         tape.scope("head");
-        let (weight, bias) = (self.head.var(tape), self.head_bias.map(|bias| bias.var(tape)));
-        let logits = linear(tape, features, weight, bias)?;
-        match self.logit_soft_cap {
-            Some(cap) => soft_cap(tape, logits, cap, Capped::Activations),
-            None => Ok(logits),
+        Head {
+            weight: self.head.var(tape),
+            bias: self.head_bias.map(|bias| bias.var(tape)),
+            cap: self.logit_soft_cap,
         }
     }
 
@@ -207,8 +181,7 @@ impl Model for LanguageModel {
         self.most_tokens()
     }
 
-    /// Logits.
-    fn outputs(
+    fn features(
         &self,
         tape: &mut Tape,
         tokens: Ids,
@@ -217,16 +190,30 @@ impl Model for LanguageModel {
         state: Option<&[Var]>,
         context: &mut Context,
     ) -> Result<(Var, Vec<Var>)> {
-        let (features, after) = self.features(tape, tokens, shape, state, context)?;
+        tape.scope("embedding");
+        let weight = self.embedding.var(tape);
+        let mut x = embedding(tape, tokens, weight, shape)?;
+        if self.config.add_embedding_dropout {
+            x = context.dropout(tape, x, self.config.dropout)?;
+        }
+        let (features, after) = self.backbone.forward(tape, x, state, context)?;
         let features = match wanted {
             Logits::All => features,
             Logits::Last => last_token(tape, features, context.marks)?,
         };
-        Ok((self.logits(tape, features)?, after))
+        Ok((features, after))
     }
 
-    fn loss(&self, tape: &mut Tape, logits: Var, targets: Ids, scale: Var) -> Result<(Var, Var)> {
-        cross_entropy(tape, logits, targets, scale)
+    /// Logits.
+    fn outputs(&self, tape: &mut Tape, features: Var) -> Result<Var> {
+        let head = self.head(tape);
+        let logits = linear(tape, features, head.weight, head.bias)?;
+        head.cap.map_or(Ok(logits), |cap| soft_cap(tape, logits, cap))
+    }
+
+    fn loss(&self, tape: &mut Tape, features: Var, targets: Ids, scale: Var) -> Result<(Var, Var)> {
+        let head = self.head(tape);
+        head_loss(tape, features, head, targets, scale)
     }
 }
 

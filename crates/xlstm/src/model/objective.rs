@@ -85,9 +85,8 @@ impl<T: Element> Objective<T> {
         let before: Vec<Var> = layout.iter().map(|(_, shape)| tape.input(shape.dims())).collect();
         let mut context = Context::new(marks, Some(seed));
         let state = (carry == Carry::Carried).then_some(&before[..]);
-        let (outputs, after) = model.outputs(&mut tape, inputs, shape, Logits::All, state, &mut context)?;
-        tape.scope("loss");
-        let (loss, losses) = model.loss(&mut tape, outputs, targets, scale)?;
+        let (features, after) = model.features(&mut tape, inputs, shape, Logits::All, state, &mut context)?;
+        let (loss, losses) = model.loss(&mut tape, features, targets, scale)?;
         tape.keep(loss);
         tape.keep(losses);
         tape.seed_gradient(loss);

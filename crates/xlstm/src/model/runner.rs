@@ -305,8 +305,9 @@ impl Recording {
         let layout = model.state_layout(batch);
         let before: Vec<Var> = layout.iter().map(|(_, shape)| tape.input(shape.dims())).collect();
         let mut context = Context::new(marks, None);
-        let (outputs, after) =
-            model.outputs(&mut tape, inputs, [batch, length], logits, Some(&before), &mut context)?;
+        let (features, after) =
+            model.features(&mut tape, inputs, [batch, length], logits, Some(&before), &mut context)?;
+        let outputs = model.outputs(&mut tape, features)?;
         after.iter().chain([&outputs]).for_each(|&var| tape.keep(var));
         let state = after.into_iter().zip(before).collect();
         Ok(Recording { tape, inputs, marks, state, outputs })

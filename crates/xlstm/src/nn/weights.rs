@@ -29,7 +29,7 @@ impl<T: Scalar> Weights<T> {
     /// When a GPU's memory runs out.
     pub fn new(parameters: Arc<Parameters<T>>, device: &Device) -> Result<Weights<T>> {
         match device {
-            Device::Cpu(_) => Ok(Weights::Cpu(parameters)),
+            Device::Cpu(..) => Ok(Weights::Cpu(parameters)),
             #[cfg(feature = "cuda")]
             Device::Cuda(gpu, precision) => {
                 let layout = Layout::new(parameters.values.iter().map(Vec::len));

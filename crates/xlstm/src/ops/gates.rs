@@ -19,7 +19,7 @@ use crate::engine::operation::{Backward, Forward, Kernel, NodeShapes, Slots, scr
 use crate::engine::projection::{Projection, project};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{add_to, axpy, vectorize};
-use crate::engine::{Scalar, Shape, Storable};
+use crate::engine::{Precision, Scalar, Shape, Storable};
 use crate::error::{Error, Result};
 use crate::ops::{TILE, gradient_tiles};
 
@@ -154,7 +154,7 @@ impl Kernel for Gates {
                 Projection { y: &mut **y, w, outer: heads, accumulate: true }
             });
             let (x, size) = (io.input(part), [rows, columns.len()]);
-            project(&mut maps, x, size, [columns.start, total], io.scratch);
+            project(&mut maps, x, size, [columns.start, total], Precision::F32, io.scratch);
         }
         let Some(cap) = self.cap else { return };
         let (cap, inverse) = (T::from_f64(cap), T::from_f64(1.0 / cap));

@@ -2,9 +2,10 @@
 
 use rayon::prelude::*;
 
+use crate::engine::bf16_products::product_in;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaBackward, CudaForward, blas::Operand, blas::Product};
-use crate::engine::matrix::{MatMut, MatRef, Threads, product};
+use crate::engine::matrix::{MatMut, MatRef};
 use crate::engine::operation::{Backward, Forward, Gradient, Kernel, MAX_SLOTS, Slots, scratch};
 use crate::engine::projection::{Projection, project};
 use crate::engine::tape::{Tape, Var};
@@ -109,7 +110,7 @@ impl Kernel for Linear {
             }
             maps.push(Projection { y, w: io.weight(weight_of(map)), outer, accumulate: bias.is_some() });
         }
-        project(&mut maps, io.input(0), [rows, inner], [0, inner], io.scratch);
+        project(&mut maps, io.input(0), [rows, inner], [0, inner], io.precision, io.scratch);
     }
 
     /// dx += Σ_i dy_i W_i, dW_i += dy_i^T x, db_i += sum over rows of dy_i.
@@ -122,13 +123,13 @@ impl Kernel for Linear {
             let dy = MatRef::new(gradient, rows, outer);
             if let Some((dx, accumulate)) = &mut dx {
                 let w = MatRef::new(io.input(weight_of(map)), outer, inner);
-                product(MatMut::new(dx, rows, inner), T::ONE, dy, w, *accumulate, Threads::All);
+                product_in(io.precision, MatMut::new(dx, rows, inner), dy, w, *accumulate);
                 *accumulate = true;
             }
             if let Some(dw) = io.input_gradient(weight_of(map)) {
                 let x = MatRef::new(io.input(0), rows, inner);
                 let (dw, accumulate) = dw.into_parts();
-                product(MatMut::new(dw, outer, inner), T::ONE, dy.t(), x, accumulate, Threads::All);
+                product_in(io.precision, MatMut::new(dw, outer, inner), dy.t(), x, accumulate);
             }
             if let Some(db) = io.input_gradient(bias_of(map)) {
                 sum_rows(gradient, outer, db.cleared(), io.scratch);

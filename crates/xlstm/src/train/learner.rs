@@ -96,7 +96,7 @@ pub fn learner(
 ) -> Result<Box<dyn Learner>> {
     let model: Arc<dyn Model> = model.clone();
     match device {
-        Device::Cpu(_) => Ok(Box::new(CpuLearner::new(model, parameters, task, device)?)),
+        Device::Cpu(..) => Ok(Box::new(CpuLearner::new(model, parameters, task, device)?)),
         #[cfg(feature = "cuda")]
         Device::Cuda(gpu, precision) => {
             Ok(Box::new(super::cuda::CudaLearner::new(model, &parameters, task, gpu, *precision)?))

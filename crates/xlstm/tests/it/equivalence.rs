@@ -10,13 +10,12 @@ use xlstm::engine::{Mode, Tape, Var};
 use xlstm::marks::{IGNORE, PAD, RESET};
 use xlstm::model::objective::Carry;
 use xlstm::model::{
-    BlockForm, Family, LanguageModel, Logits, LstmType, ModelConfig, Objective, Runner, SlstmAt,
+    BlockForm, Family, LanguageModel, Logits, LstmType, Model, ModelConfig, Objective, Runner, SlstmAt,
 };
 use xlstm::nn::large::WeightMode;
 use xlstm::nn::lstm::LstmConfig;
 use xlstm::nn::transformer::{PositionKind, TransformerConfig};
 use xlstm::nn::{Context, Parameters, Weights};
-use xlstm::ops::cross_entropy::cross_entropy;
 use xlstm::rng::Rng;
 
 use crate::pass::{Pass, device, on_gpu};
@@ -377,11 +376,17 @@ impl Piece {
             })
             .collect();
         let mut context = Context::new(marks, None);
-        let features =
-            case.model.features(&mut tape, tokens, shape, state.map(|_| &before[..]), &mut context);
+        let features = case.model.features(
+            &mut tape,
+            tokens,
+            shape,
+            Logits::All,
+            state.map(|_| &before[..]),
+            &mut context,
+        );
         let (features, after) = features.expect("features");
-        let logits = case.model.logits(&mut tape, features).expect("logits");
-        let (loss, losses) = cross_entropy(&mut tape, logits, targets, scale).expect("a loss");
+        let logits = case.model.outputs(&mut tape, features).expect("logits");
+        let (loss, losses) = case.model.loss(&mut tape, features, targets, scale).expect("a loss");
         for (&var, smooth) in after.iter().zip(&smooth).chain([(&loss, &true)]) {
             tape.keep(var);
             if *smooth {

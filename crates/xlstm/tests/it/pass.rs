@@ -20,7 +20,7 @@ pub fn device() -> Device {
 
 /// Whether the device computes in f32 whatever the type asked for.
 pub fn on_gpu() -> bool {
-    !matches!(device(), Device::Cpu(_))
+    !matches!(device(), Device::Cpu(..))
 }
 
 /// Parameters and their gradients on the device.
