@@ -25,11 +25,11 @@ extern "C" __global__ void gates_values(
     (o < heads ? y0 : y1)[(long long)row * heads + head] = value;
 }
 
-/// dz (rows, padded) = the gradients of both gates before the cap, then zeros. dy_g may be null. A thread an
-/// element.
+/// dz (rows, padded) = the gradients of both gates before the cap, then zeros; full: the same in f32. dy_g may be
+/// null. A thread an element.
 extern "C" __global__ void gates_slopes(
-    const float *y0, const float *y1, const float *dy0, const float *dy1, element_t *dz, int rows, int heads,
-    int padded, float cap
+    const float *y0, const float *y1, const float *dy0, const float *dy1, element_t *dz, float *full, int rows,
+    int heads, int padded, float cap
 ) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / padded, o = i % padded;
     if (row >= rows) return;
@@ -41,6 +41,7 @@ extern "C" __global__ void gates_slopes(
         d *= fmaf(-t, t, 1.0f);
     }
     store(dz + i, d);
+    full[i] = d;
 }
 
 /// dW_g (heads, total) += the rows of dw (padded, total), db_g (heads) += those of db (padded). Null gradients are

@@ -309,7 +309,9 @@ impl Kernel for Gates {
         let bytes = io.queue.precision().bytes();
         let dz = io.queue.scratch((rows * padded * bytes).div_ceil(4))?;
         let ([y0, y1, ..], [dy0, dy1, ..]) = (io.outputs, io.output_gradients);
-        let arguments = arguments![y0, y1, dy0, dy1, dz, rows, heads, padded, self.cap.unwrap_or(0.0)];
+        // The bias's gradient is a sum of many that cancel: of numbers that are not rounded.
+        let full = io.queue.scratch(rows * padded)?;
+        let arguments = arguments![y0, y1, dy0, dy1, dz, full, rows, heads, padded, self.cap.unwrap_or(0.0)];
         io.queue.launch_each(&SOURCE, "gates_slopes", rows * padded, arguments)?;
         let [dw, db] = [padded * total, padded].map(|n| io.queue.scratch(n));
         let (dw, db) = (dw?, db?);
@@ -337,7 +339,7 @@ impl Kernel for Gates {
                 accumulate: false,
             })?;
         }
-        io.queue.give_rows(dz, false, [rows, padded], (db, true))?;
+        io.queue.give_rows(full, true, [rows, padded], (db, true))?;
         let slots = [self.weight(0), self.weight(1), self.bias(0), self.bias(1)];
         let [dw0, dw1, db0, db1] = slots.map(|slot| io.input_gradients[slot]);
         let fresh: u32 = (0..).zip(slots).map(|(bit, slot)| u32::from(io.is_fresh(slot)) << bit).sum();

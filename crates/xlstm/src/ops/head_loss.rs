@@ -231,6 +231,7 @@ impl Kernel for HeadLoss {
             if !self.train {
                 continue;
             }
+            io.queue.fork()?;
             io.queue.product(&Product {
                 size: [count, inner, vocabulary],
                 a: Operand::new(z, vocabulary),
@@ -239,7 +240,7 @@ impl Kernel for HeadLoss {
                 batch: 1,
                 accumulate: false,
             })?;
-            io.queue.product(&Product {
+            io.queue.product_aside(&Product {
                 size: [vocabulary, inner, count],
                 a: Operand::new(z, vocabulary).t(),
                 b: x,
@@ -247,6 +248,7 @@ impl Kernel for HeadLoss {
                 batch: 1,
                 accumulate: start > 0,
             })?;
+            io.queue.join()?;
             if bias.is_some() {
                 io.queue.add_rows(z, false, count, vocabulary, db)?;
             }

@@ -44,6 +44,10 @@ pub fn linears<const N: usize>(tape: &mut Tape, x: Var, maps: [(Var, Option<Var>
     Ok(std::array::from_fn(|i| outputs[i]))
 }
 
+/// Rows from which it is worth while on a GPU to queue products on two streams.
+#[cfg(feature = "cuda")]
+const APART: usize = 1024;
+
 /// Where input W_i is.
 const fn weight_of(map: usize) -> usize {
     1 + 2 * map
@@ -166,6 +170,11 @@ impl Kernel for Linear {
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let (rows, inner) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
+        // The products for dW beside those for dx: neither leaves the GPU full to its end.
+        let apart = rows >= APART && io.input_gradients[0].is_some();
+        if apart {
+            io.queue.fork()?;
+        }
         for map in 0..self.maps {
             let outer = io.shapes.outputs[map].last();
             let Some(gradient) = io.output_gradients[map] else {
@@ -185,21 +194,26 @@ impl Kernel for Linear {
                 })?;
             }
             if let Some(dw) = io.input_gradients[weight_of(map)] {
-                io.queue.product(&Product {
+                let product = Product {
                     size: [outer, inner, rows],
                     a: dy.t(),
                     b: Operand::new(io.input(0), inner),
                     c: Operand::new(dw, inner).full(),
                     batch: 1,
                     accumulate: !io.is_fresh(weight_of(map)),
-                })?;
+                };
+                if apart {
+                    io.queue.product_aside(&product)?;
+                } else {
+                    io.queue.product(&product)?;
+                }
             }
             if let Some(db) = io.input_gradients[bias_of(map)] {
                 let fresh = io.is_fresh(bias_of(map));
                 io.queue.give_rows(gradient, false, [rows, outer], (db, fresh))?;
             }
         }
-        Ok(())
+        if apart { io.queue.join() } else { Ok(()) }
     }
 }
 

@@ -118,9 +118,9 @@ __device__ __forceinline__ void row_forward(
 
 /// With dn = dy sigmoid(gate), n = (s - mean) / std, g = dn scale: ds = (g - mean(g) - n mean(g n)) / std + ds
 /// of other readers, without mean(g) for the root-mean-square norm; dx and dadded += ds, dgate += dy y / open
-/// (the gate's slope); parts (tiles, width) = the sums of dn n over a tile of rows, bias_parts of dn. Where
+/// (the gate's slope); parts (blocks, width) = the sums of dn n over the rows of a block, bias_parts of dn. Where
 /// `fresh` has bit 0, 1, 2, dx, dadded, dgate are written, not added to. Null gradients are not asked for.
-/// A block a tile, a warp every fourth row of it.
+/// A warp takes every row that is as many warps further.
 #define GRADIENTS \
     const element_t *dy, const element_t *ds, const element_t *s, const element_t *gate, const float *w, \
         const float *b, const float *saved, element_t *dx, element_t *dadded, element_t *dgate, float *parts, \
@@ -155,9 +155,8 @@ __device__ __forceinline__ void give_whole(element_t *p, const Wide &wide, bool 
 template <int CHUNKS, bool BIAS>
 __device__ __forceinline__ void row_backward(GRADIENTS, SHAPE, int fresh) {
     int lane = threadIdx.x % 32, size = width / groups;
-    int first = blockIdx.x * TILE_ROWS + threadIdx.x / 32, end = min(rows, (int)(blockIdx.x + 1) * TILE_ROWS);
     Wide dw[CHUNKS] = {}, db[BIAS ? CHUNKS : 1] = {};
-    for (int row = first; row < end; row += WARPS) {
+    for (int row = blockIdx.x * WARPS + threadIdx.x / 32; row < rows; row += gridDim.x * WARPS) {
         long long start = (long long)row * width;
         Raw of_s[CHUNKS] = {}, of_dy[CHUNKS] = {}, of_ds[CHUNKS] = {}, of_gate[CHUNKS] = {};
         float mean[CHUNKS] = {}, inverse[CHUNKS] = {}, g_sum[CHUNKS] = {}, gn_sum[CHUNKS] = {};
@@ -225,7 +224,7 @@ __device__ __forceinline__ void row_backward(GRADIENTS, SHAPE, int fresh) {
     }
 }
 
-/// Forward: grid (ceil(rows / 8)), block 256; backward: grid (ceil(rows / TILE_ROWS)), block 32 WARPS.
+/// Forward: grid (ceil(rows / 8)), block 256; backward: grid (up to ceil(rows / WARPS)), block 32 WARPS.
 #define ROW_KERNELS(CHUNKS) \
     extern "C" __global__ void __launch_bounds__(256) norm_row_forward_##CHUNKS( \
         const element_t *x, const element_t *added, const element_t *gate, const float *w, const float *b, \

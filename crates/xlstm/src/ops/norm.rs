@@ -328,7 +328,12 @@ impl Kernel for Normed {
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let shape = io.shapes.outputs[0];
         let Norm { kind, groups, .. } = self.norm;
-        let (rows, width, tiles) = (shape.rows(), shape.last(), shape.rows().div_ceil(ROWS));
+        let (rows, width) = (shape.rows(), shape.last());
+        let chunks = chunks(width, groups);
+        let tiles = match chunks {
+            Some(_) => rows.div_ceil(WARPS).min(BLOCKS),
+            None => rows.div_ceil(ROWS),
+        };
         let (s, ds) = if self.added { (io.outputs[1], io.output_gradients[1]) } else { (io.input(0), None) };
         let dy = match io.output_gradients[0] {
             Some(dy) => dy,
@@ -366,10 +371,10 @@ impl Kernel for Normed {
             self.norm.offset::<f64>(),
             fresh
         ];
-        match chunks(width, groups) {
+        match chunks {
             Some(chunks) => {
                 let name = if db.is_some() { BACKWARD_BIAS[chunks - 1] } else { BACKWARD[chunks - 1] };
-                io.queue.launch(&SOURCE, name, [tiles, 1, 1], 128, arguments)?;
+                io.queue.launch(&SOURCE, name, [tiles, 1, 1], 32 * WARPS, arguments)?;
             }
             None => {
                 let grid = [(rows * groups).div_ceil(8), 1, 1];
@@ -391,6 +396,13 @@ impl Kernel for Normed {
         Ok(())
     }
 }
+
+/// Warps of a block of their backward, WARPS of norm.cu, and the most blocks: three for each of an H100's
+/// multiprocessors, as many as it holds. A number of its own on every card would be another sum on each.
+#[cfg(feature = "cuda")]
+const WARPS: usize = 4;
+#[cfg(feature = "cuda")]
+const BLOCKS: usize = 384;
 
 /// Kernels for rows that a warp keeps in registers, by chunks of 256 columns.
 #[cfg(feature = "cuda")]

@@ -144,7 +144,8 @@ pub(super) fn fastest(
     for round in 0..=ROUNDS {
         for (time, algorithm) in times.iter_mut().zip(candidates) {
             let spent = milliseconds(gpu, || {
-                (0..REPEATS).try_for_each(|_| blas.multiply(gpu, workspace, plan, algorithm, pointers))
+                (0..REPEATS)
+                    .try_for_each(|_| blas.multiply(gpu.raw_stream(), workspace, plan, algorithm, pointers))
             })?;
             if round > 0 {
                 *time = time.min(spent);

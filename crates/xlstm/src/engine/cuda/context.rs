@@ -26,6 +26,8 @@ type ModuleKey = (&'static str, Precision);
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// For work that may run beside that of the first: see [`Queue::fork`](super::launch::Queue::fork).
+    side: Arc<CudaStream>,
     ordinal: usize,
     name: String,
     architecture: String,
@@ -122,12 +124,14 @@ impl Gpu {
             .hint("8.0 (Ampere) or newer is needed"));
         }
         let suffix = if major >= 9 { "a" } else { "" };
-        let stream = context.new_stream().map_err(|e| driver("make a stream", e))?;
+        let stream = || context.new_stream().map_err(|e| driver("make a stream", e));
+        let (stream, side) = (stream()?, stream()?);
         let blas = Blas::new()?;
         Ok(Arc::new(Gpu {
             architecture: format!("sm_{major}{minor}{suffix}"),
             context,
             stream,
+            side,
             ordinal,
             name,
             modules: Mutex::default(),
@@ -191,6 +195,10 @@ impl Gpu {
 
     pub(crate) fn raw_stream(&self) -> sys::CUstream {
         self.stream.cu_stream()
+    }
+
+    pub(super) fn raw_side(&self) -> sys::CUstream {
+        self.side.cu_stream()
     }
 
     /// Whether work is being captured into a graph, so that nothing can be waited for.

@@ -1,12 +1,16 @@
 //! Marks in the stream of work, between which the GPU tells the time.
 
-use cudarc::driver::{result::event, sys};
+use cudarc::driver::result::{event, stream};
+use cudarc::driver::sys;
 
 use super::context::{Gpu, driver};
 use crate::error::Result;
 
 /// A mark.
 pub(crate) struct Event(sys::CUevent);
+
+// SAFETY: an event may be used from any thread.
+unsafe impl Send for Event {}
 
 impl Event {
     /// A mark that has not been set.
@@ -17,8 +21,20 @@ impl Event {
 
     /// Sets it behind all work queued so far.
     pub(crate) fn record(&self, gpu: &Gpu) -> Result<()> {
+        self.record_on(gpu.raw_stream())
+    }
+
+    /// Sets it behind all work queued so far on a stream of its own context.
+    pub(super) fn record_on(&self, stream: sys::CUstream) -> Result<()> {
         // SAFETY: the event and the stream are alive.
-        unsafe { event::record(self.0, gpu.raw_stream()) }.map_err(|e| driver("set an event", e))
+        unsafe { event::record(self.0, stream) }.map_err(|e| driver("set an event", e))
+    }
+
+    /// Lets what is queued on a stream from now on wait for the event.
+    pub(super) fn hold(&self, stream: sys::CUstream) -> Result<()> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: the event and the stream are alive.
+        unsafe { stream::wait_event(stream, self.0, flags) }.map_err(|e| driver("wait for an event", e))
     }
 
     /// Milliseconds from `earlier` to here; both have been set, and the work before them is done.

@@ -6,6 +6,7 @@ use super::Precision;
 use super::blas::{Product, WORKSPACE};
 use super::compiler::Source;
 use super::context::{Argument, Buffer, Gpu, NAN, arguments};
+use super::event::Event;
 use crate::engine::operation::{MAX_SLOTS, NodeShapes};
 use crate::error::Result;
 
@@ -16,6 +17,8 @@ pub struct Queue {
     workspace: Buffer,
     scratch: Buffer,
     used: usize,
+    /// What products on the side need: their work space, and events where the streams part and meet.
+    aside: Option<(Buffer, [Event; 2])>,
     /// Outgrown work spaces: work in flight, and captured graphs, may still use them.
     outgrown: Vec<Buffer>,
 }
@@ -34,6 +37,7 @@ impl Queue {
             workspace: Buffer::zeros(gpu, WORKSPACE)?,
             scratch: Buffer::zeros(gpu, 1 << 20)?,
             used: 0,
+            aside: None,
             outgrown: Vec::new(),
         })
     }
@@ -49,7 +53,11 @@ impl Queue {
 
     /// Bytes of the work space.
     pub(crate) fn bytes(&self) -> usize {
-        self.workspace.bytes() + self.scratch.bytes() + self.outgrown.iter().map(Buffer::bytes).sum::<usize>()
+        let aside = self.aside.as_ref().map_or(0, |(workspace, _)| workspace.bytes());
+        self.workspace.bytes()
+            + aside
+            + self.scratch.bytes()
+            + self.outgrown.iter().map(Buffer::bytes).sum::<usize>()
     }
 
     /// Fills the work space with NaN.
@@ -136,7 +144,34 @@ impl Queue {
 
     /// Queues a matrix product.
     pub(crate) fn product(&self, product: &Product) -> Result<()> {
-        self.gpu.blas.product(&self.gpu, &self.workspace, self.precision, product)
+        let stream = self.gpu.raw_stream();
+        self.gpu.blas.product(&self.gpu, stream, &self.workspace, self.precision, product)
+    }
+
+    /// From here to [`join`](Self::join), products may be queued on the side: they run beside what is
+    /// queued otherwise, and fill the multiprocessors that it leaves idle at its end. Neither may read
+    /// what the other writes.
+    pub(crate) fn fork(&mut self) -> Result<()> {
+        if self.aside.is_none() {
+            let events = [Event::new()?, Event::new()?];
+            self.aside = Some((Buffer::zeros(&self.gpu, WORKSPACE)?, events));
+        }
+        let Some((_, [parted, _])) = &self.aside else { return Ok(()) };
+        parted.record(&self.gpu)?;
+        parted.hold(self.gpu.raw_side())
+    }
+
+    /// Queues a matrix product on the side, after [`fork`](Self::fork).
+    pub(crate) fn product_aside(&self, product: &Product) -> Result<()> {
+        let Some((workspace, _)) = &self.aside else { return self.product(product) };
+        self.gpu.blas.product(&self.gpu, self.gpu.raw_side(), workspace, self.precision, product)
+    }
+
+    /// Lets what is queued from now on wait for the products on the side.
+    pub(crate) fn join(&self) -> Result<()> {
+        let Some((_, [_, met])) = &self.aside else { return Ok(()) };
+        met.record_on(self.gpu.raw_side())?;
+        met.hold(self.gpu.raw_stream())
     }
 
     /// Sets `n` f32 numbers to zero.
