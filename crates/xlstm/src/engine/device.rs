@@ -136,7 +136,7 @@ impl Device {
             },
         };
         if matches!(device, Device::Cpu(_, Precision::Bf16)) && !has_bf16_products() {
-            why += " (without AVX512-BF16 this takes longer than f32)";
+            why += " (this processor multiplies bf16 no faster than f32)";
         }
         let line = format!("device: {device}{why}");
         Ok((device, line))

@@ -1,0 +1,175 @@
+//! Products of matrices rounded to bf16, summed in f32: an option for training on processors that
+//! multiply these faster than f32. No library has them.
+//!
+//! Rows of A and columns of B are packed as pairs of neighbours along the inner dimension, in panels of
+//! as many as a kernel takes, and a task owns some rows of C. A processor without such instructions, or
+//! one where they are no gain, rounds the operands and multiplies in f32: the same numbers but for the
+//! order of their sums.
+
+use rayon::prelude::*;
+
+use super::matrix::{MatMut, MatRef, Threads, product};
+use super::precision::Precision;
+use super::scalar::Scalar;
+use super::vector::vectorize;
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod packed;
+
+/// C = A B, or C += A B with `accumulate`, on all threads; f32 operands are rounded to `precision`
+/// first, others are not.
+///
+/// As with [`product`], the result does not depend on the number of threads.
+pub fn product_in<T: Scalar>(
+    precision: Precision,
+    c: MatMut<'_, T>,
+    a: MatRef<'_, T>,
+    b: MatRef<'_, T>,
+    accumulate: bool,
+) {
+    if precision == Precision::F32 {
+        return product(c, T::ONE, a, b, accumulate, Threads::All);
+    }
+    match (c.single(), a.single(), b.single()) {
+        (Ok(c), Some(a), Some(b)) => Instructions::of_this_processor().product(c, a, b, accumulate),
+        (Err(c), ..) => product(c, T::ONE, a, b, accumulate, Threads::All),
+        (Ok(_), ..) => unreachable!("A, B and C have one type"),
+    }
+}
+
+/// Whether this processor multiplies in bf16, rather than in f32 after rounding.
+pub fn has_bf16_products() -> bool {
+    Instructions::of_this_processor() != Instructions::Plain
+}
+
+/// What products are computed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Instructions {
+    Plain,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Amx,
+}
+
+impl Instructions {
+    fn of_this_processor() -> Instructions {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if amx::is_usable() {
+            return Instructions::Amx;
+        }
+        // Intel's processors take twice as long for them as for the same number in f32.
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bf16")
+            && packed::is_made_by(b"AuthenticAMD")
+        {
+            return Instructions::Avx512;
+        }
+        Instructions::Plain
+    }
+
+    /// The instructions are such as the processor has.
+    fn product(self, c: MatMut<'_, f32>, a: MatRef<'_, f32>, b: MatRef<'_, f32>, accumulate: bool) {
+        match self {
+            Instructions::Plain => {
+                let size = [c.rows(), c.columns(), a.columns()];
+                let (a, b) = (rounded(a), rounded(b.t()));
+                let (a, b) = (MatRef::new(&a, size[0], size[2]), MatRef::new(&b, size[1], size[2]));
+                product(c, 1.0, a, b.t(), accumulate, Threads::All);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512 => packed::product::<avx512::Avx512>(c, a, b, accumulate),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Instructions::Amx => packed::product::<amx::Amx>(c, a, b, accumulate),
+        }
+    }
+}
+
+/// The rows of a matrix one after the other, each number rounded.
+fn rounded(m: MatRef<'_, f32>) -> Vec<f32> {
+    let width = m.columns();
+    let mut rows = vec![0.0; m.rows() * width];
+    rows.par_chunks_mut(width.max(1)).enumerate().for_each(|(i, row)| {
+        vectorize!(|| {
+            for (j, to) in row.iter_mut().enumerate() {
+                *to = Precision::Bf16.round(m.at(i, j));
+            }
+        });
+    });
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every transposition, accumulating or not, against the sum of rounded numbers in f64.
+    fn check(instructions: Instructions, [m, n, k]: [usize; 3]) {
+        let numbers = |count: usize, seed: usize| -> Vec<f32> {
+            (0..count).map(|i| ((i * 37 + seed * 11) % 1009) as f32 / 503.0 - 1.0).collect()
+        };
+        let (a, b, c) = (numbers(m * k, 1), numbers(k * n, 2), numbers(m * n, 3));
+        for case in 0..8 {
+            let (at, bt, accumulate) = (case & 1 == 1, case & 2 == 2, case & 4 == 4);
+            let left = if at { MatRef::new(&a, k, m).t() } else { MatRef::new(&a, m, k) };
+            let right = if bt { MatRef::new(&b, n, k).t() } else { MatRef::new(&b, k, n) };
+            let mut got = c.clone();
+            if !accumulate {
+                got.fill(f32::NAN);
+            }
+            instructions.product(MatMut::new(&mut got, m, n), left, right, accumulate);
+            for (i, got) in got.iter().enumerate() {
+                let (row, column) = (i / n, i % n);
+                let number = |x: f32| f64::from(Precision::Bf16.round(x));
+                let term = |l: usize| {
+                    number(if at { a[l * m + row] } else { a[row * k + l] })
+                        * number(if bt { b[column * k + l] } else { b[l * n + column] })
+                };
+                let before = if accumulate { f64::from(c[i]) } else { 0.0 };
+                let want = before + (0..k).map(term).sum::<f64>();
+                let error = (f64::from(*got) - want).abs();
+                let bound = 1e-6 * (k as f64 + 1.0);
+                assert!(error < bound, "{m}x{n}x{k} case {case} [{i}]: {got} and {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn products_are_those_of_rounded_numbers() {
+        for shape in [[1, 1, 1], [12, 32, 2], [13, 33, 3], [40, 70, 255], [5, 100, 513], [250, 31, 20]] {
+            check(Instructions::Plain, shape);
+            check(Instructions::of_this_processor(), shape);
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
+                check(Instructions::Avx512, shape);
+            }
+        }
+    }
+
+    #[test]
+    fn threads_do_not_matter() {
+        let x: Vec<f32> = (0..300 * 70).map(|i| (i % 97) as f32 / 50.0 - 1.0).collect();
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let (a, b) = (MatRef::new(&x, 300, 70), MatRef::new(&x, 70, 300));
+            let mut c = vec![0.0; 300 * 300];
+            pool.install(|| product_in(Precision::Bf16, MatMut::new(&mut c, 300, 300), a, b, false));
+            c
+        };
+        assert_eq!(run(1), run(3));
+    }
+
+    #[test]
+    fn f64_is_not_rounded() {
+        let x = [1.0 + 1e-12, 2.0];
+        let mut y = [0.0];
+        let (a, b) = (MatRef::new(&x, 1, 2), MatRef::new(&x, 2, 1));
+        product_in(Precision::Bf16, MatMut::new(&mut y, 1, 1), a, b, false);
+        assert_eq!(y[0], x[0] * x[0] + 4.0);
+    }
+}
