@@ -409,11 +409,11 @@ fn operations(table: &mut Table<'_>) {
         (1100, 270_000, None),
     ] {
         let targets = (0..rows as u32).map(|i| if i % 5 == 2 { IGNORE } else { i * 7 % 70 }).collect();
-        let case = new().between(&[rows, 8], -2.0, 2.0).between(&[vocabulary, 8], -1.0, 1.0);
-        let case = case.input(&[vocabulary]).input(&[1]).ids(targets);
+        let case = new().between(&[rows, 8], -2.0, 2.0).input(&[vocabulary]).input(&[1]);
+        let case = case.weight(&[vocabulary, 8]).ids(targets);
         table.compare(&format!("head_loss {rows}x{vocabulary}"), &case, T, &|t, v, i| {
-            let head = Head { weight: v[1], bias: Some(v[2]), cap };
-            Ok(vec![head_loss(t, v[0], head, i[0], v[3])?.0])
+            let head = Head { weight: v[3], bias: Some(v[1]), cap };
+            Ok(vec![head_loss(t, v[0], head, i[0], v[2])?.0])
         });
     }
     for (length, taps, silu) in [(70, 4, true), (3, 4, false), (33, 1, true), (70, 3, true)] {

@@ -435,7 +435,7 @@ impl CudaExecutor {
             *output = self.value_pointer(var).unwrap_or(0);
         }
         let ids = self.ids_of(i);
-        self.queue.restart();
+        self.queue.restart()?;
         let mut io = CudaForward { inputs, outputs, ids, shapes: &node.shapes, queue: &mut self.queue };
         node.operation.forward_on_gpu(&mut io)
     }
@@ -482,7 +482,7 @@ impl CudaExecutor {
             output_gradients[slot] = self.gradient_pointer(var);
         }
         let ids = self.ids_of(i);
-        self.queue.restart();
+        self.queue.restart()?;
         let mut io = CudaBackward {
             inputs,
             outputs,

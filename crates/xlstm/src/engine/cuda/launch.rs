@@ -21,6 +21,8 @@ pub struct Queue {
     aside: Option<(Buffer, [Event; 2])>,
     /// Outgrown work spaces: work in flight, and captured graphs, may still use them.
     outgrown: Vec<Buffer>,
+    /// Whether a graph may know the work space by address.
+    is_known: bool,
 }
 
 impl std::fmt::Debug for Queue {
@@ -39,6 +41,7 @@ impl Queue {
             used: 0,
             aside: None,
             outgrown: Vec::new(),
+            is_known: false,
         })
     }
 
@@ -65,9 +68,15 @@ impl Queue {
         self.gpu.fill(self.scratch.pointer(), NAN, self.scratch.bytes())
     }
 
-    /// Gives the work space back, at the start of an operation.
-    pub(crate) fn restart(&mut self) {
+    /// Gives the work space back, at the start of an operation, and to the GPU what it has outgrown.
+    pub(crate) fn restart(&mut self) -> Result<()> {
         self.used = 0;
+        self.is_known |= self.gpu.is_capturing()?;
+        if !self.is_known {
+            // Each waits for the work in flight.
+            self.outgrown.clear();
+        }
+        Ok(())
     }
 
     /// Work space for `n` f32 numbers, until the operation ends; its content is arbitrary.
