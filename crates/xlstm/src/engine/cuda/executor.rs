@@ -599,6 +599,7 @@ mod tests {
     use super::*;
     use crate::engine::Mode;
     use crate::ops::add::add;
+    use crate::ops::embedding::embedding;
     use crate::ops::gates::gates;
     use crate::ops::linear::linear;
 
@@ -622,6 +623,33 @@ mod tests {
         let message = types(&tape, Precision::Bf16).expect_err("f32 read as bf16").to_string();
         assert!(message.contains("input 0 of add") && message.contains("F32, not in Bf16"), "{message}");
         assert!(types(&tape, Precision::F32).is_ok());
+        Ok(())
+    }
+
+    /// A tied embedding is reached by the head first, which writes it whole; rows of one parameter each
+    /// count for themselves, and a second reader of them adds.
+    #[test]
+    fn first_gradients_of_parameters() -> Result<()> {
+        let mut tape = Tape::new(Mode::Train);
+        let ids = tape.ids(6);
+        let tied = tape.parameter(0, 0, [9, 8].into());
+        let x = embedding(&mut tape, ids, tied, [2, 3])?;
+        let mut rows = [x; 2];
+        for (y, row) in rows.iter_mut().zip([0, 4]) {
+            let weight = tape.parameter(1, row * 8, [4, 8].into());
+            *y = linear(&mut tape, x, weight, None)?;
+        }
+        let again = tape.parameter(1, 0, [8, 8].into());
+        let y = linear(&mut tape, x, again, None)?;
+        let tied = tape.parameter(0, 0, [9, 8].into());
+        let z = linear(&mut tape, y, tied, None)?;
+        for y in [z, rows[0], rows[1]] {
+            tape.seed_gradient(y);
+        }
+        let plan = Plan::new(&tape, |value| tape.values[value].shape.len());
+        let (slots, pieces) = written(&tape, &plan);
+        assert_eq!(slots, [0, 0, 0, 1 << 1, 1 << 1]);
+        assert_eq!(pieces, [(0, 0, 72), (1, 0, 64)]);
         Ok(())
     }
 
