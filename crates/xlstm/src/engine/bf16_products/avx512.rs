@@ -1,38 +1,34 @@
 //! AVX512-BF16: sums of two products a lane.
 
 use std::arch::x86_64::{
-    __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
+    __cpuid, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
     _mm512_storeu_ps,
 };
 use std::mem::transmute;
 
-use super::packed::{COLUMNS, Kernel, pack_side_by_side};
-use crate::engine::matrix::MatRef;
+use super::packed::{COLUMNS, Kernel, ROWS};
 
-/// With 12 rows, sums fill 24 of the 32 registers.
-pub(super) struct Avx512;
-
-impl Kernel for Avx512 {
-    const ROWS: usize = 12;
-    const PAIRS: usize = 1;
-
-    #[inline(always)]
-    fn pack(a: MatRef<'_, f32>, first: usize, inner: [usize; 2], panel: &mut [u32]) {
-        pack_side_by_side::<{ Avx512::ROWS }>(a, first, inner, panel);
-    }
-
-    unsafe fn product(a: &[u32], b: &[u32], sums: &mut [f32]) {
-        // SAFETY: by the contract.
-        unsafe { product(a, b, sums) }
-    }
+/// The kernel, where the processor has the instructions.
+pub(super) fn kernel() -> Option<Kernel> {
+    let has = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
+    // SAFETY: the processor has them.
+    has.then_some(|a, b, sums| unsafe { product(a, b, sums) })
 }
 
+/// Whether they are faster than the same product in f32: Intel's processors take twice as long.
+pub(super) fn is_gain() -> bool {
+    let leaf = __cpuid(0);
+    [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
+}
+
+/// See [`Kernel`].
+///
 /// # Safety
 /// The processor has the instructions.
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn product(a: &[u32], b: &[u32], sums: &mut [f32]) {
-    let mut lanes = [[_mm512_setzero_ps(); COLUMNS / 16]; Avx512::ROWS];
-    for (a, b) in a.chunks_exact(Avx512::ROWS).zip(b.chunks_exact(COLUMNS)) {
+unsafe fn product(a: &[u32], b: &[u32], sums: &mut [f32; ROWS * COLUMNS]) {
+    let mut lanes = [[_mm512_setzero_ps(); COLUMNS / 16]; ROWS];
+    for (a, b) in a.chunks_exact(ROWS).zip(b.chunks_exact(COLUMNS)) {
         // SAFETY: b has COLUMNS numbers; a vector of bf16 is 512 bits like any other.
         let b: [__m512bh; COLUMNS / 16] = unsafe {
             [

@@ -13,11 +13,10 @@ use super::precision::Precision;
 use super::scalar::Scalar;
 use super::vector::vectorize;
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod amx;
+use packed::Kernel;
+
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-#[cfg(target_arch = "x86_64")]
 mod packed;
 
 /// C = A B, or C += A B with `accumulate`, on all threads; f32 operands are rounded to `precision`
@@ -35,59 +34,35 @@ pub fn product_in<T: Scalar>(
         return product(c, T::ONE, a, b, accumulate, Threads::All);
     }
     match (c.single(), a.single(), b.single()) {
-        (Ok(c), Some(a), Some(b)) => Instructions::of_this_processor().product(c, a, b, accumulate),
+        (Ok(c), Some(a), Some(b)) => match kernel() {
+            Some(kernel) => packed::product(c, a, b, accumulate, kernel),
+            None => rounded_product(c, a, b, accumulate),
+        },
         (Err(c), ..) => product(c, T::ONE, a, b, accumulate, Threads::All),
         (Ok(_), ..) => unreachable!("A, B and C have one type"),
     }
 }
 
-/// Whether this processor multiplies in bf16, rather than in f32 after rounding.
+/// Whether this processor multiplies bf16 faster than f32.
 pub fn has_bf16_products() -> bool {
-    Instructions::of_this_processor() != Instructions::Plain
+    kernel().is_some()
 }
 
-/// What products are computed with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Instructions {
-    Plain,
+/// The kernel that this processor shall use.
+fn kernel() -> Option<Kernel> {
     #[cfg(target_arch = "x86_64")]
-    Avx512,
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    Amx,
+    if avx512::is_gain() {
+        return avx512::kernel();
+    }
+    None
 }
 
-impl Instructions {
-    fn of_this_processor() -> Instructions {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if amx::is_usable() {
-            return Instructions::Amx;
-        }
-        // Intel's processors take twice as long for them as for the same number in f32.
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bf16")
-            && packed::is_made_by(b"AuthenticAMD")
-        {
-            return Instructions::Avx512;
-        }
-        Instructions::Plain
-    }
-
-    /// The instructions are such as the processor has.
-    fn product(self, c: MatMut<'_, f32>, a: MatRef<'_, f32>, b: MatRef<'_, f32>, accumulate: bool) {
-        match self {
-            Instructions::Plain => {
-                let size = [c.rows(), c.columns(), a.columns()];
-                let (a, b) = (rounded(a), rounded(b.t()));
-                let (a, b) = (MatRef::new(&a, size[0], size[2]), MatRef::new(&b, size[1], size[2]));
-                product(c, 1.0, a, b.t(), accumulate, Threads::All);
-            }
-            #[cfg(target_arch = "x86_64")]
-            Instructions::Avx512 => packed::product::<avx512::Avx512>(c, a, b, accumulate),
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Instructions::Amx => packed::product::<amx::Amx>(c, a, b, accumulate),
-        }
-    }
+/// C = A B, or C += A B with `accumulate`, of rounded operands.
+fn rounded_product(c: MatMut<'_, f32>, a: MatRef<'_, f32>, b: MatRef<'_, f32>, accumulate: bool) {
+    let size = [c.rows(), c.columns(), a.columns()];
+    let (a, b) = (rounded(a), rounded(b.t()));
+    let (a, b) = (MatRef::new(&a, size[0], size[2]), MatRef::new(&b, size[1], size[2]));
+    product(c, 1.0, a, b.t(), accumulate, Threads::All);
 }
 
 /// The rows of a matrix one after the other, each number rounded.
@@ -106,10 +81,11 @@ fn rounded(m: MatRef<'_, f32>) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
+    use super::packed::{COLUMNS, ROWS};
     use super::*;
 
     /// Every transposition, accumulating or not, against the sum of rounded numbers in f64.
-    fn check(instructions: Instructions, [m, n, k]: [usize; 3]) {
+    fn check(kernel: Option<Kernel>, [m, n, k]: [usize; 3]) {
         let numbers = |count: usize, seed: usize| -> Vec<f32> {
             (0..count).map(|i| ((i * 37 + seed * 11) % 1009) as f32 / 503.0 - 1.0).collect()
         };
@@ -122,7 +98,11 @@ mod tests {
             if !accumulate {
                 got.fill(f32::NAN);
             }
-            instructions.product(MatMut::new(&mut got, m, n), left, right, accumulate);
+            let to = MatMut::new(&mut got, m, n);
+            match kernel {
+                Some(kernel) => packed::product(to, left, right, accumulate, kernel),
+                None => rounded_product(to, left, right, accumulate),
+            }
             for (i, got) in got.iter().enumerate() {
                 let (row, column) = (i / n, i % n);
                 let number = |x: f32| f64::from(Precision::Bf16.round(x));
@@ -139,14 +119,29 @@ mod tests {
         }
     }
 
+    /// A kernel that every processor has.
+    fn spelled_out(a: &[u32], b: &[u32], sums: &mut [f32; ROWS * COLUMNS]) {
+        let halves = |pair: u32| [pair << 16, pair & 0xffff_0000].map(f32::from_bits);
+        for (i, sum) in sums.iter_mut().enumerate() {
+            let (row, column) = (i / COLUMNS, i % COLUMNS);
+            let pairs = a.chunks_exact(ROWS).zip(b.chunks_exact(COLUMNS));
+            *sum = pairs
+                .map(|(a, b)| {
+                    let (a, b) = (halves(a[row]), halves(b[column]));
+                    a[0] * b[0] + a[1] * b[1]
+                })
+                .sum();
+        }
+    }
+
     #[test]
     fn products_are_those_of_rounded_numbers() {
         for shape in [[1, 1, 1], [12, 32, 2], [13, 33, 3], [40, 70, 255], [5, 100, 513], [250, 31, 20]] {
-            check(Instructions::Plain, shape);
-            check(Instructions::of_this_processor(), shape);
+            check(None, shape);
+            check(Some(spelled_out), shape);
             #[cfg(target_arch = "x86_64")]
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
-                check(Instructions::Avx512, shape);
+            if let Some(kernel) = avx512::kernel() {
+                check(Some(kernel), shape);
             }
         }
     }
@@ -159,6 +154,8 @@ mod tests {
             let (a, b) = (MatRef::new(&x, 300, 70), MatRef::new(&x, 70, 300));
             let mut c = vec![0.0; 300 * 300];
             pool.install(|| product_in(Precision::Bf16, MatMut::new(&mut c, 300, 300), a, b, false));
+            let to = MatMut::new(&mut c, 300, 300);
+            pool.install(|| packed::product(to, a, b, true, spelled_out));
             c
         };
         assert_eq!(run(1), run(3));

@@ -1,37 +1,16 @@
 //! The loops around a kernel: packing, and which task computes what.
 
-use std::arch::x86_64::__cpuid;
-
 use rayon::prelude::*;
 
 use crate::engine::matrix::{MatMut, MatRef};
 use crate::engine::precision::to_bf16;
 use crate::engine::vector::vectorize;
 
-/// A product of two panels in registers.
-pub(super) trait Kernel {
-    /// Rows of A in a panel.
-    const ROWS: usize;
-    /// Pairs along the inner dimension come in whole multiples of this.
-    const PAIRS: usize;
+/// sums ([`ROWS`], [`COLUMNS`]) = a panel of A (pairs, ROWS) times a panel of B (pairs, COLUMNS).
+pub(super) type Kernel = fn(&[u32], &[u32], &mut [f32; ROWS * COLUMNS]);
 
-    /// Panel of A -> `panel`, in the order of this kernel: rows of `a` from `first`, `inner` of their
-    /// numbers from `start`; what lies outside is 0.
-    fn pack(a: MatRef<'_, f32>, first: usize, inner: [usize; 2], panel: &mut [u32]);
-
-    /// Before the calls of [`product`](Kernel::product) of a task.
-    fn begin() {}
-
-    /// After them.
-    fn end() {}
-
-    /// sums (ROWS, [`COLUMNS`]) = a panel of A times a panel of B (pairs, COLUMNS).
-    ///
-    /// # Safety
-    /// The processor has the instructions, panels are of as many pairs, and the call is between
-    /// [`begin`](Kernel::begin) and [`end`](Kernel::end) on its thread.
-    unsafe fn product(a: &[u32], b: &[u32], sums: &mut [f32]);
-}
+/// Rows of A in a panel: with 12, sums of 32 columns fill 24 of AVX-512's 32 registers.
+pub(super) const ROWS: usize = 12;
 
 /// Columns of B in a panel.
 pub(super) const COLUMNS: usize = 32;
@@ -40,45 +19,43 @@ pub(super) const COLUMNS: usize = 32;
 const INNER: usize = 256;
 
 /// The most rows of C of a task, and the least tasks where there are rows enough.
-const TASK_ROWS: usize = 120;
+const TASK_ROWS: usize = 10 * ROWS;
 const TASKS: usize = 16;
 
-/// C = A B, or C += A B with `accumulate`, where the processor has the instructions of K.
-pub(super) fn product<K: Kernel>(
+/// C = A B, or C += A B with `accumulate`.
+pub(super) fn product(
     c: MatMut<'_, f32>,
     a: MatRef<'_, f32>,
     b: MatRef<'_, f32>,
     accumulate: bool,
+    kernel: Kernel,
 ) {
     let (m, n, k) = (c.rows(), c.columns(), a.columns());
     assert!(a.rows() == m && b.columns() == n && b.rows() == k);
-    let (columns, pairs) = (b.t(), k.div_ceil(2).next_multiple_of(K::PAIRS));
+    let (columns, pairs) = (b.t(), k.div_ceil(2));
     let mut panels = vec![0; n.div_ceil(COLUMNS) * pairs * COLUMNS];
     panels.par_chunks_mut((pairs * COLUMNS).max(1)).enumerate().for_each(|(i, panel)| {
-        vectorize!(|| pack_side_by_side::<COLUMNS>(columns, i * COLUMNS, [0, k], panel));
+        vectorize!(|| pack::<COLUMNS>(columns, i * COLUMNS, [0, k], panel));
     });
-    let most = TASK_ROWS.next_multiple_of(K::ROWS);
-    let task_rows = m.div_ceil(TASKS).next_multiple_of(K::ROWS).min(most);
-    c.row_tiles(task_rows.max(1)).into_par_iter().enumerate().for_each(|(i, mut c)| {
+    let task_rows = m.div_ceil(TASKS).next_multiple_of(ROWS).clamp(ROWS, TASK_ROWS);
+    c.row_tiles(task_rows).into_par_iter().enumerate().for_each(|(i, mut c)| {
         if k == 0 && !accumulate {
             c.fill(0.0);
         }
         let mut block = vec![0; task_rows * INNER / 2];
-        let mut sums = vec![0.0; K::ROWS * COLUMNS];
-        K::begin();
+        let mut sums = [0.0; ROWS * COLUMNS];
         for start in (0..k).step_by(INNER) {
             let inner = INNER.min(k - start);
-            let block_pairs = inner.div_ceil(2).next_multiple_of(K::PAIRS);
-            let panel_of_a = block_pairs * K::ROWS;
+            let block_pairs = inner.div_ceil(2);
+            let panel_of_a = block_pairs * ROWS;
             let add = accumulate || start > 0;
-            for (row, panel) in (0..c.rows()).step_by(K::ROWS).zip(block.chunks_exact_mut(panel_of_a)) {
-                vectorize!(|| K::pack(a, i * task_rows + row, [start, inner], panel));
+            for (row, panel) in (0..c.rows()).step_by(ROWS).zip(block.chunks_exact_mut(panel_of_a)) {
+                vectorize!(|| pack::<ROWS>(a, i * task_rows + row, [start, inner], panel));
             }
             for (column, panel) in (0..n).step_by(COLUMNS).zip(panels.chunks_exact(pairs * COLUMNS)) {
                 let b = &panel[start / 2 * COLUMNS..][..block_pairs * COLUMNS];
-                for (row, a) in (0..c.rows()).step_by(K::ROWS).zip(block.chunks_exact(panel_of_a)) {
-                    // SAFETY: by the contract of this function, and as they were packed above.
-                    unsafe { K::product(a, b, &mut sums) };
+                for (row, a) in (0..c.rows()).step_by(ROWS).zip(block.chunks_exact(panel_of_a)) {
+                    kernel(a, b, &mut sums);
                     let count = COLUMNS.min(n - column);
                     for (r, sums) in sums.chunks_exact(COLUMNS).enumerate().take(c.rows() - row) {
                         let to = &mut c.row(row + r)[column..column + count];
@@ -89,18 +66,13 @@ pub(super) fn product<K: Kernel>(
                 }
             }
         }
-        K::end();
     });
 }
 
-/// Panel (pairs, WIDTH): the pairs of WIDTH rows side by side.
+/// Rows of `m` from `first`, `inner` of their numbers from `start`, as a panel (pairs, WIDTH) of pairs
+/// side by side; what lies outside is 0.
 #[inline(always)]
-pub(super) fn pack_side_by_side<const WIDTH: usize>(
-    m: MatRef<'_, f32>,
-    first: usize,
-    [start, inner]: [usize; 2],
-    panel: &mut [u32],
-) {
+fn pack<const WIDTH: usize>(m: MatRef<'_, f32>, first: usize, [start, inner]: [usize; 2], panel: &mut [u32]) {
     let count = WIDTH.min(m.rows() - first);
     let whole = panel.len() / WIDTH;
     if m.has_contiguous_rows() {
@@ -116,33 +88,6 @@ pub(super) fn pack_side_by_side<const WIDTH: usize>(
         let (low, high) = two_columns::<WIDTH>(m, [first, count], [start, inner], p);
         for ((pair_at, low), high) in pairs.iter_mut().zip(low).zip(high) {
             *pair_at = pair(low, high);
-        }
-    }
-}
-
-/// Panel (WIDTH, pairs): the pairs of a row one after the other.
-#[inline(always)]
-pub(super) fn pack_in_rows<const WIDTH: usize>(
-    m: MatRef<'_, f32>,
-    first: usize,
-    [start, inner]: [usize; 2],
-    panel: &mut [u32],
-) {
-    let count = WIDTH.min(m.rows() - first);
-    let whole = panel.len() / WIDTH;
-    if m.has_contiguous_rows() {
-        for (r, pairs) in panel.chunks_exact_mut(whole).enumerate() {
-            let row = if r < count { &m.row(first + r)[start..start + inner] } else { &[] };
-            for (p, pair_at) in pairs.iter_mut().enumerate() {
-                *pair_at = pair_of(row, p);
-            }
-        }
-        return;
-    }
-    for p in 0..whole {
-        let (low, high) = two_columns::<WIDTH>(m, [first, count], [start, inner], p);
-        for r in 0..WIDTH {
-            panel[r * whole + p] = pair(low[r], high[r]);
         }
     }
 }
@@ -176,10 +121,4 @@ fn two_columns<const WIDTH: usize>(
 #[inline(always)]
 fn pair(low: f32, high: f32) -> u32 {
     u32::from(to_bf16(high)) << 16 | u32::from(to_bf16(low))
-}
-
-/// Whether this is the processor's maker.
-pub(super) fn is_made_by(name: &[u8; 12]) -> bool {
-    let leaf = __cpuid(0);
-    [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).as_flattened() == name
 }
