@@ -151,7 +151,7 @@ impl Kernel for Gates {
             let [first, second] = &mut both;
             let mut maps = [(first, 0), (second, 1)].map(|(y, gate)| {
                 let w = io.weight(self.weight(gate));
-                Projection { y: &mut **y, w, outer: heads, accumulate: true }
+                Projection { y, w, outer: heads, accumulate: true }
             });
             let (x, size) = (io.input(part), [rows, columns.len()]);
             project(&mut maps, x, size, [columns.start, total], Precision::F32, io.scratch);
@@ -194,8 +194,8 @@ impl Kernel for Gates {
             let Some(dx) = dx[part].take().filter(|_| width > 0) else { continue };
             if !few {
                 let (dx, mut accumulate) = dx.into_parts();
-                for gate in 0..2 {
-                    let w = MatRef::new(weights[gate], heads, total).columns_at(columns.start, width);
+                for (gate, weights) in weights.iter().enumerate() {
+                    let w = MatRef::new(weights, heads, total).columns_at(columns.start, width);
                     let dz = MatRef::new(dz(gate), rows, heads);
                     product(MatMut::new(dx, rows, width), T::ONE, dz, w, accumulate, Threads::All);
                     accumulate = true;
@@ -206,9 +206,9 @@ impl Kernel for Gates {
                 let Some(dx) = dx else { return };
                 vectorize!(|| {
                     for (row, dx) in dx.chunks_exact_mut(width).enumerate() {
-                        for gate in 0..2 {
+                        for (gate, weights) in weights.iter().enumerate() {
                             let dz = &dz(gate)[(tile * TILE + row) * heads..][..heads];
-                            add_combination(dx, |o| dz[o], &weights[gate][columns.start..], total, heads);
+                            add_combination(dx, |o| dz[o], &weights[columns.start..], total, heads);
                         }
                     }
                 });

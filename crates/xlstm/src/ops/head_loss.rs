@@ -12,6 +12,8 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::engine::Precision;
 use crate::engine::bf16_products::product_in;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{
@@ -22,7 +24,7 @@ use crate::engine::operation::{Backward, Forward, Gradient, Kernel, Slots, scrat
 use crate::engine::projection::{Projection, project};
 use crate::engine::tape::{Ids, Mode, Tape, Var};
 use crate::engine::vector::{sum, vectorize};
-use crate::engine::{Precision, Scalar, Shape, Storable};
+use crate::engine::{Scalar, Shape, Storable};
 use crate::error::{Error, Result};
 use crate::marks::IGNORE;
 use crate::ops::TILE;

@@ -545,8 +545,9 @@ mod tests {
                 let (t, z) = add_norm(tape, [s, y], v[2], None, options)?;
                 Ok(vec![s, t, z])
             });
-            case.run(|tape, v, _| Ok(vec![add_norm(tape, [v[0], v[1]], v[2], None, options)?.1]));
-            case.run(|tape, v, _| Ok(vec![add_norm(tape, [v[0], v[1]], v[2], None, options)?.0]));
+            let plain = Check::new().input([2, 35, width]).input([2, 35, width]).input([width]);
+            plain.run(|tape, v, _| Ok(vec![add_norm(tape, [v[0], v[1]], v[2], None, options)?.1]));
+            plain.run(|tape, v, _| Ok(vec![add_norm(tape, [v[0], v[1]], v[2], None, options)?.0]));
             case.run(|tape, v, _| {
                 let y = gated_norm(tape, v[0], v[1], v[2], Some(v[3]), options)?;
                 Ok(vec![y, gated_norm(tape, v[1], v[0], v[3], None, options)?])

@@ -45,6 +45,8 @@ impl Layout {
             pieces.iter().map(|&(index, offset, n)| (self.element(index, offset), n)).collect();
         taken.sort_unstable();
         let mut outside: Vec<(usize, usize)> = Vec::new();
+        // Whether the last of them reaches to the end of its parameter.
+        let mut reaches = false;
         let mut taken = taken.into_iter().peekable();
         for &(first, count) in &self.places {
             let (mut at, end) = (first, first + count);
@@ -52,12 +54,11 @@ impl Layout {
                 let next = taken.peek().map_or(end, |&(start, _)| start.clamp(at, end));
                 if next > at {
                     match outside.last_mut() {
-                        Some((start, n)) if (*start + *n).next_multiple_of(ALIGNMENT) >= at => {
-                            *n = next - *start
-                        }
+                        Some((start, n)) if reaches && at == first => *n = next - *start,
                         _ => outside.push((at, next - at)),
                     }
                 }
+                reaches = next == end && next > at;
                 at = match taken.next_if(|&(start, _)| start < end) {
                     Some((start, n)) => start + n,
                     None => end,
