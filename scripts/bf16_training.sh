@@ -40,7 +40,10 @@ losses = {f"{d}-{s}": rows(f"{d}-{s}", "loss") for d in dtypes for s in seeds}
 last = max(losses["f32-1"])
 print("# Products in bf16 on the processor: does it train the same?\n")
 print(f"{read('machine.txt')}, {read('date.txt')}. {last:,} steps of `xlstm train shakespeare` with `--dtype f32` and `--dtype bf16`:")
-print("operands of products with weights rounded to bf16, forward and backward, sums and all else in f32.\n")
+print("operands of products with weights rounded to bf16, forward and backward, sums and all else in f32.")
+if "no faster than f32" in read("bf16-1.log"):
+    print("This processor has no fast products of bf16: the rounded operands were multiplied in f32.")
+print()
 print("Validation loss, nats a character:\n")
 steps = sorted(rows("f32-1", "val_loss"))
 print("| run | " + " | ".join(f"step {step}" for step in steps) + " |\n|---|" + "---|" * len(steps))

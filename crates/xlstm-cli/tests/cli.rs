@@ -369,11 +369,12 @@ fn devices_that_are_not_there() {
     for verb in [&["train", "tiny.yaml"][..], &[&["eval", "--model", "out/1"], &text[..]].concat()] {
         folder.fails(&[verb, &["--device", "cuda:99"]].concat(), &["GPU", "--device cpu"]);
     }
-    folder.fails(&["train", "tiny.yaml", "--device", "cpu", "--dtype", "bf16"], &["bf16", "--dtype f32"]);
     folder.fails(&["train", "tiny.yaml", "--set", "device=gpu"], &["device", "gpu"]);
     assert!(!folder.0.join("out/2").exists(), "a run that cannot start leaves no folder");
     let (_, notes) = folder.ok(&["eval", "--model", "out/1", "--data", "text.txt", "--device", "cpu"]);
     assert!(notes.contains("device: cpu"), "{notes}");
+    let (_, notes) = folder.ok(&["train", "tiny.yaml", "--device", "cpu", "--dtype", "bf16"]);
+    assert!(notes.contains("bf16") && notes.contains("done after 3 steps"), "{notes}");
 }
 
 /// A file system that is always full, where the system has one.
@@ -403,7 +404,7 @@ fn benches() {
     let preset = ["--preset", "lm-mixed-128"];
     let cases: [(&[&str], usize); 4] = [
         (&["train", "--steps", "1", "--device", "cpu"], 1),
-        (&["prefill", "--repeats", "1", "--device", "cpu"], 1),
+        (&["prefill", "--repeats", "1", "--device", "cpu", "--prompt", "9"], 1),
         (&["decode", "--repeats", "1", "--device", "cpu", "--dtype", "bf16", "--sessions", "2"], 1),
         (&["cell", "--repeats", "1"], 2),
     ];

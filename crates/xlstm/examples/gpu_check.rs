@@ -14,22 +14,22 @@ use xlstm::ops::activation::{Activation, activated, gated};
 use xlstm::ops::add::add;
 use xlstm::ops::attention::attention;
 use xlstm::ops::causal_conv::causal_conv;
-use xlstm::ops::concat_linear::concat_linear;
 use xlstm::ops::dropout::dropout;
 use xlstm::ops::embedding::embedding;
 use xlstm::ops::from_bits::from_bits;
+use xlstm::ops::gates::gates;
 use xlstm::ops::head_loss::{Head, head_loss};
 use xlstm::ops::headwise::{headwise, headwise_full};
 use xlstm::ops::last_token::last_token;
 use xlstm::ops::learned_positions::learned_positions;
 use xlstm::ops::linear::linear;
 use xlstm::ops::mean_tokens::mean_tokens;
-use xlstm::ops::norm::{Norm, NormKind, norm};
+use xlstm::ops::norm::{Norm, NormKind, add_norm, gated_norm, norm};
 use xlstm::ops::positions::positions;
 use xlstm::ops::reverse::reverse;
 use xlstm::ops::rotary::{angles, rotary};
 use xlstm::ops::skip_gate::skip_gate;
-use xlstm::ops::soft_cap::{Capped, soft_cap};
+use xlstm::ops::soft_cap::soft_cap;
 use xlstm::ops::squared_error::squared_error;
 use xlstm::ops::window::window;
 
@@ -304,26 +304,46 @@ fn operations(table: &mut Table<'_>) {
         [(&[64, 33, 64][..], 4), (&[96, 96, 96], 4), (&[40, 8, 16, 24], 12), (&[600], 8), (&[3, 1, 2], 1)]
     {
         let case = widths.iter().fold(new(), |case, width| case.input(&[2, 70, *width]));
-        let case = case.input(&[outer]).weight(&[outer, widths.iter().sum()]);
+        let shape = [outer, widths.iter().sum()];
+        let case = case.input(&[outer]).input(&[outer]).weight(&shape).weight(&shape);
         let parts = widths.len();
-        table.compare(&format!("concat_linear {widths:?} {outer}"), &case, T, &|t, v, _| {
-            Ok(vec![concat_linear(t, &v[..parts], v[parts + 1], Some(v[parts]))?])
-        });
+        for cap in [None, Some(5.0)] {
+            let capped = if cap.is_some() { " capped" } else { "" };
+            table.compare(&format!("gates {widths:?} {outer}{capped}"), &case, T, &|t, v, _| {
+                let maps = [0, 1].map(|gate| (v[parts + 2 + gate], Some(v[parts + gate])));
+                Ok(gates(t, &v[..parts], maps, cap)?.to_vec())
+            });
+        }
     }
-    for (kind, groups, width) in
-        [(NormKind::Layer, 1, 96), (NormKind::Layer, 4, 256), (NormKind::RootMeanSquare, 3, 33)]
-    {
+    for (kind, groups, width) in [
+        (NormKind::Layer, 1, 96),
+        (NormKind::Layer, 4, 256),
+        (NormKind::RootMeanSquare, 1, 640),
+        (NormKind::Layer, 6, 768),
+        (NormKind::Layer, 2, 1024),
+        (NormKind::RootMeanSquare, 3, 33),
+        (NormKind::RootMeanSquare, 1, 1536),
+    ] {
         let options = Norm { kind, groups, eps: 1e-5, unit_offset: groups != 3 };
         let case = new().between(&[3, 67, width], -1.0, 3.0).input(&[width]).input(&[width]);
-        table.compare(&format!("norm {kind:?} {groups}"), &case, T, &|t, v, _| {
+        table.compare(&format!("norm {kind:?} {groups} of {width}"), &case, T, &|t, v, _| {
             Ok(vec![norm(t, v[0], v[1], None, options)?, norm(t, v[0], v[1], Some(v[2]), options)?])
         });
-    }
-    for (cap, what) in [(15.0, Capped::Gates), (0.5, Capped::Activations)] {
-        let case = new().between(&[999], -40.0, 40.0);
-        table.compare(&format!("soft_cap {what:?}"), &case, T, &|t, v, _| {
-            Ok(vec![soft_cap(t, v[0], cap, what)?])
+        let shape = [3, 67, width];
+        let case = new().between(&shape, -1.0, 3.0).input(&shape).input(&[width]).input(&[width]);
+        table.compare(&format!("add_norm {kind:?} {groups} of {width}"), &case, T, &|t, v, _| {
+            let (s, y) = add_norm(t, [v[0], v[1]], v[2], Some(v[3]), options)?;
+            let (sum, z) = add_norm(t, [s, v[1]], v[2], None, options)?;
+            Ok(vec![y, sum, z])
         });
+        table.compare(&format!("gated_norm {kind:?} {groups} of {width}"), &case, T, &|t, v, _| {
+            let y = gated_norm(t, v[0], v[1], v[2], Some(v[3]), options)?;
+            Ok(vec![y, gated_norm(t, v[0], v[1], v[2], None, options)?])
+        });
+    }
+    for cap in [15.0, 0.5] {
+        let case = new().between(&[999], -40.0, 40.0);
+        table.compare(&format!("soft_cap {cap}"), &case, T, &|t, v, _| Ok(vec![soft_cap(t, v[0], cap)?]));
     }
     let case = new().input(&[2, 67, 150]).input(&[150]).input(&[2, 67, 150]).input(&[2, 67, 150]);
     table.compare("skip_gate", &case, T, &|t, v, _| Ok(vec![skip_gate(t, v[0], v[1], v[2], v[3])?]));
@@ -380,15 +400,20 @@ fn operations(table: &mut Table<'_>) {
         });
     }
     // The last has more rows than a slice.
-    for (rows, vocabulary, cap) in
-        [(39, 70, None), (39, 5000, Some(5.0)), (39, 5003, None), (1100, 270_000, None)]
-    {
+    for (rows, vocabulary, cap) in [
+        (39, 70, None),
+        (39, 5000, Some(5.0)),
+        (39, 5000, None),
+        (39, 5003, None),
+        (20, 50_304, Some(30.0)),
+        (1100, 270_000, None),
+    ] {
         let targets = (0..rows as u32).map(|i| if i % 5 == 2 { IGNORE } else { i * 7 % 70 }).collect();
-        let case = new().between(&[rows, 8], -2.0, 2.0).between(&[vocabulary, 8], -1.0, 1.0);
-        let case = case.input(&[vocabulary]).input(&[1]).ids(targets);
+        let case = new().between(&[rows, 8], -2.0, 2.0).input(&[vocabulary]).input(&[1]);
+        let case = case.weight(&[vocabulary, 8]).ids(targets);
         table.compare(&format!("head_loss {rows}x{vocabulary}"), &case, T, &|t, v, i| {
-            let head = Head { weight: v[1], bias: Some(v[2]), cap };
-            Ok(vec![head_loss(t, v[0], head, i[0], v[3])?.0])
+            let head = Head { weight: v[3], bias: Some(v[1]), cap };
+            Ok(vec![head_loss(t, v[0], head, i[0], v[2])?.0])
         });
     }
     for (length, taps, silu) in [(70, 4, true), (3, 4, false), (33, 1, true), (70, 3, true)] {

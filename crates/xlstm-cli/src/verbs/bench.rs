@@ -47,6 +47,12 @@ struct TrainBenchArgs {
     /// Steps to time, after three that do not count
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = count)]
     steps: usize,
+    /// Sequences of a batch, where not as many as the preset has
+    #[arg(long, value_name = "N", value_parser = count)]
+    batch: Option<usize>,
+    /// Tokens of each of them
+    #[arg(long, value_name = "N", value_parser = count)]
+    length: Option<usize>,
     /// Also show where the time goes, operation by operation
     #[arg(long)]
     profile: bool,
@@ -139,14 +145,13 @@ struct Report<'a> {
     sessions: Option<usize>,
     peak_memory_mb: Option<f64>,
     gflops: f64,
-    /// None on a GPU, as the rates.
-    floor_share: Option<f64>,
-    product_gflops: Option<f64>,
-    bandwidth_gb_s: Option<f64>,
+    floor_share: f64,
+    product_gflops: f64,
+    bandwidth_gb_s: f64,
 }
 
 impl<'a> Report<'a> {
-    fn new(preset: &'a Preset, measured: &Measured, floor: Option<&Floor>) -> Report<'a> {
+    fn new(preset: &'a Preset, measured: &Measured, floor: &Floor) -> Report<'a> {
         Report {
             preset: preset.name,
             params: measured.parameters,
@@ -154,9 +159,9 @@ impl<'a> Report<'a> {
             ms: measured.median() * 1e3,
             peak_memory_mb: measured.peak_megabytes,
             gflops: measured.gigaflops(),
-            floor_share: floor.map(|floor| measured.floor_share(floor)),
-            product_gflops: floor.map(|floor| floor.product_gigaflops),
-            bandwidth_gb_s: floor.map(|floor| floor.bandwidth_gigabytes),
+            floor_share: measured.floor_share(floor),
+            product_gflops: floor.product_gigaflops,
+            bandwidth_gb_s: floor.bandwidth_gigabytes,
             ..Report::default()
         }
     }
@@ -172,13 +177,12 @@ impl<'a> Report<'a> {
             self.plain_ms.map_or_else(String::new, |ms| format!(", {ms:.1} ms launched kernel by kernel"));
         let forward = self.forward_ms.map_or_else(String::new, |ms| format!(", {ms:.2} ms forward alone"));
         let memory = self.peak_memory_mb.map_or_else(|| "unknown".into(), |mb| format!("{mb:.0} MB"));
-        let floor = match (self.floor_share, self.product_gflops, self.bandwidth_gb_s) {
-            (Some(share), Some(products), Some(bandwidth)) => format!(
-                "floor        {:.0} % of it ({products:.0} GFLOP/s in products, {bandwidth:.1} GB/s read)\n",
-                share * 100.0
-            ),
-            _ => String::new(),
-        };
+        let floor = format!(
+            "floor        {:.0} % of it ({:.0} GFLOP/s in products, {:.1} GB/s of memory)\n",
+            self.floor_share * 100.0,
+            self.product_gflops,
+            self.bandwidth_gb_s
+        );
         output::data(&format!(
             "preset       {} ({what})\nparameters   {}\nspeed        {:.0} tokens/s\n\
              {unit:<12} {:.2} ms (median of {repeats}){plain}{forward}\npeak memory  {memory}\n\
@@ -202,12 +206,14 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 }
 
 fn train(args: &TrainBenchArgs) -> Result<()> {
-    let preset = Preset::named(&args.common.preset)?;
+    let mut preset = Preset::named(&args.common.preset)?;
+    preset.batch_size = args.batch.unwrap_or(preset.batch_size);
+    preset.length = args.length.unwrap_or(preset.length);
     let device = args.device.choose()?;
     let Trained { measured, plain, operations, .. } = train_steps(&preset, &device, args.steps)?;
-    let floor = Floor::measure(&device);
+    let floor = Floor::measure(&device)?;
     let plain_ms = plain.map(|plain| plain.median() * 1e3);
-    let report = Report { plain_ms, ..Report::new(&preset, &measured, floor.as_ref()) };
+    let report = Report { plain_ms, ..Report::new(&preset, &measured, &floor) };
     let what = format!("batch {} x {}, {device}", preset.batch_size, preset.length);
     let table = if args.profile { table(&operations) } else { String::new() };
     report.print(args.common.json, &what, ("step", measured.seconds.len()), &table)
@@ -219,7 +225,10 @@ fn table(operations: &[OperationTime]) -> String {
         format!("{:<16} {:>5} {:>11.2} {:>12.2}\n", row.name, row.nodes, row.forward, row.backward)
     };
     let rows: String = operations.iter().map(row).collect();
-    format!("\noperation        nodes  forward ms  backward ms\n{rows}")
+    let [forward, backward] = operations.iter().fold([0.0; 2], |[f, b], o| [f + o.forward, b + o.backward]);
+    let nodes = operations.iter().map(|o| o.nodes).sum();
+    let all = row(&OperationTime { name: "all of them", nodes, forward, backward });
+    format!("\noperation        nodes  forward ms  backward ms\n{rows}{all}")
 }
 
 /// Prefill, or decoding by so many sessions.
@@ -240,8 +249,8 @@ fn read(common: &Common, args: &ReadingArgs, sessions: Option<usize>) -> Result<
             (measured, "all tokens", what)
         }
     };
-    let floor = Floor::measure(&device);
-    let report = Report { dtype: Some(dtype), sessions, ..Report::new(&preset, &measured, floor.as_ref()) };
+    let floor = Floor::measure(&device)?;
+    let report = Report { dtype: Some(dtype), sessions, ..Report::new(&preset, &measured, &floor) };
     report.print(common.json, &what, (unit, measured.seconds.len()), "")
 }
 
@@ -250,14 +259,11 @@ fn time_cells(args: &CellBenchArgs) -> Result<()> {
     let (device, line) = Device::choose(DeviceChoice::Cpu, None, args.threads)?;
     output::note(&line);
     let times = cells(&preset, &device, args.repeats)?;
-    let floor = Floor::measure(&device);
+    let floor = Floor::measure(&device)?;
     for cell in &times {
         let forward_ms = Some(cell.forward.median() * 1e3);
-        let report = Report {
-            forward_ms,
-            cell: Some(cell.name),
-            ..Report::new(&preset, &cell.training, floor.as_ref())
-        };
+        let report =
+            Report { forward_ms, cell: Some(cell.name), ..Report::new(&preset, &cell.training, &floor) };
         let (batch, length) = (preset.batch_size, preset.length);
         let what = format!("{} cell, {}, batch {batch} x {length}, {device}", cell.name, cell.shape);
         report.print(args.common.json, &what, ("both ways", cell.training.seconds.len()), "")?;

@@ -1,4 +1,5 @@
-//! The machine's own floor: how fast it multiplies matrices and how fast it reads memory.
+//! The machine's own floor: how fast it multiplies matrices and how fast it reads memory. On a GPU
+//! the products are of the precision in use, and memory is copied, its bytes read and written counted.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -7,11 +8,14 @@ use rayon::prelude::*;
 
 use super::median;
 use crate::engine::bf16_products::product_in;
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::measure;
 use crate::engine::matrix::{MatMut, MatRef};
 use crate::engine::vector::{dot, vectorize};
 use crate::engine::{Device, Precision};
+use crate::error::Result;
 
-/// What a processor can do at the most, measured.
+/// What a processor or a GPU can do at the most, measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Floor {
     /// 10^9 operations a second of a matrix product of f32 numbers, in the device's precision.
@@ -22,6 +26,14 @@ pub struct Floor {
 
 /// Rows, columns and inner width of the product: a projection of a batch of 8 x 256 tokens.
 const PRODUCT: [usize; 3] = [2048, 768, 256];
+
+/// Rows, columns and inner width of a GPU's product.
+#[cfg(feature = "cuda")]
+const SQUARE: usize = 8192;
+
+/// Bytes that a GPU copies.
+#[cfg(feature = "cuda")]
+const COPIED: usize = 1 << 30;
 
 /// Numbers that are read: 256 MiB, many times what caches hold.
 const NUMBERS: usize = 64 << 20;
@@ -36,15 +48,25 @@ const REPEATS: usize = 11;
 const WARM_UP: usize = 2;
 
 impl Floor {
-    /// Measures the processor, with the threads of `device`, in a second or two. None on a GPU.
-    pub fn measure(device: &Device) -> Option<Floor> {
+    /// Measures the processor, with the threads of `device`, or the GPU, in a second or two.
+    ///
+    /// # Errors
+    /// When a GPU fails or has no room for the matrices.
+    pub fn measure(device: &Device) -> Result<Floor> {
         match device {
-            Device::Cpu(..) => Some(device.install(|| Floor {
+            Device::Cpu(..) => Ok(device.install(|| Floor {
                 product_gigaflops: product_gigaflops(PRODUCT, device.precision()),
                 bandwidth_gigabytes: bandwidth_gigabytes(NUMBERS),
             })),
             #[cfg(feature = "cuda")]
-            Device::Cuda(..) => None,
+            Device::Cuda(gpu, precision) => {
+                let products = measure::product_seconds(gpu, *precision, SQUARE, REPEATS)?;
+                let copies = measure::copy_seconds(gpu, COPIED, REPEATS)?;
+                Ok(Floor {
+                    product_gigaflops: 2.0 * (SQUARE as f64).powi(3) / median(&products) / 1e9,
+                    bandwidth_gigabytes: 2.0 * COPIED as f64 / median(&copies) / 1e9,
+                })
+            }
         }
     }
 }

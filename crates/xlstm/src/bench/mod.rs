@@ -42,7 +42,7 @@ pub struct Measured {
     /// Seconds of each repetition that counts.
     pub seconds: Vec<f64>,
     /// 10^6 bytes of memory: the most that this process has held, where the system tells; on a
-    /// GPU what is in use on it at the end.
+    /// GPU the most that its buffers have taken since the repetitions that count began.
     pub peak_megabytes: Option<f64>,
 }
 
@@ -98,7 +98,17 @@ fn peak_megabytes(device: &Device) -> Option<f64> {
             Some(kibibytes * 1024.0 / 1e6)
         }
         #[cfg(feature = "cuda")]
-        Device::Cuda(gpu, _) => gpu.memory_in_use().ok().map(|bytes| bytes as f64 / 1e6),
+        Device::Cuda(gpu, _) => Some(gpu.peak_bytes() as f64 / 1e6),
+    }
+}
+
+/// Lets [`peak_megabytes`] begin anew on a GPU, where the search of products takes more memory for a
+/// moment than all that follows.
+fn forget_peak(device: &Device) {
+    match device {
+        Device::Cpu(..) => (),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(gpu, _) => gpu.forget_peak(),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::model::{BlockForm, Family, LstmType, ModelConfig, OriginalConfig, SlstmAt};
+use crate::nn::large::LargeConfig;
 use crate::nn::lstm::LstmConfig;
 use crate::nn::transformer::{PositionKind, TransformerConfig};
 use crate::train::unknown_name;
@@ -24,7 +25,7 @@ pub struct Preset {
 }
 
 /// The names of all presets.
-pub const PRESETS: [&str; 17] = [
+pub const PRESETS: [&str; 21] = [
     "large-128",
     "large-256",
     "lm-mlstm-128",
@@ -42,6 +43,10 @@ pub const PRESETS: [&str; 17] = [
     "gpt-256",
     "infer-50m",
     "small-125m",
+    "gpt-125m",
+    "large-74m",
+    "large-162m",
+    "large-407m",
 ];
 
 impl Preset {
@@ -60,6 +65,10 @@ impl Preset {
         let small = |slstm_at: SlstmAt| ModelConfig { slstm_at, ..of(Family::Small) };
         let model = match name {
             "large-128" | "large-256" => of(Family::Large),
+            "large-74m" => xlstm_large(512, 7, 4),
+            "large-162m" => xlstm_large(768, 12, 6),
+            "large-407m" => xlstm_large(1024, 24, 4),
+            "gpt-125m" => gpt2(2048),
             "infer-50m" => {
                 ModelConfig { vocab_size: 16000, embedding_dim: 640, num_blocks: 6, ..of(Family::Large) }
             }
@@ -86,12 +95,44 @@ impl Preset {
         let (batch_size, length) = match name {
             "infer-50m" => (1, 512),
             "small-125m" => (4, 512),
+            "gpt-125m" | "large-74m" | "large-162m" | "large-407m" => (8, 2048),
             _ if model.family == Family::Original => (8, 128),
             _ => (8, 256),
         };
         // Learned positions end at 256.
         let prompt = if model.family == Family::Transformer { 128 } else { 512 };
         Ok(Preset { name, model, batch_size, length, prompt, drawn: 128 })
+    }
+}
+
+/// Numbers of GPT-2's vocabulary, rounded up as its trainers do.
+const GPT2_VOCABULARY: usize = 50_304;
+
+/// An `xLSTMLarge` of NX-AI over the vocabulary of GPT-2.
+fn xlstm_large(embedding_dim: usize, num_blocks: usize, num_heads: usize) -> ModelConfig {
+    let large = LargeConfig { num_heads, ..LargeConfig::default() };
+    let family = Family::Large;
+    let vocab_size = GPT2_VOCABULARY;
+    ModelConfig { family, vocab_size, embedding_dim, num_blocks, large, ..ModelConfig::default() }
+}
+
+/// The smallest GPT-2 with this context: biases everywhere, its embedding as head.
+fn gpt2(context_length: usize) -> ModelConfig {
+    let transformer = TransformerConfig {
+        num_heads: 12,
+        context_length,
+        positions: PositionKind::Learned,
+        bias: true,
+        ..TransformerConfig::default()
+    };
+    ModelConfig {
+        family: Family::Transformer,
+        vocab_size: GPT2_VOCABULARY,
+        embedding_dim: 768,
+        num_blocks: 12,
+        tie_weights: true,
+        transformer,
+        ..ModelConfig::default()
     }
 }
 
@@ -160,6 +201,9 @@ pub(super) mod tests {
         assert_eq!((count("lstm-128"), count("lstm-eq256")), (lstm(1000, 128, 160), lstm(5000, 256, 304)));
         let gpt = |v: usize, d: usize| 2 * v * d + 256 * d + 4 * (12 * d * d + 4 * d) + 2 * d;
         assert_eq!((count("gpt-128"), count("gpt-256")), (gpt(1000, 128), gpt(5000, 256)));
+        // GPT-2 with 2048 positions: matrices and biases of 12 blocks, two norms each, one at the end.
+        let d = 768;
+        assert_eq!(count("gpt-125m"), (50304 + 2048) * d + 12 * (12 * d * d + 9 * d + 4 * d) + 2 * d);
     }
 
     /// NX-AI's `xLSTMLarge`: queries and keys of half the width, gates with biases, a feed-forward
@@ -172,6 +216,10 @@ pub(super) mod tests {
         assert_eq!(count("large-128"), large(1000, 128, 4, 384));
         assert_eq!(count("large-256"), large(5000, 256, 4, 704));
         assert_eq!(count("infer-50m"), large(16000, 640, 6, 1728));
+        let gates = |d: usize, blocks: usize, heads: usize| 2 * blocks * (heads - 4) * (d + 1);
+        assert_eq!(count("large-74m"), large(50304, 512, 7, 1408));
+        assert_eq!(count("large-162m"), large(50304, 768, 12, 2048) + gates(768, 12, 6));
+        assert_eq!(count("large-407m"), large(50304, 1024, 24, 2752));
     }
 
     /// NX-AI's `xLSTMLMModel`: an mLSTM block of inner width 2 D, an sLSTM block with a feed-forward

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Measured, Preset, check_repeats, peak_megabytes};
+use super::{Measured, Preset, check_repeats, forget_peak, peak_megabytes};
 use crate::data::Batch;
 use crate::engine::{Device, OperationTime};
 use crate::error::Result;
@@ -62,6 +62,9 @@ fn time(
     let batches = [random_batch(preset)];
     let (mut seconds, mut loss) = (Vec::with_capacity(steps), f64::NAN);
     for step in 0..WARM_UP + steps {
+        if step == WARM_UP {
+            forget_peak(device);
+        }
         let start = Instant::now();
         loss = learner.step(&batches, step as u64, 1e-4)?.loss;
         if step >= WARM_UP {

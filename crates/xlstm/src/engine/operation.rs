@@ -230,6 +230,14 @@ pub trait Kernel: Debug + Send + Sync + 'static {
         Storable::Wide
     }
 
+    /// The inputs whose gradients [`backward_cuda`](Kernel::backward_cuda) writes whole instead of adding
+    /// to them where it is the first to reach them ([`CudaBackward::is_fresh`]). The others are
+    /// cleared before it.
+    #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::default()
+    }
+
     /// Writes every output.
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>);
 
@@ -268,6 +276,9 @@ pub trait Operation: Debug + Send + Sync {
     fn weights(&self) -> u32;
     /// See [`Kernel::storable`].
     fn storable(&self, slot: usize) -> Storable;
+    /// See [`Kernel::overwrites`].
+    #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots;
     /// [`Kernel::forward`] in f32.
     fn forward_f32(&self, io: &mut Forward<'_, f32>);
     /// [`Kernel::forward`] in f64.
@@ -308,6 +319,10 @@ impl<K: Kernel> Operation for K {
     }
     fn storable(&self, slot: usize) -> Storable {
         Kernel::storable(self, slot)
+    }
+    #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Kernel::overwrites(self)
     }
     fn forward_f32(&self, io: &mut Forward<'_, f32>) {
         self.forward(io);

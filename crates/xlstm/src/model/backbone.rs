@@ -55,15 +55,15 @@ pub(super) fn backbone_of(config: &ModelConfig, builder: &mut Builder) -> Box<dy
 }
 
 /// Runs blocks one after the other, each with its part of the state: `forward` takes a block,
-/// x and that part, and `parts` says how many values it has.
-pub(super) fn in_a_row<B>(
+/// what flows through them and that part, and `parts` says how many values it has.
+pub(super) fn in_a_row<B, X>(
     tape: &mut Tape,
     blocks: &[B],
-    mut x: Var,
+    mut x: X,
     mut state: Option<&[Var]>,
     parts: impl Fn(&B) -> usize,
-    mut forward: impl FnMut(&mut Tape, &B, Var, Option<&[Var]>) -> Result<(Var, Vec<Var>)>,
-) -> Result<(Var, Vec<Var>)> {
+    mut forward: impl FnMut(&mut Tape, &B, X, Option<&[Var]>) -> Result<(X, Vec<Var>)>,
+) -> Result<(X, Vec<Var>)> {
     let mut after = Vec::new();
     for (i, block) in blocks.iter().enumerate() {
         tape.scope(&format!("blocks.{i}"));

@@ -14,7 +14,7 @@ use crate::ops::embedding::embedding;
 use crate::ops::head_loss::{Head, head_loss};
 use crate::ops::last_token::last_token;
 use crate::ops::linear::linear;
-use crate::ops::soft_cap::{Capped, soft_cap};
+use crate::ops::soft_cap::soft_cap;
 
 /// A language model: what it computes. Its numbers are [`Parameters`](crate::nn::Parameters).
 #[derive(Debug)]
@@ -208,7 +208,7 @@ impl Model for LanguageModel {
     fn outputs(&self, tape: &mut Tape, features: Var) -> Result<Var> {
         let head = self.head(tape);
         let logits = linear(tape, features, head.weight, head.bias)?;
-        head.cap.map_or(Ok(logits), |cap| soft_cap(tape, logits, cap, Capped::Activations))
+        head.cap.map_or(Ok(logits), |cap| soft_cap(tape, logits, cap))
     }
 
     fn loss(&self, tape: &mut Tape, features: Var, targets: Ids, scale: Var) -> Result<(Var, Var)> {

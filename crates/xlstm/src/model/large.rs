@@ -46,11 +46,14 @@ impl Backbone for LargeStack {
         context: &mut Context,
     ) -> Result<(Var, Vec<Var>)> {
         let parts = |block: &LargeBlock| block.state_layout(1).len();
-        let (x, after) = in_a_row(tape, &self.blocks, x, state, parts, |t, block, x, own| {
+        let (x, after) = in_a_row(tape, &self.blocks, x.into(), state, parts, |t, block, x, own| {
             block.forward(t, x, own, context)
         })?;
         tape.scope("out_norm");
-        let y = self.out_norm.map_or(Ok(x), |norm| norm.forward(tape, x))?;
+        let y = match self.out_norm {
+            Some(norm) => norm.forward(tape, x)?.1,
+            None => x.value(tape)?,
+        };
         Ok((y, after))
     }
 

@@ -308,19 +308,20 @@ impl Objective<f32> {
     }
 
     /// Queues the pass, forward and backward, over integers in the GPU's memory at `ids`, laid
-    /// out as [`staged_ids`](Self::staged_ids); the loss goes to `loss`, the state is carried.
+    /// out as [`staged_ids`](Self::staged_ids); the loss goes to `loss`, the state is carried. In the
+    /// `first` micro-batch of a step, gradients are written, not added to.
     pub(crate) fn queue(
         &mut self,
         parameters: &CudaParameters,
         gradients: &mut CudaTensors,
-        ids: u64,
-        loss: u64,
+        (ids, loss): (u64, u64),
+        first: bool,
     ) -> Result<()> {
         let var = self.loss;
         let executor = self.executor()?;
         executor.copy_ids(ids)?;
         executor.queue_forward(parameters)?;
-        executor.backward(parameters, gradients)?;
+        executor.queue_backward(parameters, gradients, first)?;
         executor.copy_value(var, loss)?;
         self.carry_state()
     }

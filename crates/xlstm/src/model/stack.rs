@@ -48,13 +48,13 @@ impl Backbone for Stack {
         context: &mut Context,
     ) -> Result<(Var, Vec<Var>)> {
         let parts = |block: &Block| block.state_layout(1).len();
-        let (x, after) = in_a_row(tape, &self.blocks, x, state, parts, |t, block, x, own| {
+        let (x, after) = in_a_row(tape, &self.blocks, x.into(), state, parts, |t, block, x, own| {
             block.forward(t, x, own, context)
         })?;
         tape.scope("post_blocks_norm");
         let y = match self.post_blocks_norm {
-            Some(weight) => layer_norm(tape, x, weight)?,
-            None => x,
+            Some(weight) => layer_norm(tape, x, weight)?.1,
+            None => x.value(tape)?,
         };
         Ok((y, after))
     }

@@ -83,11 +83,11 @@ impl Backbone for TransformerStack {
         let table = self.rotary.map(|(size, base)| angles(tape, places.position, size, base));
         let shared = Shared { places, angles: table.transpose()? };
         let parts = |block: &TransformerBlock| block.state_layout(1).len();
-        let (x, after) = in_a_row(tape, &self.blocks, x, rest, parts, |tape, block, x, own| {
+        let (x, after) = in_a_row(tape, &self.blocks, x.into(), rest, parts, |tape, block, x, own| {
             block.forward(tape, x, own, shared, context)
         })?;
         tape.scope("ln_f");
-        let y = self.ln_f.forward(tape, x)?;
+        let (_, y) = self.ln_f.forward(tape, x)?;
         Ok((y, [places.after].into_iter().chain(after).collect()))
     }
 

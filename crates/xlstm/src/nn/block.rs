@@ -1,15 +1,14 @@
 //! The residual blocks: x + layer(norm(x)), and after an sLSTM layer x + ffn(norm(x)).
 
-use super::Context;
 use super::config::{BlockKind, ModelConfig};
 use super::feed_forward::FeedForward;
 use super::mlstm_layer::MlstmLayer;
 use super::parameters::{Builder, Init, Parameter};
 use super::slstm_layer::SlstmLayer;
+use super::{Context, Residual};
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
-use crate::ops::add::add;
-use crate::ops::norm::{Norm, NormKind, norm};
+use crate::ops::norm::{Norm, NormKind};
 
 /// The family's layer norm: weights stored as w - 1, no bias.
 const LAYER_NORM: Norm = Norm { kind: NormKind::Layer, groups: 1, eps: 1e-5, unit_offset: true };
@@ -62,29 +61,28 @@ impl Block {
     pub fn forward(
         &self,
         tape: &mut Tape,
-        x: Var,
+        x: Residual,
         state: Option<&[Var]>,
         context: &mut Context,
-    ) -> Result<(Var, Vec<Var>)> {
-        let normed = layer_norm(tape, x, self.xlstm_norm)?;
+    ) -> Result<(Residual, Vec<Var>)> {
+        let (x, normed) = layer_norm(tape, x, self.xlstm_norm)?;
         match &self.layer {
             Layer::Mlstm(layer) => {
                 let (y, state) = layer.forward(tape, normed, state, context)?;
-                Ok((add(tape, x, y)?, state))
+                Ok((Residual::sum_of(x, y), state))
             }
             Layer::Slstm { layer, ffn_norm, ffn } => {
                 let (y, state) = layer.forward(tape, normed, state, context)?;
-                let x = add(tape, x, y)?;
-                let normed = layer_norm(tape, x, *ffn_norm)?;
+                let (x, normed) = layer_norm(tape, Residual::sum_of(x, y), *ffn_norm)?;
                 let y = ffn.forward(tape, normed, context)?;
-                Ok((add(tape, x, y)?, state))
+                Ok((Residual::sum_of(x, y), state))
             }
         }
     }
 }
 
-/// The family's layer norm with this weight.
-pub(crate) fn layer_norm(tape: &mut Tape, x: Var, weight: Parameter) -> Result<Var> {
+/// The stream as one value, and the family's layer norm of it with this weight.
+pub(crate) fn layer_norm(tape: &mut Tape, x: Residual, weight: Parameter) -> Result<(Var, Var)> {
     let weight = weight.var(tape);
-    norm(tape, x, weight, None, LAYER_NORM)
+    x.normed(tape, weight, None, LAYER_NORM)
 }

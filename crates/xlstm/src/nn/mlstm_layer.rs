@@ -15,7 +15,7 @@ use crate::cell::mlstm::{Form, MlstmConfig, MlstmState, mlstm};
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
 use crate::ops::causal_conv::causal_conv;
-use crate::ops::concat_linear::concat_linear;
+use crate::ops::gates::gates;
 use crate::ops::headwise::headwise;
 use crate::ops::linear::{linear, linears};
 use crate::ops::norm::{Norm, NormKind, norm};
@@ -136,14 +136,10 @@ impl MlstmLayer {
         let q = project(tape, c, self.q_proj)?;
         let k = project(tape, c, self.k_proj)?;
         let v = project(tape, a, self.v_proj)?;
-        let gate = |tape: &mut Tape, (weight, bias): (Parameter, Parameter)| {
-            let (weight, bias) = (weight.var(tape), bias.var(tape));
-            concat_linear(tape, &[q, k, v], weight, Some(bias))
-        };
-        let i = gate(tape, self.igate)?;
-        let f = gate(tape, self.fgate)?;
+        let maps = [self.igate, self.fgate].map(|(weight, bias)| (weight.var(tape), Some(bias.var(tape))));
+        let gates = gates(tape, &[q, k, v], maps, None)?;
         let before = state.map(|s| MlstmState { c: s[0], n: s[1], m: s[2] });
-        let (h, after) = mlstm(tape, &self.cell, q, k, v, (i, f), before, context.marks)?;
+        let (h, after) = mlstm(tape, &self.cell, q, k, v, gates.into(), before, context.marks)?;
         let weight = self.outnorm.var(tape);
         let options = Norm { kind: NormKind::Layer, groups: self.cell.heads, eps: 1e-5, unit_offset: true };
         let h = norm(tape, h, weight, None, options)?;

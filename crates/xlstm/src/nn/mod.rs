@@ -8,6 +8,7 @@ pub mod lstm;
 pub mod mlstm_layer;
 pub mod original;
 pub mod parameters;
+pub mod residual;
 pub mod slstm_at;
 pub mod slstm_layer;
 pub mod transformer;
@@ -16,6 +17,7 @@ pub mod weights;
 pub use block::Block;
 pub use config::{BlockKind, Family, ModelConfig};
 pub use parameters::{Builder, Init, Parameter, ParameterSpec, Parameters};
+pub use residual::Residual;
 pub use weights::Weights;
 
 use crate::engine::{Ids, Mode, Tape, Var};

@@ -45,10 +45,11 @@ extern "C" __global__ void gated_forward(
     store_wide(y + i, u, count);
 }
 
-/// dgate += dy up act'(gate), dup += dy act(gate); either may be null.
+/// dgate += dy up act'(gate), dup += dy act(gate); either may be null. Where `fresh` has bit 0, 1, they are
+/// written, not added to.
 extern "C" __global__ void gated_backward(
     const element_t *dy, const element_t *gate, const element_t *up, element_t *dgate, element_t *dup, long long n,
-    int kind
+    int kind, int fresh
 ) {
     int count;
     long long i = my_elements(n, &count);
@@ -59,8 +60,8 @@ extern "C" __global__ void gated_backward(
         g.x[j] = d.x[j] * u.x[j] * both.slope;
         u.x[j] = d.x[j] * both.value;
     }
-    if (dgate) add_wide(dgate + i, g, count);
-    if (dup) add_wide(dup + i, u, count);
+    if (dgate) give_wide(dgate + i, g, count, fresh & 1);
+    if (dup) give_wide(dup + i, u, count, fresh & 2);
 }
 
 extern "C" __global__ void activated_forward(const element_t *x, element_t *y, long long n, int kind) {
@@ -72,14 +73,14 @@ extern "C" __global__ void activated_forward(const element_t *x, element_t *y, l
     store_wide(y + i, own, count);
 }
 
-/// dx += dy act'(x).
+/// dx += dy act'(x), or = where it is fresh.
 extern "C" __global__ void activated_backward(
-    const element_t *dy, const element_t *x, element_t *dx, long long n, int kind
+    const element_t *dy, const element_t *x, element_t *dx, long long n, int kind, int fresh
 ) {
     int count;
     long long i = my_elements(n, &count);
     if (count <= 0) return;
     Wide own = load_wide(x + i, count), slope = load_wide(dy + i, count);
     EACH_WIDE(j) own.x[j] = slope.x[j] * activation(own.x[j], kind).slope;
-    add_wide(dx + i, own, count);
+    give_wide(dx + i, own, count, fresh);
 }

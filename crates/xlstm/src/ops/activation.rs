@@ -173,6 +173,11 @@ impl Kernel for Gated {
     }
 
     #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0, 1], &[])
+    }
+
+    #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let n = io.shapes.outputs[0].len();
         let arguments = arguments![io.input(0), io.input(1), io.outputs[0], n as u64, self.0 as u32];
@@ -183,8 +188,9 @@ impl Kernel for Gated {
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let n = io.shapes.outputs[0].len();
         let [dgate, dup, ..] = io.input_gradients;
+        let fresh = u32::from(io.is_fresh(0)) | u32::from(io.is_fresh(1)) << 1;
         let arguments =
-            arguments![io.gradient(), io.input(0), io.input(1), dgate, dup, n as u64, self.0 as u32];
+            arguments![io.gradient(), io.input(0), io.input(1), dgate, dup, n as u64, self.0 as u32, fresh];
         io.queue.launch_wide(&SOURCE, "gated_backward", n, arguments)
     }
 }
@@ -241,6 +247,11 @@ impl Kernel for Activated {
     }
 
     #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0], &[])
+    }
+
+    #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let n = io.shapes.outputs[0].len();
         let arguments = arguments![io.input(0), io.outputs[0], n as u64, self.0 as u32];
@@ -251,7 +262,8 @@ impl Kernel for Activated {
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let Some(dx) = io.input_gradients[0] else { return Ok(()) };
         let n = io.shapes.outputs[0].len();
-        let arguments = arguments![io.gradient(), io.input(0), dx, n as u64, self.0 as u32];
+        let fresh = u32::from(io.is_fresh(0));
+        let arguments = arguments![io.gradient(), io.input(0), dx, n as u64, self.0 as u32, fresh];
         io.queue.launch_wide(&SOURCE, "activated_backward", n, arguments)
     }
 }

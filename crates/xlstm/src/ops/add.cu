@@ -9,9 +9,9 @@ extern "C" __global__ void add_forward(const element_t *a, const element_t *b, e
     store_wide(y + i, sum, count);
 }
 
-/// dx += dy.
-extern "C" __global__ void add_backward(const element_t *dy, element_t *dx, long long n) {
+/// dx += dy, or = where it is fresh.
+extern "C" __global__ void add_backward(const element_t *dy, element_t *dx, long long n, int fresh) {
     int count;
     long long i = my_elements(n, &count);
-    if (count > 0) add_wide(dx + i, load_wide(dy + i, count), count);
+    if (count > 0) give_wide(dx + i, load_wide(dy + i, count), count, fresh);
 }

@@ -68,6 +68,11 @@ impl Kernel for Add {
     }
 
     #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0, 1], &[])
+    }
+
+    #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let n = io.shapes.outputs[0].len();
         let arguments = arguments![io.input(0), io.input(1), io.outputs[0], n as u64];
@@ -77,8 +82,10 @@ impl Kernel for Add {
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let n = io.shapes.outputs[0].len();
-        for dx in io.input_gradients.into_iter().flatten() {
-            io.queue.launch_wide(&SOURCE, "add_backward", n, arguments![io.gradient(), dx, n as u64])?;
+        for input in 0..2 {
+            let Some(dx) = io.input_gradients[input] else { continue };
+            let arguments = arguments![io.gradient(), dx, n as u64, u32::from(io.is_fresh(input))];
+            io.queue.launch_wide(&SOURCE, "add_backward", n, arguments)?;
         }
         Ok(())
     }

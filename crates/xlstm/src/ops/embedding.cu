@@ -14,20 +14,23 @@ extern "C" __global__ void __launch_bounds__(256) embedding_forward(
 
 #define CHUNKS 4
 
-/// dW[id] += dy. grid (vocabulary, ceil(width / 1024)), block 256: a warp looks through every eighth
-/// 32 ids for its block's own and adds their rows, tokens in order; the warps' sums are added in
-/// order.
+/// dW[id] += dy. grid (tokens, ceil(width / 1024)), block 256: the block of the first token of an id adds the
+/// rows of all of its tokens. A warp looks through every eighth 32 ids from there on and adds rows in the
+/// order of tokens; the warps' sums are added in order.
 extern "C" __global__ void __launch_bounds__(256) embedding_backward(
     const element_t *dy, const unsigned *ids, float *dw, int tokens, int width
 ) {
     __shared__ float sums[8][32 * WIDE];
+    unsigned id = ids[blockIdx.x];
+    bool seen = false;
+#pragma unroll 8
+    for (int before = threadIdx.x; before < (int)blockIdx.x; before += 256) seen |= ids[before] == id;
+    if (__syncthreads_or(seen)) return;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.y * CHUNKS * 32 * WIDE + lane * WIDE;
     Wide sum[CHUNKS] = {};
-    bool any = false;
-    for (int start = 32 * warp; start < tokens; start += 256) {
+    for (int start = blockIdx.x / 32 * 32 + 32 * warp; start < tokens; start += 256) {
         int token = start + lane;
-        unsigned here = __ballot_sync(0xffffffffu, token < tokens && ids[token] == blockIdx.x);
-        any |= here != 0;
+        unsigned here = __ballot_sync(0xffffffffu, token < tokens && ids[token] == id);
         for (; here; here &= here - 1) {
             const element_t *row = dy + (long long)(start + __ffs(here) - 1) * width;
 #pragma unroll
@@ -39,8 +42,7 @@ extern "C" __global__ void __launch_bounds__(256) embedding_backward(
             }
         }
     }
-    if (!__syncthreads_or(any)) return;
-    float *to = dw + (long long)blockIdx.x * width;
+    float *to = dw + (long long)id * width;
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
         EACH_WIDE(j) sums[warp][j * 32 + lane] = sum[chunk].x[j];

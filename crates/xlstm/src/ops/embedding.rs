@@ -105,9 +105,9 @@ impl Kernel for Embedding {
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let Some(dw) = io.input_gradients[0] else { return Ok(()) };
-        let (vocabulary, width) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
-        let arguments = arguments![io.gradient(), io.ids[0], dw, self.batch * self.length, width];
-        let grid = [vocabulary, width.div_ceil(1024), 1];
+        let (tokens, width) = (self.batch * self.length, io.shapes.input(0).last());
+        let arguments = arguments![io.gradient(), io.ids[0], dw, tokens, width];
+        let grid = [tokens, width.div_ceil(1024), 1];
         io.queue.launch(&SOURCE, "embedding_backward", grid, 256, arguments)
     }
 }

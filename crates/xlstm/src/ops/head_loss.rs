@@ -12,10 +12,12 @@
 
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::engine::Precision;
 use crate::engine::bf16_products::product_in;
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{
-    CudaBackward, CudaForward, Source, blas::Operand, blas::Product, context::arguments,
+    CudaBackward, CudaForward, Source, blas::Operand, blas::Product, context::arguments, launch::Queue,
 };
 use crate::engine::matrix::{MatMut, MatRef};
 use crate::engine::operation::{Backward, Forward, Gradient, Kernel, Slots, scratch};
@@ -72,10 +74,12 @@ fn slice_rows(vocabulary: usize) -> usize {
     ((1 << 21) / vocabulary.max(1)).max(256)
 }
 
-/// Rows of a slice on a GPU: enough to fill it; adding to dW once a slice shall not count.
+/// Rows of a slice on a GPU: enough to fill it; adding to dW once a slice shall not count. Slices are
+/// equal, but for whole thousands.
 #[cfg(feature = "cuda")]
-fn cuda_slice_rows(vocabulary: usize) -> usize {
-    ((1 << 28) / vocabulary / 1024 * 1024).max(1024)
+fn cuda_slice_rows(rows: usize, vocabulary: usize) -> usize {
+    let most = ((1 << 28) / vocabulary / 1024 * 1024).max(1024);
+    rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(1024)
 }
 
 /// Rows a task works on: fewer where the vocabulary makes them long.
@@ -186,11 +190,17 @@ impl Kernel for HeadLoss {
     }
 
     #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0, 1, 2], &[])
+    }
+
+    #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let (x, w, scale) = (io.input(0), io.input(1), io.input(3));
         let [loss, nll, dx, dw, db, ..] = io.outputs;
         let [inner, vocabulary] = [io.shapes.input(1).last(), io.shapes.input(1).rows()];
-        let (rows, step) = (io.shapes.input(0).rows(), cuda_slice_rows(vocabulary));
+        let rows = io.shapes.input(0).rows();
+        let step = cuda_slice_rows(rows, vocabulary);
         let (element, cap) = (io.queue.precision().bytes(), self.cap.unwrap_or(0.0));
         let bias = io.inputs[2];
         let z = io.queue.scratch((step.min(rows) * vocabulary * element).div_ceil(4))?;
@@ -213,11 +223,17 @@ impl Kernel for HeadLoss {
                 accumulate: bias.is_some(),
             })?;
             let (targets, nll) = (row_of(io.ids[0], 4), row_of(nll, 4));
-            let arguments = arguments![z, targets, scale, nll, vocabulary, cap, u32::from(self.train)];
-            io.queue.launch(&SOURCE, "head_loss_rows", [count, 1, 1], 256, arguments)?;
+            if let Some((name, shared)) = self.kept(vocabulary, io.queue)? {
+                let arguments = arguments![z, targets, scale, nll, vocabulary, cap];
+                io.queue.launch_shared(&SOURCE, name, [count, 1, 1], 512, shared, arguments)?;
+            } else {
+                let arguments = arguments![z, targets, scale, nll, vocabulary, cap, u32::from(self.train)];
+                io.queue.launch(&SOURCE, "head_loss_rows", [count, 1, 1], 256, arguments)?;
+            }
             if !self.train {
                 continue;
             }
+            io.queue.fork()?;
             io.queue.product(&Product {
                 size: [count, inner, vocabulary],
                 a: Operand::new(z, vocabulary),
@@ -226,7 +242,7 @@ impl Kernel for HeadLoss {
                 batch: 1,
                 accumulate: false,
             })?;
-            io.queue.product(&Product {
+            io.queue.product_aside(&Product {
                 size: [vocabulary, inner, count],
                 a: Operand::new(z, vocabulary).t(),
                 b: x,
@@ -234,6 +250,7 @@ impl Kernel for HeadLoss {
                 batch: 1,
                 accumulate: start > 0,
             })?;
+            io.queue.join()?;
             if bias.is_some() {
                 io.queue.add_rows(z, false, count, vocabulary, db)?;
             }
@@ -244,17 +261,40 @@ impl Kernel for HeadLoss {
 
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
-        let Some(dloss) = io.output_gradients[0] else { return Ok(()) };
+        let dloss = match io.output_gradients[0] {
+            Some(dloss) => dloss,
+            // Nobody asks for the loss: a gradient of zero.
+            None => {
+                let zero = io.queue.scratch(1)?;
+                io.queue.zero(zero, 1)?;
+                zero
+            }
+        };
         for (input, kernel) in ["add_scaled", "add_scaled_full", "add_scaled_full"].into_iter().enumerate() {
             if let Some(gradient) = io.input_gradients[input] {
                 let n = io.shapes.input(input).len();
-                let arguments = arguments![io.outputs[SAVED + input], dloss, gradient, n as u64];
+                let fresh = u32::from(io.is_fresh(input));
+                let arguments = arguments![io.outputs[SAVED + input], dloss, gradient, n as u64, fresh];
                 io.queue.launch_wide(&SOURCE, kernel, n, arguments)?;
             }
         }
         let Some(dscale) = io.input_gradients[3] else { return Ok(()) };
         let arguments = arguments![io.outputs[1], dloss, dscale, io.shapes.input(0).rows(), 1u32];
         io.queue.launch(&SOURCE, "head_loss_sum", [1, 1, 1], 256, arguments)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl HeadLoss {
+    /// The kernel of training that keeps a row in shared memory, and the bytes of that; None where rows are
+    /// too long, no multiple of eight, or not of 16 bits.
+    fn kept(&self, vocabulary: usize, queue: &Queue) -> Result<Option<(&'static str, usize)>> {
+        /// What the kernel has besides.
+        const STATIC: usize = 1 << 10;
+        let shared = vocabulary * Precision::Bf16.bytes();
+        let fits = shared + STATIC <= queue.gpu().shared_memory()? && vocabulary.is_multiple_of(8);
+        let name = if self.cap.is_some() { "head_loss_kept_capped" } else { "head_loss_kept" };
+        Ok((fits && self.train && queue.precision() == Precision::Bf16).then_some((name, shared)))
     }
 }
 

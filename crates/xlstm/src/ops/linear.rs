@@ -44,6 +44,10 @@ pub fn linears<const N: usize>(tape: &mut Tape, x: Var, maps: [(Var, Option<Var>
     Ok(std::array::from_fn(|i| outputs[i]))
 }
 
+/// Rows from which it is worth while on a GPU to queue products on two streams.
+#[cfg(feature = "cuda")]
+const APART: usize = 1024;
+
 /// Where input W_i is.
 const fn weight_of(map: usize) -> usize {
     1 + 2 * map
@@ -138,6 +142,11 @@ impl Kernel for Linear {
     }
 
     #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots { inputs: (1 << weight_of(self.maps)) - 1, outputs: 0 }
+    }
+
+    #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let (rows, inner) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
         for map in 0..self.maps {
@@ -161,10 +170,19 @@ impl Kernel for Linear {
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let (rows, inner) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
+        // The products for dW beside those for dx: neither leaves the GPU full to its end.
+        let apart = rows >= APART && io.input_gradients[0].is_some();
+        if apart {
+            io.queue.fork()?;
+        }
         for map in 0..self.maps {
-            let Some(gradient) = io.output_gradients[map] else { continue };
             let outer = io.shapes.outputs[map].last();
+            let Some(gradient) = io.output_gradients[map] else {
+                self.clear_fresh(io, map, [outer, inner])?;
+                continue;
+            };
             let dy = Operand::new(gradient, outer);
+            let first = io.output_gradients[..map].iter().all(Option::is_none);
             if let Some(dx) = io.input_gradients[0] {
                 io.queue.product(&Product {
                     size: [rows, inner, outer],
@@ -172,21 +190,40 @@ impl Kernel for Linear {
                     b: Operand::new(io.input(weight_of(map)), inner),
                     c: Operand::new(dx, inner),
                     batch: 1,
-                    accumulate: true,
+                    accumulate: !(first && io.is_fresh(0)),
                 })?;
             }
             if let Some(dw) = io.input_gradients[weight_of(map)] {
-                io.queue.product(&Product {
+                let product = Product {
                     size: [outer, inner, rows],
                     a: dy.t(),
                     b: Operand::new(io.input(0), inner),
                     c: Operand::new(dw, inner).full(),
                     batch: 1,
-                    accumulate: true,
-                })?;
+                    accumulate: !io.is_fresh(weight_of(map)),
+                };
+                if apart {
+                    io.queue.product_aside(&product)?;
+                } else {
+                    io.queue.product(&product)?;
+                }
             }
             if let Some(db) = io.input_gradients[bias_of(map)] {
-                io.queue.add_rows(gradient, false, rows, outer, db)?;
+                let fresh = io.is_fresh(bias_of(map));
+                io.queue.give_rows(gradient, false, [rows, outer], (db, fresh))?;
+            }
+        }
+        if apart { io.queue.join() } else { Ok(()) }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Linear {
+    /// The parameters' gradients of a map that nobody reads.
+    fn clear_fresh(&self, io: &CudaBackward<'_>, map: usize, [outer, inner]: [usize; 2]) -> Result<()> {
+        for (slot, n) in [(weight_of(map), outer * inner), (bias_of(map), outer)] {
+            if let Some(gradient) = io.input_gradients[slot].filter(|_| io.is_fresh(slot)) {
+                io.queue.zero(gradient, n)?;
             }
         }
         Ok(())

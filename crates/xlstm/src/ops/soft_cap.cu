@@ -1,6 +1,6 @@
-// y = cap tanh(x / cap), of elements (logits) and of f32 numbers (gate pre-activations).
+// y = cap tanh(x / cap).
 
-template <class T> __device__ __forceinline__ void forward_of(const T *x, T *y, long long n, float cap) {
+extern "C" __global__ void soft_cap_forward(const element_t *x, element_t *y, long long n, float cap) {
     int count;
     long long i = my_elements(n, &count);
     if (count <= 0) return;
@@ -9,9 +9,10 @@ template <class T> __device__ __forceinline__ void forward_of(const T *x, T *y, 
     store_wide(y + i, wide, count);
 }
 
-/// dx += dy (1 - (y / cap)^2).
-template <class T>
-__device__ __forceinline__ void backward_of(const T *dy, const T *y, T *dx, long long n, float cap) {
+/// dx += dy (1 - (y / cap)^2), or = where it is fresh.
+extern "C" __global__ void soft_cap_backward(
+    const element_t *dy, const element_t *y, element_t *dx, long long n, float cap, int fresh
+) {
     int count;
     long long i = my_elements(n, &count);
     if (count <= 0) return;
@@ -20,22 +21,5 @@ __device__ __forceinline__ void backward_of(const T *dy, const T *y, T *dx, long
         float t = value.x[j] / cap;
         d.x[j] *= fmaf(-t, t, 1.0f);
     }
-    add_wide(dx + i, d, count);
-}
-
-extern "C" __global__ void soft_cap_forward(const element_t *x, element_t *y, long long n, float cap) {
-    forward_of(x, y, n, cap);
-}
-extern "C" __global__ void soft_cap_backward(
-    const element_t *dy, const element_t *y, element_t *dx, long long n, float cap
-) {
-    backward_of(dy, y, dx, n, cap);
-}
-extern "C" __global__ void soft_cap_forward_full(const float *x, float *y, long long n, float cap) {
-    forward_of(x, y, n, cap);
-}
-extern "C" __global__ void soft_cap_backward_full(
-    const float *dy, const float *y, float *dx, long long n, float cap
-) {
-    backward_of(dy, y, dx, n, cap);
+    give_wide(dx + i, d, count, fresh);
 }

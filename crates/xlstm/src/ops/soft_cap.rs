@@ -1,4 +1,4 @@
-//! y = cap tanh(x / cap): keeps gate pre-activations and logits within ±cap.
+//! y = cap tanh(x / cap): keeps logits within ±cap.
 
 use rayon::prelude::*;
 
@@ -11,28 +11,18 @@ use crate::engine::{Scalar, Shape};
 use crate::error::{Error, Result};
 use crate::ops::TILE;
 
-/// What is capped: what a GPU holds in its precision, or in f32 whatever that is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Capped {
-    /// Activations, logits among them.
-    Activations,
-    /// Gate pre-activations, which exponentials follow.
-    Gates,
-}
-
 /// x (…) -> y (…).
 #[derive(Debug)]
 struct SoftCap {
     cap: f64,
-    what: Capped,
 }
 
 /// Records cap tanh(x / cap).
 ///
 /// # Errors
 /// None but those of the tape.
-pub fn soft_cap(tape: &mut Tape, x: Var, cap: f64, what: Capped) -> Result<Var> {
-    Ok(tape.record(SoftCap { cap, what }, &[Some(x)], &[])?[0])
+pub fn soft_cap(tape: &mut Tape, x: Var, cap: f64) -> Result<Var> {
+    Ok(tape.record(SoftCap { cap }, &[Some(x)], &[])?[0])
 }
 
 #[cfg(feature = "cuda")]
@@ -49,13 +39,6 @@ impl Kernel for SoftCap {
 
     fn reads(&self) -> Slots {
         Slots::of(&[], &[0])
-    }
-
-    fn full_precision(&self) -> Slots {
-        match self.what {
-            Capped::Activations => Slots::default(),
-            Capped::Gates => Slots::of(&[0], &[0]),
-        }
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -88,25 +71,24 @@ impl Kernel for SoftCap {
     }
 
     #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0], &[])
+    }
+
+    #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let n = io.shapes.outputs[0].len();
-        let name = match self.what {
-            Capped::Activations => "soft_cap_forward",
-            Capped::Gates => "soft_cap_forward_full",
-        };
-        io.queue.launch_wide(&SOURCE, name, n, arguments![io.input(0), io.outputs[0], n as u64, self.cap])
+        let arguments = arguments![io.input(0), io.outputs[0], n as u64, self.cap];
+        io.queue.launch_wide(&SOURCE, "soft_cap_forward", n, arguments)
     }
 
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let n = io.shapes.outputs[0].len();
-        let name = match self.what {
-            Capped::Activations => "soft_cap_backward",
-            Capped::Gates => "soft_cap_backward_full",
-        };
         let Some(dx) = io.input_gradients[0] else { return Ok(()) };
-        let arguments = arguments![io.gradient(), io.outputs[0], dx, n as u64, self.cap];
-        io.queue.launch_wide(&SOURCE, name, n, arguments)
+        let fresh = u32::from(io.is_fresh(0));
+        let arguments = arguments![io.gradient(), io.outputs[0], dx, n as u64, self.cap, fresh];
+        io.queue.launch_wide(&SOURCE, "soft_cap_backward", n, arguments)
     }
 }
 
@@ -117,13 +99,9 @@ mod tests {
 
     #[test]
     fn gradients() {
-        for what in [Capped::Activations, Capped::Gates] {
-            for cap in [0.5, 15.0] {
-                let values = noise(1, 3 * 37 * 5).iter().map(|x| 3.0 * cap * x).collect();
-                Check::new()
-                    .input_of([3, 37, 5], values)
-                    .run(|tape, v, _| Ok(vec![soft_cap(tape, v[0], cap, what)?]));
-            }
+        for cap in [0.5, 15.0] {
+            let values = noise(1, 3 * 37 * 5).iter().map(|x| 3.0 * cap * x).collect();
+            Check::new().input_of([3, 37, 5], values).run(|tape, v, _| Ok(vec![soft_cap(tape, v[0], cap)?]));
         }
     }
 }

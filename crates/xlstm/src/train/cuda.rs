@@ -98,11 +98,10 @@ impl Learner for CudaLearner {
         let gpu = self.gpu.clone();
         let captured = self.captured;
         let mut work = || -> Result<()> {
-            self.gradients.clear()?;
             self.objective.forget_non_finite()?;
             for index in 0..batches.len() as u64 {
                 let (ids, loss) = (first_ids + index * bytes, first_loss + 4 * index);
-                self.objective.queue(&self.parameters, &mut self.gradients, ids, loss)?;
+                self.objective.queue(&self.parameters, &mut self.gradients, (ids, loss), index == 0)?;
             }
             self.optimizer.queue(self.objective.work_queue()?, &self.parameters, &self.gradients)
         };

@@ -99,7 +99,16 @@ macro_rules! part {
 }
 part!(MlstmLayer);
 part!(SlstmLayer);
-part!(Block);
+
+impl Part for Block {
+    fn layout(&self, batch: usize) -> Vec<(String, Shape)> {
+        self.state_layout(batch).into_iter().map(|(name, shape)| (name.to_string(), shape)).collect()
+    }
+    fn forward(&self, tape: &mut Tape, x: Var, state: Option<&[Var]>) -> (Var, Vec<Var>) {
+        let (y, after) = self.forward(tape, x.into(), state, &mut Context::default()).expect("shapes fit");
+        (y.value(tape).expect("shapes fit"), after)
+    }
+}
 
 impl Part for Stack {
     fn layout(&self, batch: usize) -> Vec<(String, Shape)> {

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use cudarc::cublaslt::sys as lt;
-use cudarc::driver::{result::event, sys};
 use serde::{Deserialize, Serialize};
 
 use super::blas::{Blas, Key, Plan};
-use super::context::{Buffer, Gpu, driver, lock};
+use super::context::{Buffer, Gpu, lock};
+use super::event::milliseconds;
 use crate::error::{Error, Result};
 
 /// cuBLASLt's opaque description of an algorithm.
@@ -138,14 +138,14 @@ pub(super) fn fastest(
         buffers.push(buffer);
     }
     let pointers = [0, 1, 2].map(|i: usize| buffers[i].pointer());
-    let clock = Clock::new()?;
     let mut times = vec![f32::INFINITY; candidates.len()];
     // The first round warms up. One after the other in every round, so that all see the same clock
     // rates.
     for round in 0..=ROUNDS {
         for (time, algorithm) in times.iter_mut().zip(candidates) {
-            let spent = clock.time(gpu, || {
-                (0..REPEATS).try_for_each(|_| blas.multiply(gpu, workspace, plan, algorithm, pointers))
+            let spent = milliseconds(gpu, || {
+                (0..REPEATS)
+                    .try_for_each(|_| blas.multiply(gpu.raw_stream(), workspace, plan, algorithm, pointers))
             })?;
             if round > 0 {
                 *time = time.min(spent);
@@ -154,40 +154,6 @@ pub(super) fn fastest(
     }
     let best = (0..candidates.len()).min_by(|&a, &b| times[a].total_cmp(&times[b])).unwrap_or(0);
     Ok(if times[best] < CLEARLY * times[0] { candidates[best] } else { *first })
-}
-
-/// Two events on a stream.
-struct Clock {
-    start: sys::CUevent,
-    end: sys::CUevent,
-}
-
-impl Clock {
-    fn new() -> Result<Clock> {
-        let event =
-            || event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(|e| driver("make an event", e));
-        Ok(Clock { start: event()?, end: event()? })
-    }
-
-    /// Milliseconds that the GPU spends on what `work` queues.
-    fn time(&self, gpu: &Gpu, work: impl FnOnce() -> Result<()>) -> Result<f32> {
-        let failed = |e| driver("time a product", e);
-        // SAFETY: the events are alive, and recorded before they are compared.
-        unsafe { event::record(self.start, gpu.raw_stream()) }.map_err(failed)?;
-        work()?;
-        unsafe { event::record(self.end, gpu.raw_stream()) }.map_err(failed)?;
-        gpu.synchronize()?;
-        unsafe { event::elapsed(self.start, self.end) }.map_err(failed)
-    }
-}
-
-impl Drop for Clock {
-    fn drop(&mut self) {
-        for event in [self.start, self.end] {
-            // SAFETY: made in `new`, destroyed once.
-            let _ = unsafe { event::destroy(event) };
-        }
-    }
 }
 
 #[cfg(test)]

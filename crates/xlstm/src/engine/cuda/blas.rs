@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use cudarc::cublaslt::{result, sys};
+use cudarc::driver::sys::CUstream;
 
 use super::Precision;
 use super::algorithms::{self, Algorithm};
@@ -198,10 +199,11 @@ impl Blas {
         Ok(Blas { handle, plans: Mutex::default(), search: AtomicBool::new(false), known: Mutex::default() })
     }
 
-    /// Queues a product.
+    /// Queues a product on a stream.
     pub(super) fn product(
         &self,
         gpu: &Arc<Gpu>,
+        stream: CUstream,
         workspace: &Buffer,
         precision: Precision,
         p: &Product,
@@ -215,13 +217,13 @@ impl Blas {
             Entry::Occupied(found) => found.into_mut(),
             Entry::Vacant(place) => place.insert(self.plan(gpu, workspace, &key)?),
         };
-        self.multiply(gpu, workspace, plan, &plan.algorithm, [&p.a, &p.b, &p.c].map(|o| o.pointer))
+        self.multiply(stream, workspace, plan, &plan.algorithm, [&p.a, &p.b, &p.c].map(|o| o.pointer))
     }
 
     /// Queues a plan's product of A and B to C by `algorithm`.
     pub(super) fn multiply(
         &self,
-        gpu: &Gpu,
+        stream: CUstream,
         workspace: &Buffer,
         plan: &Plan,
         algorithm: &Algorithm,
@@ -248,7 +250,7 @@ impl Blas {
                 &raw const algorithm,
                 workspace.pointer() as *mut c_void,
                 WORKSPACE,
-                gpu.raw_stream().cast(),
+                stream.cast(),
             )
         }
         .map_err(|e| failed("multiply", e))

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::cublaslt::sys as lt;
@@ -25,12 +26,17 @@ type ModuleKey = (&'static str, Precision);
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// For work that may run beside that of the first: see [`Queue::fork`](super::launch::Queue::fork).
+    side: Arc<CudaStream>,
     ordinal: usize,
     name: String,
     architecture: String,
     modules: Mutex<HashMap<ModuleKey, Arc<CudaModule>>>,
     functions: Mutex<HashMap<(ModuleKey, &'static str), CudaFunction>>,
     pub(super) blas: Blas,
+    /// Bytes of all buffers, and the most that there have been.
+    allocated: AtomicUsize,
+    peak: AtomicUsize,
 }
 
 impl std::fmt::Debug for Gpu {
@@ -118,17 +124,21 @@ impl Gpu {
             .hint("8.0 (Ampere) or newer is needed"));
         }
         let suffix = if major >= 9 { "a" } else { "" };
-        let stream = context.new_stream().map_err(|e| driver("make a stream", e))?;
+        let stream = || context.new_stream().map_err(|e| driver("make a stream", e));
+        let (stream, side) = (stream()?, stream()?);
         let blas = Blas::new()?;
         Ok(Arc::new(Gpu {
             architecture: format!("sm_{major}{minor}{suffix}"),
             context,
             stream,
+            side,
             ordinal,
             name,
             modules: Mutex::default(),
             functions: Mutex::default(),
             blas,
+            allocated: AtomicUsize::new(0),
+            peak: AtomicUsize::new(0),
         }))
     }
 
@@ -142,14 +152,16 @@ impl Gpu {
         &self.name
     }
 
-    /// Bytes of its memory that are in use, by whomever.
-    ///
-    /// # Errors
-    /// When the driver does not say.
-    pub fn memory_in_use(&self) -> Result<usize> {
-        self.enter()?;
-        let (free, total) = result::mem_get_info().map_err(|e| driver("measure memory", e))?;
-        Ok(total - free)
+    /// The most bytes of its memory that buffers of this value have taken at a time, since it was
+    /// made or [`forget_peak`](Self::forget_peak) was called. What the driver and the code take
+    /// besides, half a gigabyte, is not counted.
+    pub fn peak_bytes(&self) -> usize {
+        self.peak.load(Ordering::Relaxed)
+    }
+
+    /// Lets the peak begin anew with what is there now.
+    pub fn forget_peak(&self) {
+        self.peak.store(self.allocated.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
     /// What kernels are compiled for, such as `sm_90a`.
@@ -183,6 +195,10 @@ impl Gpu {
 
     pub(crate) fn raw_stream(&self) -> sys::CUstream {
         self.stream.cu_stream()
+    }
+
+    pub(super) fn raw_side(&self) -> sys::CUstream {
+        self.side.cu_stream()
     }
 
     /// Whether work is being captured into a graph, so that nothing can be waited for.
@@ -396,10 +412,10 @@ impl Buffer {
         gpu.enter()?;
         let bytes = bytes.max(4).next_multiple_of(1024);
         // SAFETY: a plain allocation, freed in drop.
-        let pointer = unsafe { result::malloc_sync(bytes) }.map_err(|e| {
-            driver(&format!("allocate {} MiB", bytes >> 20), e).hint("use a smaller batch or model")
-        })?;
+        let pointer = unsafe { result::malloc_sync(bytes) }.map_err(|e| no_room(gpu, bytes, e))?;
         let buffer = Buffer { gpu: gpu.clone(), pointer, bytes };
+        let allocated = gpu.allocated.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        gpu.peak.fetch_max(allocated, Ordering::Relaxed);
         gpu.fill(pointer, 0, bytes)?;
         Ok(buffer)
     }
@@ -413,12 +429,26 @@ impl Buffer {
     }
 }
 
+/// What is said where `bytes` more cannot be had: with the card's numbers, which tell others' use of
+/// it from ours.
+fn no_room(gpu: &Gpu, bytes: usize, error: DriverError) -> Error {
+    let mebibytes = |bytes: usize| bytes.div_ceil(1 << 20);
+    let (asked, held) = (mebibytes(bytes), mebibytes(gpu.allocated.load(Ordering::Relaxed)));
+    let found = result::mem_get_info().map_or_else(
+        |_| String::new(),
+        |(free, total)| format!(", {} of {} MiB are free on {}", free >> 20, total >> 20, gpu.name),
+    );
+    driver(&format!("allocate {asked} MiB beside the {held} MiB held already{found}"), error)
+        .hint("use a smaller batch (more micro-batches), shorter sequences, or a smaller model")
+}
+
 impl Drop for Buffer {
     fn drop(&mut self) {
         // Work in flight may use the buffer: wait. Errors have been reported where they happened.
         let _ = self.gpu.synchronize();
         // SAFETY: allocated in `zeros`, freed once.
         let _ = unsafe { result::free_sync(self.pointer) };
+        self.gpu.allocated.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 

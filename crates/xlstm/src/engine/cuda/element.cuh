@@ -36,13 +36,23 @@ struct Wide {
 
 __device__ __forceinline__ bool is_aligned(const void *p) { return ((unsigned long long)p & 15) == 0; }
 
-__device__ __forceinline__ Wide load_whole(const float *p) {
-    float4 a = *(const float4 *)p, b = *(const float4 *)(p + 4);
-    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+/// Eight as they lie in memory, aligned: a load that nothing waits for until they are unpacked.
+struct RawFull {
+    float4 a, b;
+};
+__device__ __forceinline__ RawFull load_raw(const float *p) { return {*(const float4 *)p, *(const float4 *)(p + 4)}; }
+__device__ __forceinline__ uint4 load_raw(const bf16_t *p) { return *(const uint4 *)p; }
+#ifdef ELEMENT_BF16
+typedef uint4 Raw;
+#else
+typedef RawFull Raw;
+#endif
+
+__device__ __forceinline__ Wide unpack(const RawFull &raw) {
+    return {{raw.a.x, raw.a.y, raw.a.z, raw.a.w, raw.b.x, raw.b.y, raw.b.z, raw.b.w}};
 }
-__device__ __forceinline__ Wide load_whole(const bf16_t *p) {
-    uint4 a = *(const uint4 *)p;
-    unsigned pairs[4] = {a.x, a.y, a.z, a.w};
+__device__ __forceinline__ Wide unpack(const uint4 &raw) {
+    unsigned pairs[4] = {raw.x, raw.y, raw.z, raw.w};
     Wide wide;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -51,6 +61,7 @@ __device__ __forceinline__ Wide load_whole(const bf16_t *p) {
     }
     return wide;
 }
+template <class T> __device__ __forceinline__ Wide load_whole(const T *p) { return unpack(load_raw(p)); }
 __device__ __forceinline__ void store_whole(float *p, const Wide &wide) {
     *(float4 *)p = make_float4(wide.x[0], wide.x[1], wide.x[2], wide.x[3]);
     *(float4 *)(p + 4) = make_float4(wide.x[4], wide.x[5], wide.x[6], wide.x[7]);
@@ -78,6 +89,12 @@ template <class T> __device__ __forceinline__ void add_wide(T *p, const Wide &wi
     Wide sum = load_wide(p, count);
     EACH_WIDE(j) sum.x[j] += wide.x[j];
     store_wide(p, sum, count);
+}
+
+/// p = wide where it is fresh, else p += wide.
+template <class T> __device__ __forceinline__ void give_wide(T *p, const Wide &wide, int count, bool fresh) {
+    if (fresh) store_wide(p, wide, count);
+    else add_wide(p, wide, count);
 }
 
 /// Of n elements, the first that this thread takes; `count` of them, 0 or less for none.

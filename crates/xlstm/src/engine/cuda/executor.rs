@@ -1,10 +1,10 @@
 //! Replays a tape on a GPU: the twin of [`Executor`](crate::engine::Executor).
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::compiler::Source as KernelSource;
 use super::context::{Buffer, Gpu, NAN, arguments};
+use super::event::Event;
 use super::graph::Graph;
 use super::launch::{CudaBackward, CudaForward, Queue};
 use super::parameters::{CudaParameters, CudaTensors};
@@ -38,6 +38,9 @@ pub struct CudaExecutor {
     /// The forward pass, with the parameters that it was captured over.
     graph: Graph,
     captured_over: (u64, Option<u64>),
+    /// The inputs of each node whose gradients, of parameters, nothing has reached before it in backward
+    /// and which it can write whole; and those parameters, first elements and numbers of elements.
+    written: (Vec<u32>, Vec<(usize, usize, usize)>),
     notes: Notes,
     queue: Queue,
 }
@@ -72,6 +75,7 @@ impl CudaExecutor {
                 _ => ends.push((i, i)),
             }
         }
+        let written = written(&tape, &plan);
         Ok(CudaExecutor {
             arena: Buffer::zeros(gpu, bytes)?,
             ids: Buffer::zeros(gpu, ids_bytes)?,
@@ -85,6 +89,7 @@ impl CudaExecutor {
             are_uploaded: true,
             graph: Graph::default(),
             captured_over: (0, None),
+            written,
             notes: Notes { flags: Buffer::zeros(gpu, ends.len() * 8)?, ends },
         })
     }
@@ -347,11 +352,25 @@ impl CudaExecutor {
     /// # Errors
     /// When a kernel cannot be compiled or launched.
     pub fn backward(&mut self, parameters: &CudaParameters, gradients: &mut CudaTensors) -> Result<()> {
+        self.queue_backward(parameters, gradients, false)
+    }
+
+    /// As [`backward`](Self::backward); with `first`, what `gradients` hold is arbitrary and is lost. Most
+    /// are then written whole, which spares clearing and reading them.
+    pub(crate) fn queue_backward(
+        &mut self,
+        parameters: &CudaParameters,
+        gradients: &mut CudaTensors,
+        first: bool,
+    ) -> Result<()> {
         self.check(parameters)?;
         self.queue.gpu().enter()?;
+        if first {
+            gradients.clear_outside(&self.written.1)?;
+        }
         let mut part = self.notes.ends.len();
         for i in (0..self.tape.nodes.len()).rev() {
-            self.backward_node(i, parameters, gradients)?;
+            self.backward_node(i, parameters, gradients, first)?;
             if part > 0 && self.notes.ends[part - 1].1 == i {
                 part -= 1;
                 if let Some(Some(var)) = self.tape.nodes[i].inputs.first().copied() {
@@ -362,9 +381,9 @@ impl CudaExecutor {
         Ok(())
     }
 
-    /// Runs forward and backward node by node, each waited for; returns the time of each
-    /// operation, the most expensive first. A wait costs some ten microseconds, which small
-    /// operations show.
+    /// Runs forward and backward node by node, with a mark behind each; returns the time of each
+    /// operation on the GPU, the most expensive first. Where the host launches more slowly than the
+    /// GPU works, that is in it.
     ///
     /// # Errors
     /// When a kernel cannot be compiled or launched.
@@ -373,18 +392,24 @@ impl CudaExecutor {
         parameters: &CudaParameters,
         gradients: &mut CudaTensors,
     ) -> Result<Vec<OperationTime>> {
-        let mut profile = Profile::default();
-        let nodes = self.tape.nodes.len();
-        self.queue.gpu().synchronize()?;
-        for (i, is_forward) in (0..nodes).map(|i| (i, true)).chain((0..nodes).rev().map(|i| (i, false))) {
-            let start = Instant::now();
+        let gpu = self.queue.gpu().clone();
+        gpu.enter()?;
+        let count = self.tape.nodes.len();
+        let order = || (0..count).map(|i| (i, true)).chain((0..count).rev().map(|i| (i, false)));
+        let marks = (0..2 * count + 1).map(|_| Event::new()).collect::<Result<Vec<_>>>()?;
+        marks[0].record(&gpu)?;
+        for ((i, is_forward), mark) in order().zip(&marks[1..]) {
             if is_forward {
                 self.forward_node(i, parameters)?;
             } else {
-                self.backward_node(i, parameters, gradients)?;
+                self.backward_node(i, parameters, gradients, true)?;
             }
-            self.queue.gpu().synchronize()?;
-            let spent = start.elapsed().as_secs_f64() * 1e3;
+            mark.record(&gpu)?;
+        }
+        gpu.synchronize()?;
+        let mut profile = Profile::default();
+        for ((i, is_forward), pair) in order().zip(marks.windows(2)) {
+            let spent = f64::from(pair[1].since(&pair[0])?);
             profile.add(self.tape.nodes[i].operation.name(), is_forward, spent);
         }
         Ok(profile.finish())
@@ -410,7 +435,7 @@ impl CudaExecutor {
             *output = self.value_pointer(var).unwrap_or(0);
         }
         let ids = self.ids_of(i);
-        self.queue.restart();
+        self.queue.restart()?;
         let mut io = CudaForward { inputs, outputs, ids, shapes: &node.shapes, queue: &mut self.queue };
         node.operation.forward_on_gpu(&mut io)
     }
@@ -420,14 +445,21 @@ impl CudaExecutor {
         i: usize,
         parameters: &CudaParameters,
         gradients: &mut CudaTensors,
+        first: bool,
     ) -> Result<()> {
+        let node = &self.tape.nodes[i];
+        let reached = node.outputs.iter().any(|v| self.plan.gradient[v.index()].is_some());
+        let overwritten = node.operation.overwrites();
+        let mut fresh = if first { self.written.0[i] } else { 0 };
         for &var in &self.plan.first[i] {
-            if let Some(slot) = self.plan.gradient[var] {
+            let at = node.inputs.iter().position(|input| input.is_some_and(|input| input.index() == var));
+            if let Some(at) = at.filter(|&at| reached && overwritten.input(at)) {
+                fresh |= 1 << at;
+            } else if let Some(slot) = self.plan.gradient[var] {
                 self.queue.gpu().fill(self.slot(slot), 0, bytes_of(&self.tape, &self.types, var))?;
             }
         }
-        let node = &self.tape.nodes[i];
-        if node.outputs.iter().all(|v| self.plan.gradient[v.index()].is_none()) {
+        if !reached {
             return Ok(());
         }
         let reads = node.operation.reads();
@@ -450,12 +482,13 @@ impl CudaExecutor {
             output_gradients[slot] = self.gradient_pointer(var);
         }
         let ids = self.ids_of(i);
-        self.queue.restart();
+        self.queue.restart()?;
         let mut io = CudaBackward {
             inputs,
             outputs,
             output_gradients,
             input_gradients,
+            fresh,
             ids,
             shapes: &node.shapes,
             queue: &mut self.queue,
@@ -481,6 +514,32 @@ impl CudaExecutor {
         }
         ids
     }
+}
+
+/// See [`CudaExecutor`]'s field.
+fn written(tape: &Tape, plan: &Plan) -> (Vec<u32>, Vec<(usize, usize, usize)>) {
+    let (mut slots, mut pieces) = (vec![0; tape.nodes.len()], Vec::new());
+    let mut reached: Vec<(usize, usize, usize)> = Vec::new();
+    for (i, node) in tape.nodes.iter().enumerate().rev() {
+        if node.outputs.iter().all(|v| plan.gradient[v.index()].is_none()) {
+            continue;
+        }
+        let overwrites = node.operation.overwrites();
+        for (slot, var) in node.inputs.iter().enumerate() {
+            let Some(value) = var.map(|var| &tape.values[var.index()]) else { continue };
+            let Source::Parameter { index, offset } = value.source else { continue };
+            let piece = (index, offset, value.shape.len());
+            let overlaps = |&(other, start, n): &(usize, usize, usize)| {
+                other == index && start < offset + piece.2 && offset < start + n
+            };
+            if overwrites.input(slot) && !reached.iter().any(overlaps) {
+                slots[i] |= 1 << slot;
+                pieces.push(piece);
+            }
+            reached.push(piece);
+        }
+    }
+    (slots, pieces)
 }
 
 /// Bytes of a value or its gradient; whole words, since memory is filled by words.
@@ -540,7 +599,8 @@ mod tests {
     use super::*;
     use crate::engine::Mode;
     use crate::ops::add::add;
-    use crate::ops::concat_linear::concat_linear;
+    use crate::ops::embedding::embedding;
+    use crate::ops::gates::gates;
     use crate::ops::linear::linear;
 
     #[test]
@@ -549,8 +609,8 @@ mod tests {
         let (x, unread) = (tape.input([6, 8]), tape.input([3]));
         let weight = tape.parameter(0, 0, [8, 8].into());
         let y = linear(&mut tape, x, weight, None)?;
-        let weight = tape.parameter(1, 0, [4, 16].into());
-        let gate = concat_linear(&mut tape, &[x, y], weight, None)?;
+        let maps = [1, 2].map(|index| (tape.parameter(index, 0, [4, 16].into()), None));
+        let [gate, _] = gates(&mut tape, &[x, y], maps, None)?;
         let found = types(&tape, Precision::Bf16)?;
         let of = |var: Var| found[var.index()];
         assert_eq!([x, y].map(of), [Precision::Bf16; 2]);
@@ -563,6 +623,33 @@ mod tests {
         let message = types(&tape, Precision::Bf16).expect_err("f32 read as bf16").to_string();
         assert!(message.contains("input 0 of add") && message.contains("F32, not in Bf16"), "{message}");
         assert!(types(&tape, Precision::F32).is_ok());
+        Ok(())
+    }
+
+    /// A tied embedding is reached by the head first, which writes it whole; rows of one parameter each
+    /// count for themselves, and a second reader of them adds.
+    #[test]
+    fn first_gradients_of_parameters() -> Result<()> {
+        let mut tape = Tape::new(Mode::Train);
+        let ids = tape.ids(6);
+        let tied = tape.parameter(0, 0, [9, 8].into());
+        let x = embedding(&mut tape, ids, tied, [2, 3])?;
+        let mut rows = [x; 2];
+        for (y, row) in rows.iter_mut().zip([0, 4]) {
+            let weight = tape.parameter(1, row * 8, [4, 8].into());
+            *y = linear(&mut tape, x, weight, None)?;
+        }
+        let again = tape.parameter(1, 0, [8, 8].into());
+        let y = linear(&mut tape, x, again, None)?;
+        let tied = tape.parameter(0, 0, [9, 8].into());
+        let z = linear(&mut tape, y, tied, None)?;
+        for y in [z, rows[0], rows[1]] {
+            tape.seed_gradient(y);
+        }
+        let plan = Plan::new(&tape, |value| tape.values[value].shape.len());
+        let (slots, pieces) = written(&tape, &plan);
+        assert_eq!(slots, [0, 0, 0, 1 << 1, 1 << 1]);
+        assert_eq!(pieces, [(0, 0, 72), (1, 0, 64)]);
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use super::Precision;
 use super::blas::{Product, WORKSPACE};
 use super::compiler::Source;
 use super::context::{Argument, Buffer, Gpu, NAN, arguments};
+use super::event::Event;
 use crate::engine::operation::{MAX_SLOTS, NodeShapes};
 use crate::error::Result;
 
@@ -16,8 +17,12 @@ pub struct Queue {
     workspace: Buffer,
     scratch: Buffer,
     used: usize,
+    /// What products on the side need: their work space, and events where the streams part and meet.
+    aside: Option<(Buffer, [Event; 2])>,
     /// Outgrown work spaces: work in flight, and captured graphs, may still use them.
     outgrown: Vec<Buffer>,
+    /// Whether a graph may know the work space by address.
+    is_known: bool,
 }
 
 impl std::fmt::Debug for Queue {
@@ -34,7 +39,9 @@ impl Queue {
             workspace: Buffer::zeros(gpu, WORKSPACE)?,
             scratch: Buffer::zeros(gpu, 1 << 20)?,
             used: 0,
+            aside: None,
             outgrown: Vec::new(),
+            is_known: false,
         })
     }
 
@@ -49,7 +56,11 @@ impl Queue {
 
     /// Bytes of the work space.
     pub(crate) fn bytes(&self) -> usize {
-        self.workspace.bytes() + self.scratch.bytes() + self.outgrown.iter().map(Buffer::bytes).sum::<usize>()
+        let aside = self.aside.as_ref().map_or(0, |(workspace, _)| workspace.bytes());
+        self.workspace.bytes()
+            + aside
+            + self.scratch.bytes()
+            + self.outgrown.iter().map(Buffer::bytes).sum::<usize>()
     }
 
     /// Fills the work space with NaN.
@@ -57,9 +68,15 @@ impl Queue {
         self.gpu.fill(self.scratch.pointer(), NAN, self.scratch.bytes())
     }
 
-    /// Gives the work space back, at the start of an operation.
-    pub(crate) fn restart(&mut self) {
+    /// Gives the work space back, at the start of an operation, and to the GPU what it has outgrown.
+    pub(crate) fn restart(&mut self) -> Result<()> {
         self.used = 0;
+        self.is_known |= self.gpu.is_capturing()?;
+        if !self.is_known {
+            // Each waits for the work in flight.
+            self.outgrown.clear();
+        }
+        Ok(())
     }
 
     /// Work space for `n` f32 numbers, until the operation ends; its content is arbitrary.
@@ -136,7 +153,34 @@ impl Queue {
 
     /// Queues a matrix product.
     pub(crate) fn product(&self, product: &Product) -> Result<()> {
-        self.gpu.blas.product(&self.gpu, &self.workspace, self.precision, product)
+        let stream = self.gpu.raw_stream();
+        self.gpu.blas.product(&self.gpu, stream, &self.workspace, self.precision, product)
+    }
+
+    /// From here to [`join`](Self::join), products may be queued on the side: they run beside what is
+    /// queued otherwise, and fill the multiprocessors that it leaves idle at its end. Neither may read
+    /// what the other writes.
+    pub(crate) fn fork(&mut self) -> Result<()> {
+        if self.aside.is_none() {
+            let events = [Event::new()?, Event::new()?];
+            self.aside = Some((Buffer::zeros(&self.gpu, WORKSPACE)?, events));
+        }
+        let Some((_, [parted, _])) = &self.aside else { return Ok(()) };
+        parted.record(&self.gpu)?;
+        parted.hold(self.gpu.raw_side())
+    }
+
+    /// Queues a matrix product on the side, after [`fork`](Self::fork).
+    pub(crate) fn product_aside(&self, product: &Product) -> Result<()> {
+        let Some((workspace, _)) = &self.aside else { return self.product(product) };
+        self.gpu.blas.product(&self.gpu, self.gpu.raw_side(), workspace, self.precision, product)
+    }
+
+    /// Lets what is queued from now on wait for the products on the side.
+    pub(crate) fn join(&self) -> Result<()> {
+        let Some((_, [_, met])) = &self.aside else { return Ok(()) };
+        met.record_on(self.gpu.raw_side())?;
+        met.hold(self.gpu.raw_stream())
     }
 
     /// Sets `n` f32 numbers to zero.
@@ -163,8 +207,19 @@ impl Queue {
 
     /// sums (width) += the sum of `parts` rows (parts, width), in order.
     pub(crate) fn add_parts(&self, parts: u64, count: usize, width: usize, sums: u64) -> Result<()> {
-        let grid = [width.div_ceil(32), 1, 1];
-        self.launch_square(&REDUCE, "add_parts", grid, [32, 32], arguments![parts, sums, count, width])
+        self.give_parts(parts, count, width, (sums, false))
+    }
+
+    /// As [`add_parts`](Self::add_parts), but written whole where the sums are fresh.
+    pub(crate) fn give_parts(
+        &self,
+        parts: u64,
+        count: usize,
+        width: usize,
+        (sums, fresh): (u64, bool),
+    ) -> Result<()> {
+        let arguments = arguments![parts, sums, count, width, u32::from(fresh)];
+        self.launch_square(&REDUCE, "add_parts", [width.div_ceil(32), 1, 1], [32, 32], arguments)
     }
 
     /// sums (width) += the sum over the rows of x (rows, width), in fixed tiles; x holds elements,
@@ -177,11 +232,22 @@ impl Queue {
         width: usize,
         sums: u64,
     ) -> Result<()> {
+        self.give_rows(x, full, [rows, width], (sums, false))
+    }
+
+    /// As [`add_rows`](Self::add_rows), but written whole where the sums are fresh.
+    pub(crate) fn give_rows(
+        &mut self,
+        x: u64,
+        full: bool,
+        [rows, width]: [usize; 2],
+        sums: (u64, bool),
+    ) -> Result<()> {
         let name = if full { "row_parts_full" } else { "row_parts" };
         let tiles = rows.div_ceil(ROWS);
         let parts = self.scratch(tiles * width)?;
         self.launch(&REDUCE, name, [width.div_ceil(128), tiles, 1], 128, arguments![x, parts, rows, width])?;
-        self.add_parts(parts, tiles, width, sums)
+        self.give_parts(parts, tiles, width, sums)
     }
 }
 
@@ -215,7 +281,7 @@ impl CudaForward<'_> {
     }
 }
 
-/// What backward gets. As on the CPU, gradients are added.
+/// What backward gets. As on the CPU, gradients are added, but for those that are fresh.
 pub struct CudaBackward<'a> {
     /// Input values, as far as declared.
     pub inputs: [Option<u64>; MAX_SLOTS],
@@ -225,6 +291,8 @@ pub struct CudaBackward<'a> {
     pub output_gradients: [Option<u64>; MAX_SLOTS],
     /// Gradients of the inputs; None where nobody asks.
     pub input_gradients: [Option<u64>; MAX_SLOTS],
+    /// See [`is_fresh`](Self::is_fresh).
+    pub(super) fresh: u32,
     /// Integer inputs.
     pub ids: [u64; 3],
     /// Shapes of all of them.
@@ -237,6 +305,13 @@ impl CudaBackward<'_> {
     /// The value of input `i`, which is always there and declared as read.
     pub fn input(&self, i: usize) -> u64 {
         self.inputs[i].unwrap_or(0)
+    }
+
+    /// Whether the gradient of input `i`, one that the operation
+    /// [overwrites](crate::engine::operation::Kernel::overwrites), is to be written whole: what it holds is
+    /// arbitrary.
+    pub fn is_fresh(&self, i: usize) -> bool {
+        self.fresh >> i & 1 == 1
     }
 
     /// The gradient of output 0 of an operation that has no other with a gradient.

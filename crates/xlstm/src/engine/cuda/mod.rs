@@ -10,9 +10,11 @@ mod algorithms;
 pub(crate) mod blas;
 pub mod compiler;
 pub(crate) mod context;
+pub(crate) mod event;
 pub mod executor;
 pub(crate) mod graph;
 pub(crate) mod launch;
+pub(crate) mod measure;
 pub mod parameters;
 
 pub use compiler::Source;

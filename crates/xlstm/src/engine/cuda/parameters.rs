@@ -38,6 +38,36 @@ impl Layout {
         self.places.get(index).map_or(0, |place| place.0) + offset
     }
 
+    /// First elements and numbers of elements of all that parameters have outside of `pieces`, each a
+    /// parameter with the first of its elements and their number; neighbours are one.
+    pub(super) fn outside(&self, pieces: &[(usize, usize, usize)]) -> Vec<(usize, usize)> {
+        let mut taken: Vec<(usize, usize)> =
+            pieces.iter().map(|&(index, offset, n)| (self.element(index, offset), n)).collect();
+        taken.sort_unstable();
+        let mut outside: Vec<(usize, usize)> = Vec::new();
+        // Whether the last of them reaches to the end of its parameter.
+        let mut reaches = false;
+        let mut taken = taken.into_iter().peekable();
+        for &(first, count) in &self.places {
+            let (mut at, end) = (first, first + count);
+            while at < end {
+                let next = taken.peek().map_or(end, |&(start, _)| start.clamp(at, end));
+                if next > at {
+                    match outside.last_mut() {
+                        Some((start, n)) if reaches && at == first => *n = next - *start,
+                        _ => outside.push((at, next - at)),
+                    }
+                }
+                reaches = next == end && next > at;
+                at = match taken.next_if(|&(start, _)| start < end) {
+                    Some((start, n)) => start + n,
+                    None => end,
+                };
+            }
+        }
+        outside
+    }
+
     /// Elements in all.
     pub fn total(&self) -> usize {
         self.total
@@ -92,6 +122,14 @@ impl CudaTensors {
     pub fn clear(&mut self) -> Result<()> {
         self.gpu.enter()?;
         self.gpu.fill(self.buffer.pointer(), 0, self.layout.total * 4)
+    }
+
+    /// Sets everything outside of `pieces` to zero, as [`Layout::outside`] has them.
+    pub(super) fn clear_outside(&mut self, pieces: &[(usize, usize, usize)]) -> Result<()> {
+        for (first, count) in self.layout.outside(pieces) {
+            self.gpu.fill(self.buffer.pointer() + 4 * first as u64, 0, 4 * count)?;
+        }
+        Ok(())
     }
 
     /// The layout.
@@ -195,5 +233,20 @@ impl CudaParameters {
             Some(copies) if !full => copies.pointer() + 2 * self.layout().element(index, offset) as u64,
             _ => self.masters.at(index, offset),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lies_outside_of_pieces() {
+        // At 0, 128 and 192, the first with a gap behind it.
+        let layout = Layout::new([100, 64, 70]);
+        assert_eq!(layout.outside(&[]), [(0, 262)]);
+        assert_eq!(layout.outside(&[(0, 0, 100), (1, 0, 64), (2, 0, 70)]), []);
+        assert_eq!(layout.outside(&[(2, 10, 20), (0, 0, 40)]), [(40, 162), (222, 40)]);
+        assert_eq!(layout.outside(&[(1, 0, 64)]), [(0, 100), (192, 70)]);
     }
 }

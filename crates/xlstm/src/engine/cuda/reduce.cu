@@ -10,10 +10,10 @@ extern "C" __global__ void row_parts_full(const float *x, float *parts, int rows
     sum_tile(parts, rows, width, [=](int, int, long long i) { return load(x + i); });
 }
 
-/// sums (width) += the sum over parts (count, width): 32 threads a column take every 32nd part,
+/// sums (width) += the sum over parts (count, width), or = where they are fresh: 32 threads a column take every 32nd part,
 /// and their sums are added in order. grid (ceil(width / 32)), block (32, 32).
 extern "C" __global__ void __launch_bounds__(1024) add_parts(
-    const float *parts, float *sums, int count, int width
+    const float *parts, float *sums, int count, int width, int fresh
 ) {
     __shared__ float partial[32][33];
     int column = blockIdx.x * 32 + threadIdx.x;
@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(1024) add_parts(
     if (threadIdx.y || column >= width) return;
     sum = 0.0f;
     for (int i = 0; i < 32; i++) sum += partial[i][threadIdx.x];
-    sums[column] += sum;
+    sums[column] = fresh ? sum : sums[column] + sum;
 }
 
 /// y (rows, width) = bias in every row. One thread an element.

@@ -15,15 +15,13 @@ use crate::cell::mlstm::{Form, MlstmConfig, MlstmState, mlstm};
 use crate::cell::{ForgetGate, InputGate};
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
-use crate::nn::Context;
 use crate::nn::config::ModelConfig;
 use crate::nn::parameters::{Builder, Init, Parameter};
+use crate::nn::{Context, Residual};
 use crate::ops::activation::{Activation, gated};
-use crate::ops::add::add;
-use crate::ops::concat_linear::concat_linear;
+use crate::ops::gates::gates;
 use crate::ops::linear::linears;
-use crate::ops::norm::{Norm, NormKind, norm};
-use crate::ops::soft_cap::{Capped, soft_cap};
+use crate::ops::norm::{Norm, NormKind, gated_norm};
 
 /// A norm's weight and, with `use_bias`, its bias.
 #[derive(Debug, Clone, Copy)]
@@ -49,9 +47,16 @@ impl ScaledNorm {
         })
     }
 
-    pub(crate) fn forward(&self, tape: &mut Tape, x: Var) -> Result<Var> {
+    /// The stream as one value, and its norm.
+    pub(crate) fn forward(&self, tape: &mut Tape, x: Residual) -> Result<(Var, Var)> {
         let (weight, bias) = (self.weight.var(tape), self.bias.map(|bias| bias.var(tape)));
-        norm(tape, x, weight, bias, self.options)
+        x.normed(tape, weight, bias, self.options)
+    }
+
+    /// sigmoid(gate) ∘ norm(x).
+    fn gated(&self, tape: &mut Tape, x: Var, gate: Var) -> Result<Var> {
+        let (weight, bias) = (self.weight.var(tape), self.bias.map(|bias| bias.var(tape)));
+        gated_norm(tape, x, gate, weight, bias, self.options)
     }
 }
 
@@ -233,32 +238,23 @@ impl LargeBlock {
     pub fn forward(
         &self,
         tape: &mut Tape,
-        x: Var,
+        x: Residual,
         state: Option<&[Var]>,
         context: &mut Context,
-    ) -> Result<(Var, Vec<Var>)> {
-        let u = self.norm_mlstm.forward(tape, x)?;
+    ) -> Result<(Residual, Vec<Var>)> {
+        let (x, u) = self.norm_mlstm.forward(tape, x)?;
         let [q, k, v, o] = forward(&self.qkvo, tape, u)?;
-        let mut gates = [u; 2];
-        // A GPU keeps the results of this operation in f32.
-        for (value, projection) in gates.iter_mut().zip(&self.gates) {
-            let (weight, bias) = projection.vars(tape);
-            *value = concat_linear(tape, &[u], weight, bias)?;
-            if let Some(cap) = self.gate_soft_cap {
-                *value = soft_cap(tape, *value, cap, Capped::Gates)?;
-            }
-        }
+        let maps = self.gates.map(|gate| gate.vars(tape));
+        let gates = gates(tape, &[u], maps, self.gate_soft_cap)?;
         let before = state.map(|s| MlstmState { c: s[0], n: s[1], m: s[2] });
         let (h, after) = mlstm(tape, &self.cell, q, k, v, gates.into(), before, context.marks)?;
-        let h = self.multihead_norm.forward(tape, h)?;
-        let h = gated(tape, o, h, Activation::Sigmoid)?;
+        let h = self.multihead_norm.gated(tape, h, o)?;
         let [y] = forward(&[self.out_proj], tape, h)?;
-        let x = add(tape, x, y)?;
 
-        let u = self.norm_ffn.forward(tape, x)?;
+        let (x, u) = self.norm_ffn.forward(tape, Residual::sum_of(x, y))?;
         let [gate, up] = forward(&self.up, tape, u)?;
         let product = gated(tape, gate, up, Activation::Swish)?;
         let [y] = forward(&[self.down], tape, product)?;
-        Ok((add(tape, x, y)?, vec![after.c, after.n, after.m]))
+        Ok((Residual::sum_of(x, y), vec![after.c, after.n, after.m]))
     }
 }

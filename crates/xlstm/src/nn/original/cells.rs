@@ -18,7 +18,7 @@ use crate::nn::Context;
 use crate::nn::config::ModelConfig;
 use crate::nn::parameters::{Builder, Init, Parameter};
 use crate::ops::activation::{Activation, gated};
-use crate::ops::concat_linear::concat_linear;
+use crate::ops::gates::gates;
 use crate::ops::headwise::headwise_full;
 use crate::ops::linear::linear;
 
@@ -129,12 +129,9 @@ impl Cell {
             }
             Cell::Mlstm { options, weight_ih, bias, qkv } => {
                 let heads = options.heads;
-                let mut gates = [x; 2];
-                for (i, gate) in gates.iter_mut().enumerate() {
-                    let weight = weight_ih.rows(tape, i * heads, heads);
-                    let bias = bias.rows(tape, i * heads, heads);
-                    *gate = concat_linear(tape, &[x], weight, Some(bias))?;
-                }
+                let maps = [0, heads]
+                    .map(|first| (weight_ih.rows(tape, first, heads), Some(bias.rows(tape, first, heads))));
+                let gates = gates(tape, &[x], maps, None)?;
                 let hidden = bias.len() - 2 * heads;
                 let weight = weight_ih.rows(tape, 2 * heads, hidden);
                 let bias = bias.rows(tape, 2 * heads, hidden);

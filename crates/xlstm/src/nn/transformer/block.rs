@@ -11,14 +11,13 @@
 use super::GPT_DEVIATION;
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
-use crate::nn::Context;
 use crate::nn::config::ModelConfig;
 use crate::nn::parameters::{Builder, Init, Parameter};
+use crate::nn::{Context, Residual};
 use crate::ops::activation::{Activation, activated};
-use crate::ops::add::add;
 use crate::ops::attention::attention;
 use crate::ops::linear::{linear, linears};
-use crate::ops::norm::{Norm, NormKind, norm};
+use crate::ops::norm::{Norm, NormKind};
 use crate::ops::positions::Places;
 use crate::ops::rotary::rotary;
 use crate::ops::window::window;
@@ -39,10 +38,11 @@ impl BiasedNorm {
         })
     }
 
-    pub(crate) fn forward(&self, tape: &mut Tape, x: Var) -> Result<Var> {
+    /// The stream as one value, and its norm.
+    pub(crate) fn forward(&self, tape: &mut Tape, x: Residual) -> Result<(Var, Var)> {
         let (weight, bias) = (self.weight.var(tape), self.bias.var(tape));
         let options = Norm { kind: NormKind::Layer, groups: 1, eps: 1e-5, unit_offset: false };
-        norm(tape, x, weight, Some(bias), options)
+        x.normed(tape, weight, Some(bias), options)
     }
 }
 
@@ -152,12 +152,12 @@ impl TransformerBlock {
     pub fn forward(
         &self,
         tape: &mut Tape,
-        x: Var,
+        x: Residual,
         state: Option<&[Var]>,
         shared: Shared,
         context: &mut Context,
-    ) -> Result<(Var, Vec<Var>)> {
-        let u = self.ln_1.forward(tape, x)?;
+    ) -> Result<(Residual, Vec<Var>)> {
+        let (x, u) = self.ln_1.forward(tape, x)?;
         let [mut q, mut k, v] = self.c_attn.parts(tape, u, self.dim)?;
         if let Some(angles) = shared.angles {
             (q, k) = (rotary(tape, q, angles)?, rotary(tape, k, angles)?);
@@ -169,13 +169,12 @@ impl TransformerBlock {
         let values = window(tape, size, v, cache.map(|c| c[1]), shared.places)?;
         let y = self.c_proj.forward(tape, y)?;
         let y = context.dropout(tape, y, self.dropout)?;
-        let x = add(tape, x, y)?;
 
-        let u = self.ln_2.forward(tape, x)?;
+        let (x, u) = self.ln_2.forward(tape, Residual::sum_of(x, y))?;
         let y = self.c_fc.forward(tape, u)?;
         let y = activated(tape, y, Activation::Gelu)?;
         let y = self.mlp_proj.forward(tape, y)?;
         let y = context.dropout(tape, y, self.dropout)?;
-        Ok((add(tape, x, y)?, vec![keys, values]))
+        Ok((Residual::sum_of(x, y), vec![keys, values]))
     }
 }
