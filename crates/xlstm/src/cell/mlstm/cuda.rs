@@ -159,6 +159,11 @@ pub(super) fn forward(
     queue.launch_shared(&FORWARD, "mlstm_outputs", grid, GROUP, OUTPUTS_SHARED, arguments)
 }
 
+/// Which gradients are to be written whole, a bit each: q, k, v, i, f.
+pub(super) fn fresh(io: &CudaBackward<'_>) -> u32 {
+    (0..5).map(|slot| u32::from(io.is_fresh(slot)) << slot).sum()
+}
+
 /// The gradient of h, of `n` numbers: zeros where the loss sees the last state alone.
 pub(super) fn output_gradient(queue: &mut Queue, dh: Option<u64>, n: usize) -> Result<u64> {
     if let Some(dh) = dh {
@@ -182,13 +187,20 @@ pub(super) fn backward(
     let [dh, dc, dn, dm_last, ..] = io.output_gradients;
     let [dq, dk, dv, di_out, df_out, dc0, dn0, dm0, ..] = io.input_gradients;
     let marks = marked.then_some(io.ids[0]);
-    let (flags, eps) = (flags(config), config.eps);
-    let (tasks, chunks) = (batch * heads, length.div_ceil(L));
-    let (key_tiles, value_tiles) = (dqk.div_ceil(L), dhv.div_ceil(L));
     if is_wide(io.queue, &sizes) {
         return cuda_wide::backward(config, marked, sizes, io);
     }
+    let (flags, eps, fresh) = (flags(config), config.eps, fresh(io));
+    let (tasks, chunks) = (batch * heads, length.div_ceil(L));
+    let (key_tiles, value_tiles) = (dqk.div_ceil(L), dhv.div_ceil(L));
     let queue = &mut *io.queue;
+    // These are added to by tiles.
+    for (slot, (gradient, width)) in [(dq, dqk), (dk, dqk), (dv, dhv)].into_iter().enumerate() {
+        if let Some(gradient) = gradient.filter(|_| fresh >> slot & 1 == 1) {
+            let bytes = batch * length * heads * width * queue.precision().bytes();
+            queue.zero(gradient, bytes.div_ceil(4))?;
+        }
+    }
     let tokens = tasks * chunks * L;
     let scores = operands(queue, tokens, L)?;
     let pairs = operands(queue, tokens, L)?;
@@ -311,6 +323,7 @@ pub(super) fn backward(
         di_out,
         df_out,
         dm0,
+        fresh >> 3,
         length,
         chunks * L,
         heads,

@@ -2,7 +2,7 @@
 //! with its work space.
 
 use super::MlstmConfig;
-use super::cuda::{BACKWARD, FORWARD, flags, output_gradient};
+use super::cuda::{BACKWARD, FORWARD, flags, fresh, output_gradient};
 use super::operation::Sizes;
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::Queue};
 use crate::error::Result;
@@ -149,7 +149,7 @@ pub(super) fn backward(
     let [dh, dc, dn, dm_last, ..] = io.output_gradients;
     let [dq, dk, dv, di_out, df_out, dc0, dn0, dm0, ..] = io.input_gradients;
     let marks = marked.then_some(io.ids[0]);
-    let (flags, eps) = (flags(config), config.eps);
+    let (flags, eps, fresh) = (flags(config), config.eps, fresh(io));
     let (tasks, chunks, key_tiles) = (batch * heads, length.div_ceil(CHUNK), dqk.div_ceil(L));
     let tokens = tasks * chunks * CHUNK;
     let passes = Passes::of(io.queue);
@@ -245,8 +245,8 @@ pub(super) fn backward(
     let grid = [dhv.div_ceil(columns), key_tiles, 2 * tasks];
     queue.launch_shared(&WIDE_BACKWARD, name, grid, GROUP, walk_shared(columns), arguments)?;
     let arguments = arguments![
-        q, k, v, dh, prefix, entry, inverse, dd, states, normals, dstates, dnormals, dq, dk, dv, a, leaving,
-        b, crossing, length, heads, dqk, dhv
+        q, k, v, dh, prefix, entry, inverse, dd, states, normals, dstates, dnormals, dq, dk, dv, fresh & 7,
+        a, leaving, b, crossing, length, heads, dqk, dhv
     ];
     let name = match (value_out > L, key_out > L) {
         (false, false) => "mlstm_wide_gradients_64_64",
@@ -274,6 +274,7 @@ pub(super) fn backward(
         di_out,
         df_out,
         dm0,
+        fresh >> 3,
         length,
         chunks * CHUNK,
         heads,

@@ -74,9 +74,10 @@ __device__ void chunk_exponents(
 
 #ifdef ELEMENT_BF16
 
-/// A warp's 16 rows of results, WIDTH columns, go to rows of a matrix or are added to them.
-template <bool ADD, int WIDTH>
-__device__ __forceinline__ void put_rows(const float (&sum)[WIDTH / 8][4], const Rows &of, int row, int column) {
+/// A warp's 16 rows of results, WIDTH columns, go to rows of a matrix, or, with add, are added to them.
+template <int WIDTH>
+__device__ __forceinline__ void
+put_rows(const float (&sum)[WIDTH / 8][4], const Rows &of, int row, int column, bool add) {
     element_t *to = (element_t *)of.from;
     int c = column + LANE % 4 * 8;
 #pragma unroll
@@ -84,19 +85,19 @@ __device__ __forceinline__ void put_rows(const float (&sum)[WIDTH / 8][4], const
         int r = row + half * 8 + LANE / 4;
         element_t *at = to + (long long)r * of.stride + c;
         Piece piece[WIDTH / 32] = {};
-        if (ADD) {
+        if (add) {
 #pragma unroll
             for (int g = 0; g < WIDTH / 32; g++)
                 if (r < of.rows && c + g * 32 < of.width) piece[g] = read((const Vector *)(at + g * 32));
         }
 #pragma unroll
         for (int g = 0; g < WIDTH / 32; g++) {
-            if (ADD) exchange(piece[g]);
+            if (add) exchange(piece[g]);
 #pragma unroll
             for (int n = 0; n < 4; n++) {
                 Pair &pair = piece[g].pair[n];
                 float x = sum[g * 4 + n][half * 2], y = sum[g * 4 + n][half * 2 + 1];
-                pair = ADD ? pair_of(first(pair) + x, second(pair) + y) : pair_of(x, y);
+                pair = add ? pair_of(first(pair) + x, second(pair) + y) : pair_of(x, y);
             }
             exchange(piece[g]);
             if (r < of.rows && c + g * 32 < of.width) write((Vector *)(at + g * 32), piece[g]);
@@ -256,7 +257,7 @@ template <int COLUMNS> struct StateTile {
         for (int chunk_step = 0; chunk_step < chunks; chunk_step++) {
             int chunk = chunk_at(chunk_step * tiles);
             Rows to = {states + (first_chunk + chunk) * dqk * dhv, dhv, dqk, dhv, true};
-            put_rows<false, COLUMNS>(sum, to, r0 + WARP * 16, c0);
+            put_rows<COLUMNS>(sum, to, r0 + WARP * 16, c0, false);
             if (with_n) put(normal, [&](int row, float x) {
                 if (r0 + row < dqk) normals[(first_chunk + chunk) * dqk + r0 + row] = x;
             });

@@ -172,12 +172,13 @@ WIDE_BACKWARD_STATES(64)
 WIDE_BACKWARD_STATES(128)
 
 /// dv_j += w_j (K dC)_j + sum_t A_tj dh_t / N_t; and crossing = e_last (C . dC + n . dn) of a chunk by
-/// slice of features. Added to: dv or null.
+/// slice of features. dv or null: written whole where fresh, else added to.
 template <int OUT>
 __device__ __forceinline__ void wide_values(
     const element_t *q, const element_t *k, const element_t *dh, const float *prefix, const float *entry,
     const float *inverse, const element_t *states, const float *normals, const element_t *dstates,
-    const float *dnormals, element_t *dv, float *crossing, int S, int NH, int dqk, int dhv, int slice
+    const float *dnormals, element_t *dv, bool fresh, float *crossing, int S, int NH, int dqk, int dhv,
+    int slice
 ) {
     typedef Pass<OUT, true, false, false, 2> Values;
     extern __shared__ __align__(1024) char wide_shared[];
@@ -211,7 +212,7 @@ __device__ __forceinline__ void wide_values(
         s, x,
         [&]() {
             Values::weights(s, at, prefix, entry, inverse, nullptr);
-            if (dv) prefetch_rows<OUT>(to, x.row, x.out);
+            if (dv && !fresh) prefetch_rows<OUT>(to, x.row, x.out);
             if (slice == 0)
                 for (int r = tid; r < dqk; r += 2 * GROUP)
                     inner = fmaf(normals[at * dqk + r], dnormals[at * dqk + r], inner);
@@ -235,7 +236,7 @@ __device__ __forceinline__ void wide_values(
 #pragma unroll
         for (int i = 0; i < 4; i++) pass.H[n][i] *= factor[i / 2];
     pass.attend(tile, x);
-    if (dv) put_rows<true, OUT>(pass.H, to, x.row + WARP * 16, x.out);
+    if (dv) put_rows<OUT>(pass.H, to, x.row + WARP * 16, x.out, !fresh);
     // In the place of weights that are used no more.
     inner = warp_sum(inner);
     __syncthreads();
@@ -248,13 +249,13 @@ __device__ __forceinline__ void wide_values(
 }
 
 /// dq_t += s e_t ((dH C^T)_t / N_t + dd_t n) + sum_j R_tj k_j, and a_t by slice of features.
-/// Added to: dq or null.
+/// dq or null: written whole where fresh, else added to.
 template <int OUT>
 __device__ __forceinline__ void wide_queries(
     const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,
     const float *entry, const float *inverse, const float *dd,
-    const element_t *states, const float *normals, element_t *dq, float *a, int S, int NH, int dqk,
-    int dhv, int slice
+    const element_t *states, const float *normals, element_t *dq, bool fresh, float *a, int S, int NH,
+    int dqk, int dhv, int slice
 ) {
     typedef Pass<OUT, false, true, true, 2> Queries;
     extern __shared__ __align__(1024) char wide_shared[];
@@ -273,7 +274,7 @@ __device__ __forceinline__ void wide_queries(
     float scale = 1.0f / sqrtf((float)dqk);
     auto prologue = [&]() {
         Queries::weights(s, at, prefix, entry, inverse, dd);
-        if (dq) prefetch_rows<OUT>(to, x.row, x.out);
+        if (dq && !fresh) prefetch_rows<OUT>(to, x.row, x.out);
     };
     Queries pass;
     Tile *tile = pass.products<false>(s, x, prologue, [](int) {}, [](int, Tile *) {}, [](unsigned (&)[4], int) {});
@@ -296,16 +297,17 @@ __device__ __forceinline__ void wide_queries(
     }
     pass.attend(tile, x);
     pass.dot_rows(tile, x, [&](int r, float sum) { a[first + x.row + r] = sum; });
-    if (dq) put_rows<true, OUT>(pass.H, to, x.row + WARP * 16, x.out);
+    if (dq) put_rows<OUT>(pass.H, to, x.row + WARP * 16, x.out, !fresh);
 }
 
 /// dk_j += w_j ((V dC^T)_j + dn) + sum_t R_tj q_t; b_j and leaving_j by slice of features.
-/// Added to: dk or null.
+/// dk or null: written whole where fresh, else added to.
 template <int OUT>
 __device__ __forceinline__ void wide_keys(
     const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,
     const float *entry, const float *inverse, const float *dd, const element_t *dstates,
-    const float *dnormals, element_t *dk, float *leaving, float *b, int S, int NH, int dqk, int dhv, int slice
+    const float *dnormals, element_t *dk, bool fresh, float *leaving, float *b, int S, int NH, int dqk, int dhv,
+    int slice
 ) {
     typedef Pass<OUT, true, true, true, 2> Keys;
     extern __shared__ __align__(1024) char wide_shared[];
@@ -323,7 +325,7 @@ __device__ __forceinline__ void wide_keys(
     float scale = 1.0f / sqrtf((float)dqk);
     auto prologue = [&]() {
         Keys::weights(s, at, prefix, entry, inverse, dd);
-        if (dk) prefetch_rows<OUT>(chunk_of(dk, bh, chunk, S, NH, dqk), x.row, x.out);
+        if (dk && !fresh) prefetch_rows<OUT>(chunk_of(dk, bh, chunk, S, NH, dqk), x.row, x.out);
     };
     Keys pass;
     Tile *tile = pass.products<false>(s, x, prologue, [](int) {}, [](int, Tile *) {}, [](unsigned (&)[4], int) {});
@@ -344,29 +346,29 @@ __device__ __forceinline__ void wide_keys(
     pass.dot_rows(tile, x, [&](int r, float sum) { leaving[first + x.row + r] = sum; });
     pass.attend(tile, x);
     pass.dot_rows(tile, x, [&](int r, float sum) { b[first + x.row + r] = sum; });
-    if (dk) put_rows<true, OUT>(pass.H, chunk_of(dk, bh, chunk, S, NH, dqk), x.row + WARP * 16, x.out);
+    if (dk) put_rows<OUT>(pass.H, chunk_of(dk, bh, chunk, S, NH, dqk), x.row + WARP * 16, x.out, !fresh);
 }
 
-/// dv, dq and dk. Blocks of a chunk are neighbours, so that what they share is read once.
+/// dv, dq and dk. fresh: those to be written whole, 1 dq, 2 dk, 4 dv. Blocks of a chunk are
+/// neighbours, so that what they share is read once.
 /// grid (ceil(dhv / VALUES) + 2 ceil(dqk / KEYS), N, B NH), block 256.
 #define WIDE_GRADIENTS(VALUES, KEYS)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(2 * GROUP, 1) mlstm_wide_gradients_##VALUES##_##KEYS(              \
+    extern "C" __global__ void __launch_bounds__(2 * GROUP, 1) mlstm_wide_gradients_##VALUES##_##KEYS(                 \
         const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,          \
-        const float *entry, const float *inverse, const float *dd, const element_t *states, const float *normals,       \
-        const element_t *dstates,                                                                                      \
-        const float *dnormals, element_t *dq, element_t *dk, element_t *dv, float *a, float *leaving, float *b,        \
-        float *crossing, int S, int NH, int dqk, int dhv                                                               \
+        const float *entry, const float *inverse, const float *dd, const element_t *states, const float *normals,      \
+        const element_t *dstates, const float *dnormals, element_t *dq, element_t *dk, element_t *dv, int fresh,       \
+        float *a, float *leaving, float *b, float *crossing, int S, int NH, int dqk, int dhv                           \
     ) {                                                                                                                \
         int key_slices = (dqk + KEYS - 1) / KEYS, slice = blockIdx.x;                                                  \
         if (slice < key_slices)                                                                                        \
-            wide_queries<KEYS>(q, k, v, dh, prefix, entry, inverse, dd, states, normals, dq, a, S, NH,   \
-                               dqk, dhv, slice);                                                                       \
+            wide_queries<KEYS>(q, k, v, dh, prefix, entry, inverse, dd, states, normals, dq, fresh & 1, a, S, NH, dqk, \
+                               dhv, slice);                                                                            \
         else if (slice < 2 * key_slices)                                                                               \
-            wide_keys<KEYS>(q, k, v, dh, prefix, entry, inverse, dd, dstates, dnormals, dk, leaving, b, S, NH,      \
-                            dqk, dhv, slice - key_slices);                                                             \
+            wide_keys<KEYS>(q, k, v, dh, prefix, entry, inverse, dd, dstates, dnormals, dk, fresh & 2, leaving, b, S,  \
+                            NH, dqk, dhv, slice - key_slices);                                                         \
         else                                                                                                           \
-            wide_values<VALUES>(q, k, dh, prefix, entry, inverse, states, normals, dstates, dnormals, dv, crossing, \
-                                S, NH, dqk, dhv, slice - 2 * key_slices);                                              \
+            wide_values<VALUES>(q, k, dh, prefix, entry, inverse, states, normals, dstates, dnormals, dv, fresh & 4,   \
+                                crossing, S, NH, dqk, dhv, slice - 2 * key_slices);                                    \
     }
 WIDE_GRADIENTS(64, 64)
 #ifdef WARPGROUP

@@ -134,7 +134,7 @@ __device__ __forceinline__ void wide_outputs(
     for (int n = 0; n < OUT / 8; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) pass.H[n][i] = factor[i / 2] == 0.0f ? 0.0f : pass.H[n][i] * factor[i / 2];
-    put_rows<false, OUT>(pass.H, chunk_of(h, bh, chunk, S, NH, dhv), x.row + WARP * 16, x.out);
+    put_rows<OUT>(pass.H, chunk_of(h, bh, chunk, S, NH, dhv), x.row + WARP * 16, x.out, false);
 }
 #define WIDE_OUTPUTS(OUT)                                                                                              \
     extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_outputs_##OUT(                                   \
