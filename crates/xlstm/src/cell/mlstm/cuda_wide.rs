@@ -245,8 +245,30 @@ pub(super) fn backward(
     let grid = [dhv.div_ceil(columns), key_tiles, 2 * tasks];
     queue.launch_shared(&WIDE_BACKWARD, name, grid, GROUP, walk_shared(columns), arguments)?;
     let arguments = arguments![
-        q, k, v, dh, prefix, entry, inverse, dd, states, normals, dstates, dnormals, dq, dk, dv, fresh & 7,
-        a, leaving, b, crossing, length, heads, dqk, dhv
+        q,
+        k,
+        v,
+        dh,
+        prefix,
+        entry,
+        inverse,
+        dd,
+        states,
+        normals,
+        dstates,
+        dnormals,
+        dq,
+        dk,
+        dv,
+        fresh & 7,
+        a,
+        leaving,
+        b,
+        crossing,
+        length,
+        heads,
+        dqk,
+        dhv
     ];
     let name = match (value_out > L, key_out > L) {
         (false, false) => "mlstm_wide_gradients_64_64",
