@@ -127,14 +127,57 @@ impl<T: Element, M: Model> Runner<T, M> {
             return Err(Error::shape(format!("{} {unit} for a batch of {batch} sequences", inputs.len())));
         }
         let rows: Vec<&[u32]> = inputs.chunks_exact(inputs.len() / batch).collect();
-        let mut outputs = self.read_rows(&rows, logits)?;
-        // One alone is not copied.
-        Ok(if batch == 1 { outputs.swap_remove(0) } else { outputs.concat() })
+        let length = self.check(&rows)?[0];
+        if length > self.most(length, logits) {
+            return Ok(self.read_rows(&rows, logits)?.concat());
+        }
+        // In one piece, all of it is outputs: nothing is cut and copied.
+        let key = Key { batch, length, logits, padded: false };
+        self.piece(key, inputs, &vec![length; batch], true)
     }
 
     /// Reads sequences of any lengths at once, each after what it has read so far; returns the
     /// outputs of each. Those that are shorter than the longest are padded.
     fn read_rows(&mut self, rows: &[&[u32]], logits: Logits) -> Result<Vec<Vec<T>>> {
+        let (batch, width) = (self.tokens.len(), self.model.inputs().width());
+        let lengths = self.check(rows)?;
+        let longest = lengths.iter().copied().max().unwrap_or_default();
+        let mut outputs = vec![Vec::new(); batch];
+        let most = self.most(longest, logits);
+        for start in (0..longest).step_by(most) {
+            let end = longest.min(start + most);
+            // Where each sequence ends in this piece.
+            let ends: Vec<usize> = lengths.iter().map(|length| (*length).clamp(start, end)).collect();
+            let mut inputs = Vec::with_capacity(batch * (end - start) * width);
+            for (b, row) in rows.iter().enumerate() {
+                inputs.extend_from_slice(&row[(start * width).min(row.len())..(end * width).min(row.len())]);
+                inputs.resize((b + 1) * (end - start) * width, 0);
+            }
+            let key = Key { batch, length: end - start, logits, padded: ends.iter().any(|e| *e < end) };
+            let is_last = |b: usize| start < lengths[b] && lengths[b] <= end;
+            let wanted = logits == Logits::All || (0..batch).any(is_last);
+            let piece =
+                self.piece(key, &inputs, &ends.iter().map(|end| end - start).collect::<Vec<_>>(), wanted)?;
+            let (size, each) = (self.model.output_width(), piece.len() / batch);
+            for (b, output) in outputs.iter_mut().enumerate().filter(|_| wanted) {
+                let own = &piece[b * each..(b + 1) * each];
+                match logits {
+                    Logits::All if each == key.length * size => {
+                        output.extend_from_slice(&own[..(ends[b] - start) * size]);
+                    }
+                    _ if is_last(b) => output.extend_from_slice(own),
+                    _ => {}
+                }
+            }
+        }
+        Ok(outputs)
+    }
+
+    /// Places of each sequence.
+    ///
+    /// # Errors
+    /// When there are not as many sequences as the runner has, or they cannot be read.
+    fn check(&self, rows: &[&[u32]]) -> Result<Vec<usize>> {
         let (batch, width) = (self.tokens.len(), self.model.inputs().width());
         if rows.len() != batch {
             return Err(Error::shape(format!("{} sequences for a batch of {batch}", rows.len()))
@@ -157,45 +200,13 @@ impl<T: Element, M: Model> Runner<T, M> {
             let ends = self.tokens.iter().zip(&lengths).map(|(before, length)| *before as usize + length);
             check_length(ends.max().unwrap_or_default(), most)?;
         }
-        let longest = lengths.iter().copied().max().unwrap_or_default();
-        let mut outputs = vec![Vec::new(); batch];
-        let most = if self.whole { longest.max(1) } else { self.piece_length(logits) };
-        for start in (0..longest).step_by(most) {
-            let end = longest.min(start + most);
-            // Where each sequence ends in this piece.
-            let ends: Vec<usize> = lengths.iter().map(|length| (*length).clamp(start, end)).collect();
-            let mut inputs = Vec::with_capacity(batch * (end - start) * width);
-            for (b, row) in rows.iter().enumerate() {
-                inputs.extend_from_slice(&row[(start * width).min(row.len())..(end * width).min(row.len())]);
-                inputs.resize((b + 1) * (end - start) * width, 0);
-            }
-            let key = Key { batch, length: end - start, logits, padded: ends.iter().any(|e| *e < end) };
-            let is_last = |b: usize| start < lengths[b] && lengths[b] <= end;
-            let wanted = logits == Logits::All || (0..batch).any(is_last);
-            let piece =
-                self.piece(key, &inputs, &ends.iter().map(|end| end - start).collect::<Vec<_>>(), wanted)?;
-            if batch == 1 && wanted && is_last(0) && logits == Logits::Last {
-                outputs[0] = piece;
-                continue;
-            }
-            let (size, each) = (self.model.output_width(), piece.len() / batch);
-            for (b, output) in outputs.iter_mut().enumerate().filter(|_| wanted) {
-                let own = &piece[b * each..(b + 1) * each];
-                match logits {
-                    Logits::All if each == key.length * size => {
-                        output.extend_from_slice(&own[..(ends[b] - start) * size]);
-                    }
-                    _ if is_last(b) => output.extend_from_slice(own),
-                    _ => {}
-                }
-            }
-        }
-        Ok(outputs)
+        Ok(lengths)
     }
 
-    /// The most tokens a pass is recorded for.
-    fn piece_length(&self, logits: Logits) -> usize {
+    /// The most places of a piece, where the longest sequence has so many.
+    fn most(&self, longest: usize, logits: Logits) -> usize {
         match (&self.device, logits) {
+            _ if self.whole => longest.max(1),
             #[cfg(feature = "cuda")]
             (Device::Cuda(..), Logits::Last) => LONG_PIECE,
             _ => PIECE,

@@ -364,7 +364,7 @@ impl Gpu {
 }
 
 /// The most bytes that are downloaded by way of [`Staging`].
-const STAGED: usize = 1 << 20;
+const STAGED: usize = 8 << 20;
 
 /// Memory of the host that the GPU writes to by itself, [`STAGED`] bytes.
 struct Staging(*mut c_void);
