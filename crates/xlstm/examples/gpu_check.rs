@@ -14,6 +14,7 @@ use xlstm::ops::activation::{Activation, activated, gated};
 use xlstm::ops::add::add;
 use xlstm::ops::attention::attention;
 use xlstm::ops::causal_conv::causal_conv;
+use xlstm::ops::draw::draw;
 use xlstm::ops::dropout::dropout;
 use xlstm::ops::embedding::embedding;
 use xlstm::ops::from_bits::from_bits;
@@ -390,6 +391,19 @@ fn operations(table: &mut Table<'_>) {
         table.compare(&format!("gated_norm {kind:?} {groups} of {width}"), &case, T, &|t, v, _| {
             let y = gated_norm(t, v[0], v[1], v[2], Some(v[3]), options)?;
             Ok(vec![y, gated_norm(t, v[0], v[1], v[2], None, options)?])
+        });
+    }
+    for (rows, vocabulary) in [(5, 50_304), (3, 8_193), (2, 7)] {
+        let mut case = new().between(&[rows, 1, vocabulary], -8.0, 8.0).between(&[rows, 3], 0.0, 1.0);
+        let settings = case.inputs[1].1.chunks_exact_mut(3).enumerate();
+        for (i, settings) in settings {
+            settings[0] = f64::from((i as f32 + 0.5) / 8.0);
+            settings[1] = [1.0, 0.0, 0.5][i % 3];
+            settings[2] = if i == 1 { 5.0 } else { vocabulary as f64 };
+        }
+        case.evaluated = true;
+        table.compare(&format!("draw {rows} of {vocabulary}"), &case, 1e-3, &|t, v, _| {
+            Ok(vec![draw(t, v[0], v[1])?])
         });
     }
     for cap in [15.0, 0.5] {

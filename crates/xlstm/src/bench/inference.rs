@@ -12,7 +12,7 @@ use crate::files::next_numbered_folder;
 use crate::folder::convert::{Conversion, Target, convert};
 use crate::folder::{ModelFolder, initialize};
 use crate::generate::{Sampler, Sampling};
-use crate::model::{LanguageModel, Logits, Runner};
+use crate::model::{Draw, LanguageModel, Logits, Runner};
 use crate::nn::Weights;
 use crate::rng::Rng;
 use crate::state::State;
@@ -105,17 +105,24 @@ pub fn decode(
     let vocabulary = logits.len();
     let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
     let mut sampler = Sampler::new(greedy, vocabulary, 1);
+    let likeliest = Draw { uniform: 0.0, temperature: 0.0, vocabulary };
     let mut tokens = vec![0; sessions];
     let mut seconds = Vec::with_capacity(repeats);
     for repeat in 0..=repeats {
         runner.set_state(&after)?;
         let mut logits = logits.repeat(sessions);
         let start = Instant::now();
-        for _ in 0..preset.drawn {
-            for (token, logits) in tokens.iter_mut().zip(logits.chunks_exact(vocabulary)) {
-                *token = sampler.draw(logits)?;
+        for step in 0..preset.drawn {
+            if step == 0 || !runner.draws() {
+                for (token, logits) in tokens.iter_mut().zip(logits.chunks_exact(vocabulary)) {
+                    *token = sampler.draw(logits)?;
+                }
             }
-            logits = runner.read(&tokens, Logits::Last)?;
+            if runner.draws() {
+                tokens = runner.read_and_draw(&tokens, &vec![likeliest; sessions])?;
+            } else {
+                logits = runner.read(&tokens, Logits::Last)?;
+            }
         }
         // In the first repetition the pass is recorded.
         if repeat > 0 {

@@ -9,7 +9,7 @@ pub use stop::StopStrings;
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::model::{Logits, Runner};
+use crate::model::{Draw, Logits, Runner};
 use crate::state::State;
 
 /// Why a generation ended.
@@ -32,6 +32,11 @@ impl Finish {
             Finish::Stopped => "stopped",
         }
     }
+}
+
+/// How each sampler draws where the logits are, if all of them can.
+fn draws_of(samplers: &mut [Sampler]) -> Option<Vec<Draw>> {
+    samplers.iter_mut().map(Sampler::elsewhere).collect()
 }
 
 /// One sequence in progress: a runner, and the logits after its last token.
@@ -127,12 +132,24 @@ impl Session {
         }
         let mut finished = vec![None; rows];
         let mut tokens = vec![0; rows];
+        // The next tokens, where they have been drawn already.
+        let mut drawn: Option<Vec<u32>> = None;
         for _ in 0..count {
             // A sample that has ended reads on, and nobody hears of it.
             for (i, sampler) in samplers.iter_mut().enumerate().filter(|(i, _)| finished[*i].is_none()) {
-                tokens[i] = sampler.draw(&self.logits[i * vocabulary..][..vocabulary])?;
+                tokens[i] = match &drawn {
+                    Some(drawn) => drawn[i],
+                    None => sampler.draw(&self.logits[i * vocabulary..][..vocabulary])?,
+                };
             }
-            self.read(&tokens)?;
+            let draws = if self.runner.draws() { draws_of(samplers) } else { None };
+            drawn = match draws {
+                Some(draws) => Some(self.runner.read_and_draw(&tokens, &draws)?),
+                None => {
+                    self.read(&tokens)?;
+                    None
+                }
+            };
             for (i, finish) in finished.iter_mut().enumerate().filter(|(_, finish)| finish.is_none()) {
                 if !listen(i, tokens[i])? {
                     *finish = Some(Finish::Stopped);
@@ -146,6 +163,8 @@ impl Session {
         }
         if rows > 1 {
             self.logits.clear();
+        } else if drawn.is_some() {
+            self.logits = self.runner.logits()?;
         }
         Ok(finished.into_iter().map(|finish| finish.unwrap_or(Finish::Length)).collect())
     }

@@ -1,6 +1,8 @@
 //! From logits to a token: repetition penalty, temperature, top-k, min-p and top-p, in this order.
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
+use crate::model::Draw;
+use crate::model::runner::not_numbers;
 use crate::rng::Rng;
 
 /// How tokens are drawn.
@@ -68,12 +70,23 @@ impl Sampler {
         Ok(token)
     }
 
+    /// How to draw where the logits are; None where that takes more than a temperature.
+    pub(crate) fn elsewhere(&mut self) -> Option<Draw> {
+        let Sampling { temperature, repetition_penalty, .. } = self.sampling;
+        let plain = Sampling { temperature, ..Sampling::default() };
+        (self.sampling == plain && repetition_penalty == 1.0).then(|| Draw {
+            // A likeliest token takes no chance.
+            uniform: if temperature == 0.0 { 0.0 } else { self.rng.uniform() },
+            temperature,
+            vocabulary: self.vocabulary,
+        })
+    }
+
     fn choose(&mut self, logits: &[f32]) -> Result<u32> {
         let logits = &logits[..self.vocabulary.min(logits.len())];
         // A look at all of them, which takes many at a time.
         if logits.iter().fold(false, |found, l| found | l.is_nan()) {
-            return Err(Error::new(ErrorKind::NonFinite, "the model's logits are not numbers")
-                .hint("the model is damaged, or its training diverged"));
+            return Err(not_numbers());
         }
         let Sampling { temperature, top_k, top_p, min_p, repetition_penalty } = self.sampling;
         if temperature == 0.0 && repetition_penalty == 1.0 {

@@ -25,5 +25,5 @@ pub use interface::{Inputs, Model};
 pub use language_model::LanguageModel;
 pub use objective::Objective;
 pub use original::OriginalStack;
-pub use runner::{Logits, Runner, storable_parameters};
+pub use runner::{Draw, Logits, Runner, storable_parameters};
 pub use stack::Stack;

@@ -10,9 +10,10 @@ use super::language_model::LanguageModel;
 use super::objective::check_length;
 use crate::engine::operation::Element;
 use crate::engine::{Device, Ids, Mode, Program, Storable, Tape, Var};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::marks::PAD;
 use crate::nn::{Context, Weights};
+use crate::ops::draw::draw;
 use crate::state::State;
 
 /// Which positions logits, or the outputs of features, are wanted for.
@@ -22,6 +23,23 @@ pub enum Logits {
     All,
     /// (B, 1, V): enough to go on from.
     Last,
+}
+
+/// How a token is drawn from logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// In [0, 1): how far into the running sum of probabilities, in the order of ids.
+    pub uniform: f64,
+    /// Divides the logits; 0 takes the likeliest token.
+    pub temperature: f64,
+    /// Ids from here on are not drawn.
+    pub vocabulary: usize,
+}
+
+/// Logits that no token can be drawn from.
+pub(crate) fn not_numbers() -> Error {
+    Error::new(ErrorKind::NonFinite, "the model's logits are not numbers")
+        .hint("the model is damaged, or its training diverged")
 }
 
 /// The most tokens a pass is recorded for on the processor; longer inputs go through in pieces.
@@ -38,6 +56,8 @@ struct Key {
     logits: Logits,
     /// Some sequences are shorter than the others.
     padded: bool,
+    /// With a token drawn for each.
+    drawn: bool,
 }
 
 /// A model that reads sequences, and stands somewhere in them.
@@ -71,6 +91,17 @@ struct Pass<T> {
     /// Each part of the state after the tokens, and before them.
     state: Vec<(Var, Var)>,
     outputs: Var,
+    /// How tokens are drawn, and they.
+    drawn: Option<(Var, Var)>,
+}
+
+/// What is asked of a pass.
+enum Wanted<'a, T> {
+    /// That the state goes on.
+    Nothing,
+    Outputs,
+    /// Tokens drawn with these settings.
+    Tokens(&'a [T]),
 }
 
 impl<T: Element, M: Model> Runner<T, M> {
@@ -132,8 +163,8 @@ impl<T: Element, M: Model> Runner<T, M> {
             return Ok(self.read_rows(&rows, logits)?.concat());
         }
         // In one piece, all of it is outputs: nothing is cut and copied.
-        let key = Key { batch, length, logits, padded: false };
-        self.piece(key, inputs, &vec![length; batch], true)
+        let key = Key { batch, length, logits, padded: false, drawn: false };
+        self.piece(key, inputs, &vec![length; batch], Wanted::Outputs)
     }
 
     /// Reads sequences of any lengths at once, each after what it has read so far; returns the
@@ -153,11 +184,13 @@ impl<T: Element, M: Model> Runner<T, M> {
                 inputs.extend_from_slice(&row[(start * width).min(row.len())..(end * width).min(row.len())]);
                 inputs.resize((b + 1) * (end - start) * width, 0);
             }
-            let key = Key { batch, length: end - start, logits, padded: ends.iter().any(|e| *e < end) };
+            let padded = ends.iter().any(|e| *e < end);
+            let key = Key { batch, length: end - start, logits, padded, drawn: false };
             let is_last = |b: usize| start < lengths[b] && lengths[b] <= end;
             let wanted = logits == Logits::All || (0..batch).any(is_last);
+            let own: Vec<usize> = ends.iter().map(|end| end - start).collect();
             let piece =
-                self.piece(key, &inputs, &ends.iter().map(|end| end - start).collect::<Vec<_>>(), wanted)?;
+                self.piece(key, &inputs, &own, if wanted { Wanted::Outputs } else { Wanted::Nothing })?;
             let (size, each) = (self.model.output_width(), piece.len() / batch);
             for (b, output) in outputs.iter_mut().enumerate().filter(|_| wanted) {
                 let own = &piece[b * each..(b + 1) * each];
@@ -214,7 +247,13 @@ impl<T: Element, M: Model> Runner<T, M> {
     }
 
     /// Reads one piece, of which `lengths` places count in each sequence.
-    fn piece(&mut self, key: Key, inputs: &[u32], lengths: &[usize], wanted: bool) -> Result<Vec<T>> {
+    fn piece(
+        &mut self,
+        key: Key,
+        inputs: &[u32],
+        lengths: &[usize],
+        wanted: Wanted<'_, T>,
+    ) -> Result<Vec<T>> {
         let mut pass = match self.passes.remove(&key) {
             Some(pass) => pass,
             None => Pass::record(&*self.model, key, &self.device)?,
@@ -233,7 +272,7 @@ impl<T: Element, M: Model> Runner<T, M> {
         key: Key,
         inputs: &[u32],
         lengths: &[usize],
-        wanted: bool,
+        wanted: Wanted<'_, T>,
     ) -> Result<Vec<T>> {
         match &self.standing {
             Standing::Before(other) if *other == key => {}
@@ -255,9 +294,16 @@ impl<T: Element, M: Model> Runner<T, M> {
             let values: Vec<u32> = lengths.iter().copied().flat_map(row).collect();
             pass.program.set_ids(marks, &values)?;
         }
+        if let (Wanted::Tokens(settings), Some((how, _))) = (&wanted, pass.drawn) {
+            pass.program.set_input(how, settings)?;
+        }
         let (program, state, values) = (&mut pass.program, &pass.state, self.weights.values());
         self.device.install(|| program.forward_feeding(values, state))?;
-        if wanted { pass.program.value(pass.outputs) } else { Ok(Vec::new()) }
+        match (wanted, pass.drawn) {
+            (Wanted::Outputs, _) => pass.program.value(pass.outputs),
+            (Wanted::Tokens(_), Some((_, tokens))) => pass.program.value(tokens),
+            _ => Ok(Vec::new()),
+        }
     }
 }
 
@@ -269,6 +315,46 @@ impl<T: Element> Runner<T> {
     /// end of learned positions, or a GPU fails.
     pub fn read(&mut self, tokens: &[u32], logits: Logits) -> Result<Vec<T>> {
         self.read_whole(tokens, logits)
+    }
+
+    /// Whether tokens are to be drawn where the logits are, by [`read_and_draw`](Self::read_and_draw): on a
+    /// GPU, from which they would have to come.
+    pub fn draws(&self) -> bool {
+        !matches!(self.device, Device::Cpu(..))
+    }
+
+    /// Reads a token of each sequence after those read so far, and draws the next of each.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read); when there are not as many tokens and draws as sequences, or the model's
+    /// logits are not numbers.
+    pub fn read_and_draw(&mut self, tokens: &[u32], draws: &[Draw]) -> Result<Vec<u32>> {
+        let batch = self.tokens.len();
+        let rows: Vec<&[u32]> = tokens.chunks_exact(1).collect();
+        self.check(&rows)?;
+        if draws.len() != batch {
+            return Err(Error::shape(format!("{} draws for a batch of {batch} sequences", draws.len())));
+        }
+        let numbers = |draw: &Draw| [draw.uniform, draw.temperature, draw.vocabulary as f64].map(T::from_f64);
+        let settings: Vec<T> = draws.iter().flat_map(numbers).collect();
+        let key = Key { batch, length: 1, logits: Logits::Last, padded: false, drawn: true };
+        let drawn = self.piece(key, tokens, &vec![1; batch], Wanted::Tokens(&settings))?;
+        let token = |drawn: T| {
+            let id = drawn.to_f64();
+            if id.is_nan() { Err(not_numbers()) } else { Ok(id as u32) }
+        };
+        drawn.into_iter().map(token).collect()
+    }
+
+    /// The logits of the last pass, of all positions that it was asked for.
+    ///
+    /// # Errors
+    /// When nothing was read yet, or a GPU fails.
+    pub fn logits(&self) -> Result<Vec<T>> {
+        match &self.standing {
+            Standing::Before(key) => self.passes[key].program.value(self.passes[key].outputs),
+            Standing::Given(_) => Err(Error::data("there are no logits: nothing was read")),
+        }
     }
 
     /// Reads sequences of any lengths at once, each after what it has read so far; returns the
@@ -311,8 +397,8 @@ fn bits(features: &[f32]) -> Vec<u32> {
 
 impl<T: Element> Pass<T> {
     fn record(model: &impl Model, key: Key, device: &Device) -> Result<Pass<T>> {
-        let Recording { tape, inputs, marks, state, outputs } = Recording::new(model, key)?;
-        Ok(Pass { program: Program::new(tape, device)?, inputs, marks, state, outputs })
+        let Recording { tape, inputs, marks, state, outputs, drawn } = Recording::new(model, key)?;
+        Ok(Pass { program: Program::new(tape, device)?, inputs, marks, state, outputs, drawn })
     }
 }
 
@@ -323,11 +409,12 @@ struct Recording {
     marks: Option<Ids>,
     state: Vec<(Var, Var)>,
     outputs: Var,
+    drawn: Option<(Var, Var)>,
 }
 
 impl Recording {
     fn new(model: &impl Model, key: Key) -> Result<Recording> {
-        let Key { batch, length, logits, padded } = key;
+        let Key { batch, length, logits, padded, drawn } = key;
         let mut tape = Tape::new(Mode::Evaluate);
         let inputs = tape.ids(batch * length * model.inputs().width());
         let marks = padded.then(|| tape.ids(batch * length));
@@ -337,9 +424,16 @@ impl Recording {
         let (features, after) =
             model.features(&mut tape, inputs, [batch, length], logits, Some(&before), &mut context)?;
         let outputs = model.outputs(&mut tape, features)?;
+        let mut drawing = || {
+            let how = tape.input([batch, 3]);
+            let token = draw(&mut tape, outputs, how)?;
+            tape.keep(token);
+            Ok((how, token))
+        };
+        let drawn = drawn.then(&mut drawing).transpose()?;
         after.iter().chain([&outputs]).for_each(|&var| tape.keep(var));
         let state = after.into_iter().zip(before).collect();
-        Ok(Recording { tape, inputs, marks, state, outputs })
+        Ok(Recording { tape, inputs, marks, state, outputs, drawn })
     }
 }
 
@@ -349,6 +443,6 @@ impl Recording {
 /// # Errors
 /// When the model's shapes do not fit.
 pub fn storable_parameters(model: &LanguageModel) -> Result<Vec<Storable>> {
-    let key = Key { batch: 1, length: 1, logits: Logits::Last, padded: false };
+    let key = Key { batch: 1, length: 1, logits: Logits::Last, padded: false, drawn: false };
     Ok(Recording::new(model, key)?.tape.storable_parameters(model.specs().len()))
 }

@@ -14,6 +14,7 @@ pub mod activation;
 pub mod add;
 pub mod attention;
 pub mod causal_conv;
+pub mod draw;
 pub mod dropout;
 pub mod embedding;
 pub mod from_bits;

@@ -8,8 +8,8 @@ use xlstm::engine::{Device, Mode};
 use xlstm::marks::IGNORE;
 use xlstm::model::objective::Carry;
 use xlstm::model::{
-    Family, FeatureConfig, FeatureModel, Head, LanguageModel, Logits, Model, ModelConfig, Objective, Pooling,
-    Runner,
+    Draw, Family, FeatureConfig, FeatureModel, Head, LanguageModel, Logits, Model, ModelConfig, Objective,
+    Pooling, Runner,
 };
 use xlstm::nn::transformer::PositionKind;
 use xlstm::nn::{Parameters, Weights};
@@ -306,4 +306,46 @@ fn what_does_not_fit_is_refused() {
     }
     let error = classifier.batch(&[wrong]).expect_err("refused").to_string();
     assert!(error.contains("a target is 1000"), "{error}");
+}
+
+/// Tokens that are drawn where the logits are follow those logits, and the state goes on as without.
+#[test]
+fn tokens_are_drawn_where_the_logits_are() {
+    for seed in 0..6 {
+        let mut rng = Rng::new(seed, 9);
+        let model = LanguageModel::new(&endless(&mut rng)).expect("a model");
+        let parameters = parameters(&model, &mut rng);
+        let vocabulary = model.config().vocab_size;
+        let model = Arc::new(model);
+        let [mut plain, mut drawing] = [0; 2].map(|_| runner(&model, &parameters));
+        let mut tokens: Vec<u32> = (0..2).map(|_| below(&mut rng, vocabulary) as u32).collect();
+        for runner in [&mut plain, &mut drawing] {
+            runner.reset(2);
+        }
+        for step in 0..6 {
+            let temperature = [0.0, 0.7, 1.9][step % 3];
+            let draws = [0; 2].map(|_| Draw { uniform: rng.uniform(), temperature, vocabulary });
+            let logits = plain.read(&tokens, Logits::Last).expect("logits");
+            let drawn = drawing.read_and_draw(&tokens, &draws).expect("tokens");
+            for (i, (token, logits)) in drawn.iter().zip(logits.chunks(vocabulary)).enumerate() {
+                let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let token = *token as usize;
+                if temperature == 0.0 {
+                    assert!(largest - logits[token] < 1e-4, "seed {seed}, sequence {i}");
+                    continue;
+                }
+                let weights: Vec<f64> = logits.iter().map(|l| ((l - largest) / temperature).exp()).collect();
+                let sum = |count: usize| weights[..count].iter().sum::<f64>();
+                let (mark, slack) = (draws[i].uniform * sum(vocabulary), 1e-4 * sum(vocabulary));
+                let bounds = (sum(token) - slack, sum(token + 1) + slack);
+                assert!(bounds.0 <= mark && mark <= bounds.1, "seed {seed}: {mark} is not within {bounds:?}");
+            }
+            let kept = drawing.logits().expect("logits");
+            close(&format!("seed {seed}, logits"), &vec![kept], &vec![logits]);
+            tokens = drawn;
+        }
+        let [after, same] = [&plain, &drawing].map(|runner| parts(&runner.state().expect("a state")));
+        close(&format!("seed {seed}, state"), &same, &after);
+        assert!(drawing.read_and_draw(&tokens[..1], &[]).is_err());
+    }
 }
