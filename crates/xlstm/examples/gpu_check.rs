@@ -460,7 +460,7 @@ fn attentions(table: &mut Table<'_>) {
     }
     // Without a cache: whole sequences, windows of them, documents and pads.
     for (length, size, heads, width, marked) in [
-        (1, 8, 2, 64, false),
+        (17, 8, 2, 64, false),
         (64, 64, 3, 64, false),
         (333, 333, 2, 64, false),
         (333, 333, 2, 64, true),

@@ -50,9 +50,9 @@ const LARGE: usize = 16;
 /// Side of the blocks that the mLSTM's projections are made of.
 const SMALL: usize = 4;
 
-/// Rows that a thread takes of such blocks on a GPU: 4 TOGETHER of headwise.cu.
+/// Rows that a thread goes over with such a block on a GPU: ROWS of headwise.cu.
 #[cfg(feature = "cuda")]
-const SMALL_ROWS: usize = 16;
+const SMALL_ROWS: usize = 64;
 
 /// Diagonals of such a block.
 const DIAGONALS: usize = 2 * SMALL - 1;
@@ -104,6 +104,11 @@ impl Kernel for Headwise {
 
     fn weights(&self) -> u32 {
         1 << 1
+    }
+
+    #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0, 1, 2], &[])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -238,8 +243,8 @@ impl Kernel for Headwise {
         let (rows, width) = (io.shapes.input(0).rows(), heads * outer);
         let (x, w, bias, y) = (io.input(0), io.input(1), io.inputs[2], io.outputs[0]);
         if (outer, inner) == (SMALL, SMALL) && !self.full {
-            let arguments = arguments![x, w, bias, y, rows, width];
-            let grid = [width.div_ceil(1024), rows.div_ceil(SMALL_ROWS), 1];
+            let arguments = arguments![x, w, bias, y, rows, heads];
+            let grid = [heads.div_ceil(128), rows.div_ceil(SMALL_ROWS), 1];
             return io.queue.launch(&SOURCE, "headwise_forward_4", grid, 128, arguments);
         }
         if outer < LARGE || inner < LARGE {
@@ -271,7 +276,8 @@ impl Kernel for Headwise {
             dy if self.full => io.queue.rounded(dy, rows * width)?,
             dy => dy,
         };
-        let (count, tiles) = (heads * outer * inner, rows.div_ceil(ROWS));
+        let (fresh, dw_fresh) = (io.is_fresh(0), io.is_fresh(1));
+        let count = heads * outer * inner;
         if outer >= LARGE && inner >= LARGE {
             let dys = Operand::new(dy, width).batched(outer);
             if let Some(dx) = dx {
@@ -281,7 +287,7 @@ impl Kernel for Headwise {
                     b: Operand::new(w, inner).batched(outer * inner),
                     c: Operand::new(dx, heads * inner).batched(inner),
                     batch: heads,
-                    accumulate: true,
+                    accumulate: !fresh,
                 })?;
             }
             if let Some(dw) = dw {
@@ -291,39 +297,35 @@ impl Kernel for Headwise {
                     b: Operand::new(x, heads * inner).batched(inner),
                     c: Operand::new(dw, inner).batched(outer * inner).full(),
                     batch: heads,
-                    accumulate: true,
+                    accumulate: !dw_fresh,
                 })?;
             }
+        } else if (outer, inner) == (SMALL, SMALL) {
+            let tiles = rows.div_ceil(SMALL_ROWS);
+            let parts = dw.map(|_| io.queue.scratch(tiles * count)).transpose()?;
+            let grid = [heads.div_ceil(128), tiles, 1];
+            let arguments = arguments![dy, x, w, dx, parts, rows, heads, u32::from(fresh)];
+            io.queue.launch(&SOURCE, "headwise_backward_4", grid, 128, arguments)?;
+            if let (Some(dw), Some(parts)) = (dw, parts) {
+                io.queue.give_parts(parts, tiles, count, (dw, dw_fresh))?;
+            }
         } else {
-            let of_four = (outer, inner) == (SMALL, SMALL);
-            match dx {
-                Some(dx) if of_four => {
-                    let arguments = arguments![dy, w, dx, rows, width];
-                    let grid = [width.div_ceil(1024), rows.div_ceil(SMALL_ROWS), 1];
-                    io.queue.launch(&SOURCE, "headwise_backward_4", grid, 128, arguments)?;
-                }
-                Some(dx) => {
-                    let n = rows * heads * inner;
-                    let arguments = arguments![dy, w, dx, n as u64, heads, outer, inner];
-                    io.queue.launch_each(&SOURCE, "headwise_backward", n, arguments)?;
-                }
-                None => {}
+            if let Some(dx) = dx {
+                let n = rows * heads * inner;
+                let arguments = arguments![dy, w, dx, n as u64, heads, outer, inner, u32::from(fresh)];
+                io.queue.launch_each(&SOURCE, "headwise_backward", n, arguments)?;
             }
             if let Some(dw) = dw {
+                let tiles = rows.div_ceil(ROWS);
                 let parts = io.queue.scratch(tiles * count)?;
-                if of_four {
-                    let grid = [width.div_ceil(1024), tiles, 1];
-                    let arguments = arguments![dy, x, parts, rows, width];
-                    io.queue.launch(&SOURCE, "headwise_parts_4", grid, 128, arguments)?;
-                } else {
-                    let grid = [count.div_ceil(128), tiles, 1];
-                    let arguments = arguments![dy, x, parts, rows, heads, outer, inner];
-                    io.queue.launch(&SOURCE, "headwise_parts", grid, 128, arguments)?;
-                }
-                io.queue.add_parts(parts, tiles, count, dw)?;
+                let grid = [count.div_ceil(128), tiles, 1];
+                let arguments = arguments![dy, x, parts, rows, heads, outer, inner];
+                io.queue.launch(&SOURCE, "headwise_parts", grid, 128, arguments)?;
+                io.queue.give_parts(parts, tiles, count, (dw, dw_fresh))?;
             }
         }
-        db.map_or(Ok(()), |db| io.queue.add_rows(dy, false, rows, width, db))
+        let fresh = io.is_fresh(2);
+        db.map_or(Ok(()), |db| io.queue.give_rows(dy, false, [rows, width], (db, fresh)))
     }
 }
 

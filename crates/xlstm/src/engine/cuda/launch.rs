@@ -140,6 +140,20 @@ impl Queue {
         self.launch_each(source, name, n.div_ceil(WIDE), arguments)
     }
 
+    /// Launches a kernel whose threads take [`WIDE`] columns each and go over `each` rows.
+    pub(crate) fn launch_columns(
+        &self,
+        source: &Source,
+        name: &'static str,
+        [rows, width]: [usize; 2],
+        each: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        let threads = width.div_ceil(WIDE);
+        let block = threads.next_multiple_of(32).min(256);
+        self.launch(source, name, [threads.div_ceil(block), rows.div_ceil(each), 1], block, arguments)
+    }
+
     /// Launches a kernel with a thread an element, 256 a block.
     pub(crate) fn launch_each(
         &self,
@@ -205,12 +219,8 @@ impl Queue {
         Ok(y)
     }
 
-    /// sums (width) += the sum of `parts` rows (parts, width), in order.
-    pub(crate) fn add_parts(&self, parts: u64, count: usize, width: usize, sums: u64) -> Result<()> {
-        self.give_parts(parts, count, width, (sums, false))
-    }
-
-    /// As [`add_parts`](Self::add_parts), but written whole where the sums are fresh.
+    /// sums (width) += the sum of `parts` rows (parts, width), in order; written whole where the sums are
+    /// fresh.
     pub(crate) fn give_parts(
         &self,
         parts: u64,
