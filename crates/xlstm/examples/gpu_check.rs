@@ -295,6 +295,13 @@ fn operations(table: &mut Table<'_>) {
         let width = heads * outer;
         let case = new().input(&[2, 70, heads * inner]).input(&[width]).weight(&[heads, outer, inner]);
         let name = format!("headwise {heads}x{outer}x{inner}");
+        if outer == inner {
+            // The gradients of one are added to those of the other.
+            table.compare(&format!("{name} twice"), &case, T, &|t, v, _| {
+                let other = headwise(t, v[0], v[2], None)?;
+                Ok(vec![headwise(t, v[0], v[2], Some(v[1]))?, other])
+            });
+        }
         table.compare(&name, &case, T, &|t, v, _| Ok(vec![headwise(t, v[0], v[2], Some(v[1]))?]));
         table.compare(&format!("{name} full"), &case, T, &|t, v, _| {
             Ok(vec![headwise_full(t, v[0], v[2], Some(v[1]))?])
@@ -345,8 +352,17 @@ fn operations(table: &mut Table<'_>) {
         let case = new().between(&[999], -40.0, 40.0);
         table.compare(&format!("soft_cap {cap}"), &case, T, &|t, v, _| Ok(vec![soft_cap(t, v[0], cap)?]));
     }
-    let case = new().input(&[2, 67, 150]).input(&[150]).input(&[2, 67, 150]).input(&[2, 67, 150]);
-    table.compare("skip_gate", &case, T, &|t, v, _| Ok(vec![skip_gate(t, v[0], v[1], v[2], v[3])?]));
+    for (rows, width) in [(67, 150), (50, 264), (3, 2100)] {
+        let shape = [2, rows, width];
+        let case = new().input(&shape).input(&[width]).input(&shape).input(&shape);
+        let name = format!("skip_gate {rows} of {width}");
+        table.compare(&name, &case, T, &|t, v, _| Ok(vec![skip_gate(t, v[0], v[1], v[2], v[3])?]));
+        // The gradients of one are added to those of the other.
+        table.compare(&format!("{name} twice"), &case, T, &|t, v, _| {
+            let other = skip_gate(t, v[2], v[1], v[0], v[3])?;
+            Ok(vec![skip_gate(t, v[0], v[1], v[2], v[3])?, other])
+        });
+    }
     use Activation::{Gelu, Relu, ReluSquared, Selu, Sigmoid, Swish};
     let case = new().between(&[3, 17, 60], -3.0, 3.0);
     for activation in [Gelu, Relu, ReluSquared, Selu, Sigmoid, Swish] {
@@ -416,17 +432,29 @@ fn operations(table: &mut Table<'_>) {
             Ok(vec![head_loss(t, v[0], head, i[0], v[2])?.0])
         });
     }
-    for (length, taps, silu) in [(70, 4, true), (3, 4, false), (33, 1, true), (70, 3, true)] {
-        let case = new().input(&[2, length, 40]).input(&[40, 1, taps]).input(&[40]);
-        let case = case.input(&[2, taps - 1, 40]).ids(marks(2 * length));
-        table.compare(&format!("causal_conv {length} {taps} marks"), &case, T, &|t, v, i| {
+    for (length, taps, width, silu) in [
+        (70, 4, 40, true),
+        (3, 4, 40, false),
+        (200, 4, 520, true),
+        (70, 4, 37, true),
+        (33, 1, 40, true),
+        (70, 3, 40, true),
+    ] {
+        let case = new().input(&[2, length, width]).input(&[width, 1, taps]).input(&[width]);
+        let case = case.input(&[2, taps - 1, width]).ids(marks(2 * length));
+        table.compare(&format!("causal_conv {length} {taps} {width} marks"), &case, T, &|t, v, i| {
             let (y, window) = causal_conv(t, v[0], v[1], Some(v[2]), Some(v[3]), Some(i[0]), silu)?;
             Ok(if taps > 1 { vec![y, window] } else { vec![y] })
         });
     }
-    let case = new().input(&[2, 50, 40]).input(&[40, 1, 4]);
+    let case = new().input(&[2, 150, 40]).input(&[40, 1, 4]);
     table.compare("causal_conv plain", &case, T, &|t, v, _| {
         Ok(vec![causal_conv(t, v[0], v[1], None, None, None, true)?.0])
+    });
+    table.compare("causal_conv twice, its window alone", &case, T, &|t, v, _| {
+        let (y, _) = causal_conv(t, v[0], v[1], None, None, None, true)?;
+        let (_, window) = causal_conv(t, v[0], v[1], None, None, None, false)?;
+        Ok(vec![y, window])
     });
     attentions(table);
 }

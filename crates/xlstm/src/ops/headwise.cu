@@ -65,7 +65,7 @@ extern "C" __global__ void headwise_parts(
 }
 
 // ---- Blocks of 4 x 4, the mLSTM's: a thread has one head and goes over ROWS rows, the loads of some of
-// which are under way at once. block 128, grid (ceil(heads / 128), ceil(rows / ROWS)) ----
+// which are under way at once. block 128, grid (ceil(rows / ROWS), ceil(heads / 128)) ----
 
 #define ROWS 64
 #define EACH_ROW(r) _Pragma("unroll") for (int r = 0; r < TOGETHER; r++)
@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(128) headwise_forward_4(
     const element_t *x, const element_t *w, const float *bias, element_t *y, int rows, int heads
 ) {
     const int TOGETHER = 8;
-    int head = blockIdx.x * 128 + threadIdx.x, row = blockIdx.y * ROWS, end = min(rows, row + ROWS);
+    int head = blockIdx.y * 128 + threadIdx.x, row = blockIdx.x * ROWS, end = min(rows, row + ROWS);
     if (head >= heads) return;
     Block block = block_of(w, head);
     Four start = {};
@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(128) headwise_backward_4(
     unsigned fresh
 ) {
     const int TOGETHER = 8;
-    int head = blockIdx.x * 128 + threadIdx.x, row = blockIdx.y * ROWS, end = min(rows, row + ROWS);
+    int head = blockIdx.y * 128 + threadIdx.x, row = blockIdx.x * ROWS, end = min(rows, row + ROWS);
     if (head >= heads) return;
     Block block = block_of(w, head), sums = {};
     bool adds = dx && !(fresh & 1);
@@ -136,6 +136,6 @@ extern "C" __global__ void __launch_bounds__(128) headwise_backward_4(
         }
     }
     if (!parts) return;
-    parts += ((long long)blockIdx.y * heads + head) * 16;
+    parts += ((long long)blockIdx.x * heads + head) * 16;
     EACH_FOUR(o) *(float4 *)(parts + o * 4) = make_float4(sums.w[o][0], sums.w[o][1], sums.w[o][2], sums.w[o][3]);
 }

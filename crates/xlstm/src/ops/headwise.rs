@@ -244,7 +244,7 @@ impl Kernel for Headwise {
         let (x, w, bias, y) = (io.input(0), io.input(1), io.inputs[2], io.outputs[0]);
         if (outer, inner) == (SMALL, SMALL) && !self.full {
             let arguments = arguments![x, w, bias, y, rows, heads];
-            let grid = [heads.div_ceil(128), rows.div_ceil(SMALL_ROWS), 1];
+            let grid = [rows.div_ceil(SMALL_ROWS), heads.div_ceil(128), 1];
             return io.queue.launch(&SOURCE, "headwise_forward_4", grid, 128, arguments);
         }
         if outer < LARGE || inner < LARGE {
@@ -303,7 +303,7 @@ impl Kernel for Headwise {
         } else if (outer, inner) == (SMALL, SMALL) {
             let tiles = rows.div_ceil(SMALL_ROWS);
             let parts = dw.map(|_| io.queue.scratch(tiles * count)).transpose()?;
-            let grid = [heads.div_ceil(128), tiles, 1];
+            let grid = [tiles, heads.div_ceil(128), 1];
             let arguments = arguments![dy, x, w, dx, parts, rows, heads, u32::from(fresh)];
             io.queue.launch(&SOURCE, "headwise_backward_4", grid, 128, arguments)?;
             if let (Some(dw), Some(parts)) = (dw, parts) {

@@ -2,15 +2,15 @@
 
 __device__ __forceinline__ int row_of(float position, int rows) { return min((int)position, rows - 1); }
 
-/// A thread has eight columns and goes over ROWS tokens. grid (ceil(D / 8 / block), ceil(tokens / ROWS)).
+/// A thread has eight columns and goes over ROWS tokens. grid (ceil(tokens / ROWS), ceil(D / 8 / block)).
 #define ROWS 8
 
 extern "C" __global__ void __launch_bounds__(256) learned_positions_forward(
     const element_t *x, const float *w, const float *position, element_t *y, int tokens, int rows, int D
 ) {
-    int column = (blockIdx.x * blockDim.x + threadIdx.x) * WIDE, count = D - column;
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * WIDE, count = D - column;
     if (count <= 0) return;
-    int token = blockIdx.y * ROWS, end = min(tokens, token + ROWS);
+    int token = blockIdx.x * ROWS, end = min(tokens, token + ROWS);
 #pragma unroll 4
     for (; token < end; token++) {
         long long at = (long long)token * D + column;

@@ -1,5 +1,5 @@
 // y = (h + s x) silu(z), s one number a column. A thread has eight columns and goes over ROWS rows, the loads of
-// some of which are under way at once. grid (ceil(width / 8 / block), ceil(rows / ROWS)).
+// some of which are under way at once. grid (ceil(rows / ROWS), ceil(width / 8 / block)).
 
 #define ROWS 32
 #define EACH_ROW(r) _Pragma("unroll") for (int r = 0; r < TOGETHER; r++)
@@ -9,9 +9,9 @@ __device__ __forceinline__ void forward(
     const element_t *h, const float *skip, const element_t *x, const element_t *z, element_t *y, int rows, int width
 ) {
     const int TOGETHER = 4;
-    int column = (blockIdx.x * blockDim.x + threadIdx.x) * WIDE, count = width - column;
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * WIDE, count = width - column;
     if (count <= 0) return;
-    int row = blockIdx.y * ROWS, end = min(rows, row + ROWS);
+    int row = blockIdx.x * ROWS, end = min(rows, row + ROWS);
     Wide s = load_wide(skip + column, count);
     for (; row < end; row += TOGETHER) {
         Raw of_h[TOGETHER], of_x[TOGETHER], of_z[TOGETHER];
@@ -45,9 +45,9 @@ __device__ __forceinline__ void backward(
     element_t *dx, element_t *dz, float *parts, int rows, int width, unsigned fresh
 ) {
     const int TOGETHER = 2;
-    int column = (blockIdx.x * blockDim.x + threadIdx.x) * WIDE, count = width - column;
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * WIDE, count = width - column;
     if (count <= 0) return;
-    int row = blockIdx.y * ROWS, end = min(rows, row + ROWS);
+    int row = blockIdx.x * ROWS, end = min(rows, row + ROWS);
     Wide s = load_wide(skip + column, count), sums = {};
     for (; row < end; row += TOGETHER) {
         Raw of_dy[TOGETHER], of_h[TOGETHER], of_x[TOGETHER], of_z[TOGETHER];
@@ -74,7 +74,7 @@ __device__ __forceinline__ void backward(
             if (dx) give<WHOLE>(dx + at, a, count, fresh & 4);
         }
     }
-    if (parts) store_wide(parts + (long long)blockIdx.y * width + column, sums, count);
+    if (parts) store_wide(parts + (long long)blockIdx.x * width + column, sums, count);
 }
 
 extern "C" __global__ void __launch_bounds__(256) skip_gate_backward(

@@ -49,15 +49,15 @@ extern "C" __global__ void window_sources(const float *position, const float *fi
     }
 }
 
-/// A thread has eight columns of ROWS rows of the new cache, n in all. grid (ceil(D / 8 / block), ceil(n / ROWS)).
+/// A thread has eight columns of ROWS rows of the new cache, n in all. grid (ceil(n / ROWS), ceil(D / 8 / block)).
 #define ROWS 4
 
 extern "C" __global__ void __launch_bounds__(256) window_forward(
     const int *rows, const element_t *x, const float *cache, float *after, int n, int S, int C, int D
 ) {
-    int column = (blockIdx.x * blockDim.x + threadIdx.x) * WIDE, count = D - column;
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * WIDE, count = D - column;
     if (count <= 0) return;
-    int row = blockIdx.y * ROWS, end = min(n, row + ROWS);
+    int row = blockIdx.x * ROWS, end = min(n, row + ROWS);
 #pragma unroll
     for (int i = 0; i < ROWS; i++, row++) {
         if (row >= end) break;

@@ -151,7 +151,7 @@ impl Queue {
     ) -> Result<()> {
         let threads = width.div_ceil(WIDE);
         let block = threads.next_multiple_of(32).min(256);
-        self.launch(source, name, [threads.div_ceil(block), rows.div_ceil(each), 1], block, arguments)
+        self.launch(source, name, [rows.div_ceil(each), threads.div_ceil(block), 1], block, arguments)
     }
 
     /// Launches a kernel with a thread an element, 256 a block.
