@@ -204,9 +204,8 @@ impl Queue {
 
     /// y (rows, width) = bias in every row; y holds elements, or f32 where `full`.
     pub(crate) fn fill_rows(&self, bias: u64, y: u64, full: bool, rows: usize, width: usize) -> Result<()> {
-        let n = rows * width;
         let name = if full { "fill_rows_full" } else { "fill_rows" };
-        self.launch_each(&REDUCE, name, n, arguments![bias, y, n as u64, width])
+        self.launch_columns(&REDUCE, name, [rows, width], FILLED, arguments![bias, y, rows, width])
     }
 
     /// `n` f32 numbers as elements, until the operation ends: what products take.
@@ -256,7 +255,7 @@ impl Queue {
         let name = if full { "row_parts_full" } else { "row_parts" };
         let tiles = rows.div_ceil(ROWS);
         let parts = self.scratch(tiles * width)?;
-        self.launch(&REDUCE, name, [width.div_ceil(128), tiles, 1], 128, arguments![x, parts, rows, width])?;
+        self.launch_columns(&REDUCE, name, [rows, width], ROWS, arguments![x, parts, rows, width])?;
         self.give_parts(parts, tiles, width, sums)
     }
 }
@@ -266,6 +265,9 @@ pub(crate) const WIDE: usize = 8;
 
 /// Rows that one partial sum covers, in every kernel that sums over rows.
 pub(crate) const ROWS: usize = 64;
+
+/// Rows that a thread fills: FILLED of reduce.cu.
+const FILLED: usize = 16;
 
 /// Sums over rows.
 pub(crate) const REDUCE: Source = Source::new("reduce", include_str!("reduce.cu"));
