@@ -19,7 +19,7 @@ use xlstm::ops::embedding::embedding;
 use xlstm::ops::from_bits::from_bits;
 use xlstm::ops::gates::gates;
 use xlstm::ops::head_loss::{Head, head_loss};
-use xlstm::ops::headwise::{headwise, headwise_full};
+use xlstm::ops::headwise::{headwise, headwise_full, headwises};
 use xlstm::ops::last_token::last_token;
 use xlstm::ops::learned_positions::learned_positions;
 use xlstm::ops::linear::linear;
@@ -305,6 +305,15 @@ fn operations(table: &mut Table<'_>) {
         table.compare(&name, &case, T, &|t, v, _| Ok(vec![headwise(t, v[0], v[2], Some(v[1]))?]));
         table.compare(&format!("{name} full"), &case, T, &|t, v, _| {
             Ok(vec![headwise_full(t, v[0], v[2], Some(v[1]))?])
+        });
+    }
+    for (heads, outer, inner) in [(24, 4, 4), (2, 17, 16), (3, 7, 5)] {
+        let shape = [heads, outer, inner];
+        let case = new().input(&[2, 70, heads * inner]).input(&[heads * outer]);
+        let case = [(); 3].iter().fold(case, |case, ()| case.weight(&shape));
+        table.compare(&format!("headwises of three {heads}x{outer}x{inner}"), &case, T, &|t, v, _| {
+            let maps = [(v[2], None), (v[3], Some(v[1])), (v[4], None)];
+            Ok(headwises(t, v[0], maps)?.to_vec())
         });
     }
     for (widths, outer) in

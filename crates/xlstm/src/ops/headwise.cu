@@ -69,6 +69,7 @@ extern "C" __global__ void headwise_parts(
 
 #define ROWS 64
 #define EACH_ROW(r) _Pragma("unroll") for (int r = 0; r < TOGETHER; r++)
+#define EACH_MAP(m) _Pragma("unroll") for (int m = 0; m < MAPS; m++)
 
 /// A block's numbers in f32, row by row.
 struct Block {
@@ -83,59 +84,92 @@ __device__ __forceinline__ Block block_of(const element_t *w, int head) {
     return block;
 }
 
-/// y = W x + b.
-extern "C" __global__ void __launch_bounds__(128) headwise_forward_4(
-    const element_t *x, const element_t *w, const float *bias, element_t *y, int rows, int heads
+/// y = W x + b, of one map or two.
+template <int MAPS>
+__device__ __forceinline__ void forward_4(
+    const element_t *x, const element_t *const (&w)[MAPS], const float *const (&bias)[MAPS], element_t *const (&y)[MAPS],
+    int rows, int heads
 ) {
     const int TOGETHER = 8;
     int head = blockIdx.y * 128 + threadIdx.x, row = blockIdx.x * ROWS, end = min(rows, row + ROWS);
     if (head >= heads) return;
-    Block block = block_of(w, head);
-    Four start = {};
-    if (bias) EACH_FOUR(o) start.x[o] = bias[head * 4 + o];
+    Block block[MAPS];
+    Four start[MAPS] = {};
+    EACH_MAP(m) {
+        block[m] = block_of(w[m], head);
+        if (bias[m]) EACH_FOUR(o) start[m].x[o] = bias[m][head * 4 + o];
+    }
     for (; row < end; row += TOGETHER) {
         RawFour in[TOGETHER];
         EACH_ROW(r) in[r] = load_four(x + ((long long)min(row + r, end - 1) * heads + head) * 4);
         EACH_ROW(r) {
             if (row + r >= end) break;
-            Four from = unpack(in[r]), to = start;
-            EACH_FOUR(i) EACH_FOUR(o) to.x[o] = fmaf(block.w[o][i], from.x[i], to.x[o]);
-            store_four(y + ((long long)(row + r) * heads + head) * 4, to);
+            Four from = unpack(in[r]);
+            EACH_MAP(m) {
+                Four to = start[m];
+                EACH_FOUR(i) EACH_FOUR(o) to.x[o] = fmaf(block[m].w[o][i], from.x[i], to.x[o]);
+                store_four(y[m] + ((long long)(row + r) * heads + head) * 4, to);
+            }
         }
     }
 }
 
-/// dx = W^T dy, or added where bit 0 of `fresh` is not set; and parts (ceil(rows / ROWS), heads 16) = the sums of
-/// dy x^T. Both may be null.
-extern "C" __global__ void __launch_bounds__(128) headwise_backward_4(
-    const element_t *dy, const element_t *x, const element_t *w, element_t *dx, float *parts, int rows, int heads,
-    unsigned fresh
+/// w2 and all of the second map may be null.
+extern "C" __global__ void __launch_bounds__(128) headwise_forward_4(
+    const element_t *x, const element_t *w, const float *bias, element_t *y, const element_t *w2, const float *bias2,
+    element_t *y2, int rows, int heads
 ) {
-    const int TOGETHER = 8;
+    if (w2) forward_4<2>(x, {w, w2}, {bias, bias2}, {y, y2}, rows, heads);
+    else forward_4<1>(x, {w}, {bias}, {y}, rows, heads);
+}
+
+/// dx = sum of W^T dy, or added where bit 0 of `fresh` is not set; and parts (ceil(rows / ROWS), heads 16) = the sums
+/// of dy x^T of each. All of them may be null.
+template <int MAPS>
+__device__ __forceinline__ void backward_4(
+    const element_t *const (&dy)[MAPS], const element_t *x, const element_t *const (&w)[MAPS], element_t *dx,
+    float *const (&parts)[MAPS], int rows, int heads, unsigned fresh
+) {
+    const int TOGETHER = MAPS == 1 ? 8 : 4;
     int head = blockIdx.y * 128 + threadIdx.x, row = blockIdx.x * ROWS, end = min(rows, row + ROWS);
     if (head >= heads) return;
-    Block block = block_of(w, head), sums = {};
+    Block block[MAPS], sums[MAPS] = {};
+    EACH_MAP(m) block[m] = block_of(w[m], head);
     bool adds = dx && !(fresh & 1);
     for (; row < end; row += TOGETHER) {
-        RawFour out[TOGETHER], in[TOGETHER], old[TOGETHER];
+        RawFour out[TOGETHER][MAPS], in[TOGETHER], old[TOGETHER];
         EACH_ROW(r) {
             long long at = ((long long)min(row + r, end - 1) * heads + head) * 4;
-            out[r] = load_four(dy + at);
+            EACH_MAP(m) out[r][m] = load_four(dy[m] + at);
             in[r] = load_four(x + at);
             if (adds) old[r] = load_four(dx + at);
         }
         EACH_ROW(r) {
             if (row + r >= end) break;
-            Four from = unpack(out[r]), given = unpack(in[r]), to = {};
+            Four given = unpack(in[r]), to = {};
             if (adds) to = unpack(old[r]);
-            EACH_FOUR(o) EACH_FOUR(i) {
-                to.x[i] = fmaf(block.w[o][i], from.x[o], to.x[i]);
-                sums.w[o][i] = fmaf(from.x[o], given.x[i], sums.w[o][i]);
+            EACH_MAP(m) {
+                Four from = unpack(out[r][m]);
+                EACH_FOUR(o) EACH_FOUR(i) {
+                    to.x[i] = fmaf(block[m].w[o][i], from.x[o], to.x[i]);
+                    sums[m].w[o][i] = fmaf(from.x[o], given.x[i], sums[m].w[o][i]);
+                }
             }
             if (dx) store_four(dx + ((long long)(row + r) * heads + head) * 4, to);
         }
     }
-    if (!parts) return;
-    parts += ((long long)blockIdx.x * heads + head) * 16;
-    EACH_FOUR(o) *(float4 *)(parts + o * 4) = make_float4(sums.w[o][0], sums.w[o][1], sums.w[o][2], sums.w[o][3]);
+    EACH_MAP(m) {
+        if (!parts[m]) continue;
+        float *to = parts[m] + ((long long)blockIdx.x * heads + head) * 16;
+        EACH_FOUR(o) store_four(to + o * 4, {{sums[m].w[o][0], sums[m].w[o][1], sums[m].w[o][2], sums[m].w[o][3]}});
+    }
+}
+
+/// dy2 and all of the second map may be null.
+extern "C" __global__ void __launch_bounds__(128) headwise_backward_4(
+    const element_t *dy, const element_t *dy2, const element_t *x, const element_t *w, const element_t *w2,
+    element_t *dx, float *parts, float *parts2, int rows, int heads, unsigned fresh
+) {
+    if (dy2) backward_4<2>({dy, dy2}, x, {w, w2}, dx, {parts, parts2}, rows, heads, fresh);
+    else backward_4<1>({dy}, x, {w}, dx, {parts}, rows, heads, fresh);
 }
