@@ -24,8 +24,11 @@ pub enum Logits {
     Last,
 }
 
-/// The most tokens a pass is recorded for; longer inputs go through in pieces.
+/// The most tokens a pass is recorded for on the processor; longer inputs go through in pieces.
 pub const PIECE: usize = 512;
+/// The same on a GPU, which short pieces leave idle, where logits of all of them are not wanted.
+#[cfg(feature = "cuda")]
+const LONG_PIECE: usize = 2048;
 
 /// What a pass is recorded for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -124,7 +127,9 @@ impl<T: Element, M: Model> Runner<T, M> {
             return Err(Error::shape(format!("{} {unit} for a batch of {batch} sequences", inputs.len())));
         }
         let rows: Vec<&[u32]> = inputs.chunks_exact(inputs.len() / batch).collect();
-        Ok(self.read_rows(&rows, logits)?.concat())
+        let mut outputs = self.read_rows(&rows, logits)?;
+        // One alone is not copied.
+        Ok(if batch == 1 { outputs.swap_remove(0) } else { outputs.concat() })
     }
 
     /// Reads sequences of any lengths at once, each after what it has read so far; returns the
@@ -154,7 +159,7 @@ impl<T: Element, M: Model> Runner<T, M> {
         }
         let longest = lengths.iter().copied().max().unwrap_or_default();
         let mut outputs = vec![Vec::new(); batch];
-        let most = if self.whole { longest.max(1) } else { PIECE };
+        let most = if self.whole { longest.max(1) } else { self.piece_length(logits) };
         for start in (0..longest).step_by(most) {
             let end = longest.min(start + most);
             // Where each sequence ends in this piece.
@@ -169,6 +174,10 @@ impl<T: Element, M: Model> Runner<T, M> {
             let wanted = logits == Logits::All || (0..batch).any(is_last);
             let piece =
                 self.piece(key, &inputs, &ends.iter().map(|end| end - start).collect::<Vec<_>>(), wanted)?;
+            if batch == 1 && wanted && is_last(0) && logits == Logits::Last {
+                outputs[0] = piece;
+                continue;
+            }
             let (size, each) = (self.model.output_width(), piece.len() / batch);
             for (b, output) in outputs.iter_mut().enumerate().filter(|_| wanted) {
                 let own = &piece[b * each..(b + 1) * each];
@@ -182,6 +191,15 @@ impl<T: Element, M: Model> Runner<T, M> {
             }
         }
         Ok(outputs)
+    }
+
+    /// The most tokens a pass is recorded for.
+    fn piece_length(&self, logits: Logits) -> usize {
+        match (&self.device, logits) {
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(..), Logits::Last) => LONG_PIECE,
+            _ => PIECE,
+        }
     }
 
     /// Reads one piece, of which `lengths` places count in each sequence.
