@@ -20,7 +20,7 @@ use xlstm::ops::embedding::embedding;
 use xlstm::ops::from_bits::from_bits;
 use xlstm::ops::gates::gates;
 use xlstm::ops::head_loss::{Head, head_loss};
-use xlstm::ops::headwise::{headwise, headwise_full};
+use xlstm::ops::headwise::{headwise, headwise_full, headwises};
 use xlstm::ops::last_token::last_token;
 use xlstm::ops::learned_positions::learned_positions;
 use xlstm::ops::linear::{linear, linears};
@@ -346,9 +346,25 @@ fn operations(table: &mut Table<'_>) {
         let width = heads * outer;
         let case = new().input(&[2, 70, heads * inner]).input(&[width]).weight(&[heads, outer, inner]);
         let name = format!("headwise {heads}x{outer}x{inner}");
+        if outer == inner {
+            // The gradients of one are added to those of the other.
+            table.compare(&format!("{name} twice"), &case, T, &|t, v, _| {
+                let other = headwise(t, v[0], v[2], None)?;
+                Ok(vec![headwise(t, v[0], v[2], Some(v[1]))?, other])
+            });
+        }
         table.compare(&name, &case, T, &|t, v, _| Ok(vec![headwise(t, v[0], v[2], Some(v[1]))?]));
         table.compare(&format!("{name} full"), &case, T, &|t, v, _| {
             Ok(vec![headwise_full(t, v[0], v[2], Some(v[1]))?])
+        });
+    }
+    for (heads, outer, inner) in [(24, 4, 4), (2, 17, 16), (3, 7, 5)] {
+        let shape = [heads, outer, inner];
+        let case = new().input(&[2, 70, heads * inner]).input(&[heads * outer]);
+        let case = [(); 3].iter().fold(case, |case, ()| case.weight(&shape));
+        table.compare(&format!("headwises of three {heads}x{outer}x{inner}"), &case, T, &|t, v, _| {
+            let maps = [(v[2], None), (v[3], Some(v[1])), (v[4], None)];
+            Ok(headwises(t, v[0], maps)?.to_vec())
         });
     }
     for (widths, outer) in
@@ -410,8 +426,17 @@ fn operations(table: &mut Table<'_>) {
         let case = new().between(&[999], -40.0, 40.0);
         table.compare(&format!("soft_cap {cap}"), &case, T, &|t, v, _| Ok(vec![soft_cap(t, v[0], cap)?]));
     }
-    let case = new().input(&[2, 67, 150]).input(&[150]).input(&[2, 67, 150]).input(&[2, 67, 150]);
-    table.compare("skip_gate", &case, T, &|t, v, _| Ok(vec![skip_gate(t, v[0], v[1], v[2], v[3])?]));
+    for (rows, width) in [(67, 150), (50, 264), (3, 2100)] {
+        let shape = [2, rows, width];
+        let case = new().input(&shape).input(&[width]).input(&shape).input(&shape);
+        let name = format!("skip_gate {rows} of {width}");
+        table.compare(&name, &case, T, &|t, v, _| Ok(vec![skip_gate(t, v[0], v[1], v[2], v[3])?]));
+        // The gradients of one are added to those of the other.
+        table.compare(&format!("{name} twice"), &case, T, &|t, v, _| {
+            let other = skip_gate(t, v[2], v[1], v[0], v[3])?;
+            Ok(vec![skip_gate(t, v[0], v[1], v[2], v[3])?, other])
+        });
+    }
     use Activation::{Gelu, Relu, ReluSquared, Selu, Sigmoid, Swish};
     let case = new().between(&[3, 17, 60], -3.0, 3.0);
     for activation in [Gelu, Relu, ReluSquared, Selu, Sigmoid, Swish] {
@@ -481,17 +506,29 @@ fn operations(table: &mut Table<'_>) {
             Ok(vec![head_loss(t, v[0], head, i[0], v[2])?.0])
         });
     }
-    for (length, taps, silu) in [(70, 4, true), (3, 4, false), (33, 1, true), (70, 3, true)] {
-        let case = new().input(&[2, length, 40]).input(&[40, 1, taps]).input(&[40]);
-        let case = case.input(&[2, taps - 1, 40]).ids(marks(2 * length));
-        table.compare(&format!("causal_conv {length} {taps} marks"), &case, T, &|t, v, i| {
+    for (length, taps, width, silu) in [
+        (70, 4, 40, true),
+        (3, 4, 40, false),
+        (200, 4, 520, true),
+        (70, 4, 37, true),
+        (33, 1, 40, true),
+        (70, 3, 40, true),
+    ] {
+        let case = new().input(&[2, length, width]).input(&[width, 1, taps]).input(&[width]);
+        let case = case.input(&[2, taps - 1, width]).ids(marks(2 * length));
+        table.compare(&format!("causal_conv {length} {taps} {width} marks"), &case, T, &|t, v, i| {
             let (y, window) = causal_conv(t, v[0], v[1], Some(v[2]), Some(v[3]), Some(i[0]), silu)?;
             Ok(if taps > 1 { vec![y, window] } else { vec![y] })
         });
     }
-    let case = new().input(&[2, 50, 40]).input(&[40, 1, 4]);
+    let case = new().input(&[2, 150, 40]).input(&[40, 1, 4]);
     table.compare("causal_conv plain", &case, T, &|t, v, _| {
         Ok(vec![causal_conv(t, v[0], v[1], None, None, None, true)?.0])
+    });
+    table.compare("causal_conv twice, its window alone", &case, T, &|t, v, _| {
+        let (y, _) = causal_conv(t, v[0], v[1], None, None, None, true)?;
+        let (_, window) = causal_conv(t, v[0], v[1], None, None, None, false)?;
+        Ok(vec![y, window])
     });
     attentions(table);
 }
@@ -499,9 +536,18 @@ fn operations(table: &mut Table<'_>) {
 /// Attention and what goes with it: places, caches, rotary and learned positions.
 fn attentions(table: &mut Table<'_>) {
     const T: f64 = 2e-5;
-    for (length, size, heads, width, marked) in
-        [(1, 70, 2, 16, false), (70, 33, 3, 20, true), (200, 64, 4, 32, true), (130, 300, 2, 128, false)]
-    {
+    for (length, size, heads, width, marked) in [
+        (1, 70, 2, 16, false),
+        (70, 33, 3, 20, true),
+        (200, 64, 4, 32, true),
+        (130, 300, 2, 128, false),
+        (70, 33, 3, 24, true),
+        (300, 64, 2, 64, true),
+        (140, 500, 2, 64, false),
+        (257, 40, 2, 80, true),
+        (16, 16, 1, 120, true),
+        (193, 140, 1, 96, true),
+    ] {
         let [tokens, cache] = [length, size].map(|rows| [2, rows, heads * width]);
         let case = Case::default().input(&tokens).input(&tokens).input(&tokens);
         let case = case.input(&cache).input(&cache).between(&[2], 40.0, 40.2).ids(marks(2 * length));
@@ -512,6 +558,29 @@ fn attentions(table: &mut Table<'_>) {
             let y = attention(t, heads, [v[0], v[1], v[2]], Some([v[3], v[4]]), places)?;
             let (k, v) = (window(t, size, v[1], Some(v[3]), places)?, window(t, size, v[2], None, places)?);
             Ok(vec![y, k, v, places.position, places.first, places.after])
+        });
+    }
+    // Without a cache: whole sequences, windows of them, documents and pads.
+    for (length, size, heads, width, marked) in [
+        (17, 8, 2, 64, false),
+        (64, 64, 3, 64, false),
+        (333, 333, 2, 64, false),
+        (333, 333, 2, 64, true),
+        (400, 70, 2, 64, false),
+        (400, 150, 2, 32, true),
+        (129, 129, 2, 16, false),
+        (260, 260, 1, 96, true),
+        (260, 90, 1, 128, true),
+    ] {
+        let tokens = [2, length, heads * width];
+        let case = Case::default().input(&tokens).input(&tokens).input(&tokens).ids(marks(2 * length));
+        let name =
+            format!("attention {length} {size} {heads}x{width} alone{}", if marked { " marks" } else { "" });
+        table.compare(&name, &case, T, &|t, v, i| {
+            let places = positions(t, [2, length], size, None, marked.then_some(i[0]))?;
+            // The gradients of one are added to those of the other.
+            let others = attention(t, heads, [v[1], v[0], v[2]], None, places)?;
+            Ok(vec![attention(t, heads, [v[0], v[1], v[2]], None, places)?, others])
         });
     }
     let tokens = [2, 70, 48];

@@ -16,7 +16,7 @@ use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
 use crate::ops::causal_conv::causal_conv;
 use crate::ops::gates::gates;
-use crate::ops::headwise::headwise;
+use crate::ops::headwise::{headwise, headwises};
 use crate::ops::linear::{linear, linears};
 use crate::ops::norm::{Norm, NormKind, norm};
 use crate::ops::skip_gate::skip_gate;
@@ -129,13 +129,13 @@ impl MlstmLayer {
         let [a, z] = linears(tape, x, halves)?;
         let (weight, bias) = (self.conv.0.var(tape), self.conv.1.var(tape));
         let (c, window) = causal_conv(tape, a, weight, Some(bias), state.map(|s| s[3]), context.marks, true)?;
-        let project = |tape: &mut Tape, x: Var, (weight, bias): (Parameter, Option<Parameter>)| {
-            let (weight, bias) = (weight.var(tape), bias.map(|b| b.var(tape)));
-            headwise(tape, x, weight, bias)
+        let map = |tape: &mut Tape, (weight, bias): (Parameter, Option<Parameter>)| {
+            (weight.var(tape), bias.map(|b| b.var(tape)))
         };
-        let q = project(tape, c, self.q_proj)?;
-        let k = project(tape, c, self.k_proj)?;
-        let v = project(tape, a, self.v_proj)?;
+        let maps = [self.q_proj, self.k_proj].map(|projection| map(tape, projection));
+        let [q, k] = headwises(tape, c, maps)?;
+        let (weight, bias) = map(tape, self.v_proj);
+        let v = headwise(tape, a, weight, bias)?;
         let maps = [self.igate, self.fgate].map(|(weight, bias)| (weight.var(tape), Some(bias.var(tape))));
         let gates = gates(tape, &[q, k, v], maps, None)?;
         let before = state.map(|s| MlstmState { c: s[0], n: s[1], m: s[2] });

@@ -1,4 +1,5 @@
-// Causal attention with a window, as in attention.rs: tiles of 32 queries and 32 keys, a warp four
+// Causal attention with a window, as in attention.rs, in f32 or where the kernels on tensor cores
+// (attention/attention_tiles.cuh) do not fit: tiles of 32 queries and 32 keys, a warp four
 // rows of one, a lane a row of the other. Sums run in a fixed order; nothing is added atomically.
 //
 // Sizes: S tokens, C rows of the cache (0 without one), H heads of N <= 128 features, D = H N.
@@ -17,6 +18,12 @@
 #define EACH_PART(p) _Pragma("unroll") for (int p = 0; p < PARTS; p++)
 
 extern __shared__ float space[];
+
+/// A gradient is written where it is the first to come, else added.
+template <class T> __device__ __forceinline__ void give(T *to, float x, bool fresh) {
+    if (fresh) store(to, x);
+    else add(to, x);
+}
 
 /// Keys or values of one head of one sequence.
 struct Rows {
@@ -156,11 +163,11 @@ extern "C" __global__ void attention_shares(
     if (threadIdx.x % 32 == 0) shares[row] = sum;
 }
 
-/// dq += dS k. grid (ceil(S / 32), B H); shared: 4 tiles.
+/// dq += dS k, or = with bit 0 of `fresh`. grid (ceil(S / 32), B H); shared: 4 tiles.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_queries(
     const element_t *q, const element_t *k, const element_t *v, const float *cache_k, const float *cache_v,
     const float *first, const float *logs, const float *shares, const element_t *dy, element_t *dq, int S, int C,
-    int H, int N
+    int H, int N, unsigned fresh
 ) {
     int size = TILE * (N | 1);
     float *queries = space, *slopes = space + size, *keys = space + 2 * size, *values = space + 3 * size;
@@ -202,24 +209,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_queries(
         int t = start + warp * OWN + r;
         if (t >= S) continue;
         element_t *to = dq + ((long long)(blockIdx.y / H) * S + t) * H * N + (long long)(blockIdx.y % H) * N;
-        EACH_PART(p) if (p * 32 + lane < N) add(to + p * 32 + lane, result[r][p]);
+        EACH_PART(p) if (p * 32 + lane < N) give(to + p * 32 + lane, result[r][p], fresh & 1);
     }
 }
 
-/// Adds a row to a gradient, where that is wanted.
+/// Gives a row to a gradient, where that is wanted.
 template <class T>
-__device__ __forceinline__ void add_gradient(T *to, long long at, const float *row, int N) {
+__device__ __forceinline__ void give_row(T *to, long long at, const float *row, int N, bool fresh) {
     if (!to) return;
     int lane = threadIdx.x % 32;
-    EACH_PART(p) if (p * 32 + lane < N) add(to + at + p * 32 + lane, row[p]);
+    EACH_PART(p) if (p * 32 + lane < N) give(to + at + p * 32 + lane, row[p], fresh);
 }
 
-/// dk += dS^T q, dv += P^T dy, of tokens and of the cache. grid (ceil(C / 32) + ceil(S / 32), B H),
-/// the cache's tiles first; shared: 4 tiles. Here a warp has four keys and a lane a query.
+/// dk += dS^T q, dv += P^T dy, of tokens and of the cache, or = with bits 1 to 4 of `fresh`.
+/// grid (ceil(C / 32) + ceil(S / 32), B H), the cache's tiles first; shared: 4 tiles. Here a warp has four
+/// keys and a lane a query.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_keys(
     const element_t *q, const element_t *k, const element_t *v, const float *cache_k, const float *cache_v,
     const float *first, const float *logs, const float *shares, const element_t *dy, element_t *dk, element_t *dv,
-    float *dcache_k, float *dcache_v, int S, int C, int H, int N
+    float *dcache_k, float *dcache_v, int S, int C, int H, int N, unsigned fresh
 ) {
     int size = TILE * (N | 1), of_cache = (C + TILE - 1) / TILE;
     float *queries = space, *slopes = space + size, *keys = space + 2 * size, *values = space + 3 * size;
@@ -263,11 +271,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_keys(
         if (u < low || u >= end) continue;
         long long b = blockIdx.y / H, column = (long long)(blockIdx.y % H) * N, D = (long long)H * N;
         if (u >= 0) {
-            add_gradient(dk, (b * S + u) * D + column, of_key[r], N);
-            add_gradient(dv, (b * S + u) * D + column, of_value[r], N);
+            give_row(dk, (b * S + u) * D + column, of_key[r], N, fresh & 2);
+            give_row(dv, (b * S + u) * D + column, of_value[r], N, fresh & 4);
         } else {
-            add_gradient(dcache_k, (b * C + C + u) * D + column, of_key[r], N);
-            add_gradient(dcache_v, (b * C + C + u) * D + column, of_value[r], N);
+            give_row(dcache_k, (b * C + C + u) * D + column, of_key[r], N, fresh & 8);
+            give_row(dcache_v, (b * C + C + u) * D + column, of_value[r], N, fresh & 16);
         }
     }
 }

@@ -16,7 +16,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
-use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
+use crate::engine::cuda::{CudaBackward, CudaForward};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
 use crate::engine::operation::{Backward, Forward, Kernel, NodeShapes, Slots};
 use crate::engine::tape::{Tape, Var};
@@ -326,32 +326,6 @@ fn head_blocks<T: Scalar>(
     }
 }
 
-/// The largest head on a GPU: MAX_SIZE of attention.cu.
-#[cfg(feature = "cuda")]
-const CUDA_SIZE: usize = 128;
-
-/// Queries, and keys, that a block works on on a GPU: TILE of attention.cu.
-#[cfg(feature = "cuda")]
-const CUDA_TILE: usize = 32;
-
-#[cfg(feature = "cuda")]
-const SOURCE: Source = Source::new("attention", include_str!("attention.cu"));
-
-/// Bytes of `tiles` tiles in shared memory.
-#[cfg(feature = "cuda")]
-fn shared(tiles: usize, size: usize) -> usize {
-    4 * tiles * CUDA_TILE * (size | 1)
-}
-
-#[cfg(feature = "cuda")]
-fn check_size(size: usize) -> Result<()> {
-    if size > CUDA_SIZE {
-        return Err(Error::config(format!("attention heads of {size} features do not fit on the GPU"))
-            .hint(format!("use more heads: a head has at most {CUDA_SIZE} features there")));
-    }
-    Ok(())
-}
-
 impl Kernel for Attention {
     fn name(&self) -> &'static str {
         "attention"
@@ -385,6 +359,11 @@ impl Kernel for Attention {
 
     fn full_precision(&self) -> Slots {
         Slots::of(&[CACHE, CACHE + 1, FIRST], &[1])
+    }
+
+    #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0, 1, 2, CACHE, CACHE + 1], &[])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -444,40 +423,16 @@ impl Kernel for Attention {
 
     #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
-        let Sizes { length, cached, heads, size } = Sizes::new(io.shapes, self.heads);
-        check_size(size)?;
-        let [q, k, v, ck, cv, first, ..] = io.inputs;
-        let [y, logs, ..] = io.outputs;
-        let arguments = arguments![q, k, v, ck, cv, first, y, logs, length, cached, heads, size];
-        let grid = [length.div_ceil(CUDA_TILE), io.shapes.input(0).dims()[0] * heads, 1];
-        io.queue.launch_shared(&SOURCE, "attention_forward", grid, 256, shared(2, size), arguments)
+        cuda::forward(Sizes::new(io.shapes, self.heads), io)
     }
 
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
-        let Sizes { length, cached, heads, size } = Sizes::new(io.shapes, self.heads);
-        check_size(size)?;
-        let tasks = io.shapes.input(0).dims()[0] * heads;
-        let [q, k, v, ck, cv, first, ..] = io.inputs;
-        let [y, logs, ..] = io.outputs;
-        let [dq, dk, dv, dck, dcv, ..] = io.input_gradients;
-        let (dy, shares) = (io.gradient(), io.queue.scratch(tasks * length)?);
-        let (tiles, n) = (length.div_ceil(CUDA_TILE), tasks * length);
-        let arguments = arguments![y, dy, shares, n as u64, length, heads, size];
-        io.queue.launch(&SOURCE, "attention_shares", [n.div_ceil(8), 1, 1], 256, arguments)?;
-        if dq.is_some() {
-            let arguments =
-                arguments![q, k, v, ck, cv, first, logs, shares, dy, dq, length, cached, heads, size];
-            let grid = [tiles, tasks, 1];
-            io.queue.launch_shared(&SOURCE, "attention_queries", grid, 256, shared(4, size), arguments)?;
-        }
-        let arguments = arguments![
-            q, k, v, ck, cv, first, logs, shares, dy, dk, dv, dck, dcv, length, cached, heads, size
-        ];
-        let grid = [tiles + cached.div_ceil(CUDA_TILE), tasks, 1];
-        io.queue.launch_shared(&SOURCE, "attention_keys", grid, 256, shared(4, size), arguments)
+        cuda::backward(Sizes::new(io.shapes, self.heads), io)
     }
 }
 
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;

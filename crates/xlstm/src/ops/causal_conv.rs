@@ -238,9 +238,15 @@ fn gradient_blocks<T: Scalar>(
 #[cfg(feature = "cuda")]
 const CUDA_TOKENS: usize = 32;
 
-/// Taps that some kernels are made for: TAPS of causal_conv.cu.
+/// The same where a thread has four features: FOURS_TOKENS of causal_conv.cu.
 #[cfg(feature = "cuda")]
-const CUDA_TAPS: usize = 4;
+const CUDA_FOURS_TOKENS: usize = 64;
+
+/// Whether the kernels for TAPS of causal_conv.cu and four features a thread fit.
+#[cfg(feature = "cuda")]
+fn in_fours(width: usize, taps: usize) -> bool {
+    taps == 4 && width.is_multiple_of(4)
+}
 
 #[cfg(feature = "cuda")]
 const SOURCE: cuda::Source = cuda::Source::new("causal_conv", include_str!("causal_conv.cu"));
@@ -285,6 +291,11 @@ impl Kernel for CausalConv {
 
     fn full_precision(&self) -> Slots {
         Slots::of(&[1, 2, 3], &[1])
+    }
+
+    #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0, 1, 2, 3], &[])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -426,12 +437,16 @@ impl Kernel for CausalConv {
         let batch = io.shapes.input(0).dims()[0];
         let [x, w, bias, window, ..] = io.inputs;
         let marks = self.marked.then_some(io.ids[0]);
-        let blocks = width.div_ceil(256);
-        let silu = u32::from(self.silu);
-        let arguments = arguments![x, w, bias, window, marks, io.outputs[0], length, width, taps, silu];
-        let grid = [blocks, length.div_ceil(CUDA_TOKENS), batch];
-        let name = if taps == CUDA_TAPS { "causal_conv_4" } else { "causal_conv" };
-        io.queue.launch(&SOURCE, name, grid, 256, arguments)?;
+        let (blocks, silu) = (width.div_ceil(256), u32::from(self.silu));
+        if in_fours(width, taps) {
+            let arguments = arguments![x, w, bias, window, marks, io.outputs[0], length, width, silu];
+            let grid = [width.div_ceil(512), length.div_ceil(CUDA_FOURS_TOKENS), batch];
+            io.queue.launch(&SOURCE, "causal_conv_4", grid, 128, arguments)?;
+        } else {
+            let arguments = arguments![x, w, bias, window, marks, io.outputs[0], length, width, taps, silu];
+            let grid = [blocks, length.div_ceil(CUDA_TOKENS), batch];
+            io.queue.launch(&SOURCE, "causal_conv", grid, 256, arguments)?;
+        }
         if taps == 1 {
             return Ok(());
         }
@@ -445,31 +460,42 @@ impl Kernel for CausalConv {
         let batch = io.shapes.input(0).dims()[0];
         let [x, w, bias, window, ..] = io.inputs;
         let ([dy, dafter, ..], [dx, dw, db, dwindow, ..]) = (io.output_gradients, io.input_gradients);
-        let dafter = dafter.filter(|_| taps > 1);
+        let (dafter, dwindow) = (dafter.filter(|_| taps > 1), dwindow.filter(|_| taps > 1));
         let marks = self.marked.then_some(io.ids[0]);
         let silu = u32::from(self.silu);
-        let (blocks, tiles) = (width.div_ceil(256), length.div_ceil(CUDA_TOKENS));
-        let du = io.queue.scratch(batch * length * width)?;
+        let fresh = [0, 1, 2, 3].map(|slot| u32::from(io.is_fresh(slot)));
+        let blocks = width.div_ceil(256);
+        let fours = in_fours(width, taps) && dy.is_some();
+        let tiles = length.div_ceil(if fours { CUDA_FOURS_TOKENS } else { CUDA_TOKENS });
         let partials = io.queue.scratch(batch * tiles * (taps + 1) * width)?;
-        let arguments = arguments![x, w, bias, window, marks, dy, du, partials, length, width, taps, silu];
-        let grid = [blocks, tiles, batch];
-        let usual = taps == CUDA_TAPS;
-        let name = if usual { "causal_conv_backward_taps_4" } else { "causal_conv_backward_taps" };
-        io.queue.launch(&SOURCE, name, grid, 256, arguments)?;
-        if let Some(dx) = dx {
-            let arguments = arguments![w, marks, du, dafter, dx, length, width, taps];
-            io.queue.launch(&SOURCE, "causal_conv_backward_inputs", grid, 256, arguments)?;
+        let du = if fours && dwindow.is_none() { 0 } else { io.queue.scratch(batch * length * width)? };
+        if fours {
+            let grid = [width.div_ceil(512), tiles, batch];
+            let arguments = arguments![
+                x, w, bias, window, marks, dy, dafter, du, partials, dx, length, width, silu, fresh[0]
+            ];
+            io.queue.launch(&SOURCE, "causal_conv_backward_4", grid, 128, arguments)?;
+        } else {
+            let grid = [blocks, tiles, batch];
+            let arguments =
+                arguments![x, w, bias, window, marks, dy, du, partials, length, width, taps, silu];
+            io.queue.launch(&SOURCE, "causal_conv_backward_taps", grid, 256, arguments)?;
+            if let Some(dx) = dx {
+                let arguments = arguments![w, marks, du, dafter, dx, length, width, taps, fresh[0]];
+                io.queue.launch(&SOURCE, "causal_conv_backward_inputs", grid, 256, arguments)?;
+            }
         }
-        if let Some(dwindow) = dwindow.filter(|_| taps > 1) {
-            let arguments = arguments![w, marks, du, dafter, dwindow, length, width, taps];
+        if let Some(dwindow) = dwindow {
+            let arguments = arguments![w, marks, du, dafter, dwindow, length, width, taps, fresh[3]];
             io.queue.launch(&SOURCE, "causal_conv_backward_window", [blocks, batch, 1], 256, arguments)?;
         }
         if dw.is_none() && db.is_none() {
             return Ok(());
         }
-        let arguments = arguments![partials, dw, db, width, taps, batch * tiles];
+        let bits = fresh[1] << 1 | fresh[2] << 2;
+        let arguments = arguments![partials, dw, db, width, taps, batch * tiles, bits];
         let grid = [width.div_ceil(32), taps + 1, 1];
-        io.queue.launch_square(&SOURCE, "causal_conv_backward_weights", grid, [32, 8], arguments)
+        io.queue.launch_square(&SOURCE, "causal_conv_backward_weights", grid, [32, 32], arguments)
     }
 }
 

@@ -30,9 +30,10 @@ extern "C" __global__ void headwise_forward_full(
     forward(x, w, bias, y, n, heads, outer, inner);
 }
 
-/// dx_h += W_h^T dy_h. One thread an input.
+/// dx_h += W_h^T dy_h, or = with bit 0 of `fresh`. One thread an input.
 extern "C" __global__ void headwise_backward(
-    const element_t *dy, const element_t *w, element_t *dx, long long n, int heads, int outer, int inner
+    const element_t *dy, const element_t *w, element_t *dx, long long n, int heads, int outer, int inner,
+    unsigned fresh
 ) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
@@ -41,7 +42,8 @@ extern "C" __global__ void headwise_backward(
     const element_t *weights = w + (long long)head * outer * inner + column % inner;
     float sum = 0.0f;
     for (int j = 0; j < outer; j++) sum = fmaf(load(weights + j * inner), load(from + j), sum);
-    add(dx + i, sum);
+    if (fresh & 1) store(dx + i, sum);
+    else add(dx + i, sum);
 }
 
 /// parts (tiles, heads outer inner) = the sums of dy x^T over tiles of TILE_ROWS rows.
@@ -62,108 +64,112 @@ extern "C" __global__ void headwise_parts(
     parts[(long long)blockIdx.y * count + element] = sum;
 }
 
-// ---- Blocks of 4 x 4, the mLSTM's: a thread keeps two of them and goes over rows, the loads of
-// TOGETHER of which are under way at once ----
+// ---- Blocks of 4 x 4, the mLSTM's: a thread has one head and goes over ROWS rows, the loads of some of
+// which are under way at once. block 128, grid (ceil(rows / ROWS), ceil(heads / 128)) ----
 
-#define TOGETHER 4
+#define ROWS 64
+#define EACH_ROW(r) _Pragma("unroll") for (int r = 0; r < TOGETHER; r++)
+#define EACH_MAP(m) _Pragma("unroll") for (int m = 0; m < MAPS; m++)
 
-/// [head][output][input], or with inputs and outputs exchanged.
-struct Blocks {
-    float w[2][4][4];
+/// A block's numbers in f32, row by row.
+struct Block {
+    float w[4][4];
 };
-/// The weights, or with `transposed` their transposes, of the heads of columns `column` to
-/// `column + 7`, zero beyond the last.
-template <bool transposed>
-__device__ __forceinline__ Blocks load_blocks(const element_t *w, int column, int width) {
-    Blocks blocks;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        Wide wide = load_wide(w + (long long)column * 4 + i * WIDE, 4 * (width - column) - i * WIDE);
-        EACH_WIDE(j) {
-            int o = i % 2 * 2 + j / 4;
-            blocks.w[i / 2][transposed ? j % 4 : o][transposed ? o : j % 4] = wide.x[j];
-        }
+__device__ __forceinline__ Block block_of(const element_t *w, int head) {
+    Block block;
+    EACH_FOUR(o) {
+        Four row = unpack(load_four(w + (long long)head * 16 + o * 4));
+        EACH_FOUR(i) block.w[o][i] = row.x[i];
     }
-    return blocks;
+    return block;
 }
 
-/// to = start + the blocks' products with `from`, added to what is there where `accumulate`, for
-/// 4 TOGETHER rows.
-template <bool accumulate>
-__device__ __forceinline__ void multiply(
-    const Blocks &blocks, const element_t *from, const Wide &start, element_t *to, int rows, int width, int count
+/// y = W x + b, of one map or two.
+template <int MAPS>
+__device__ __forceinline__ void forward_4(
+    const element_t *x, const element_t *const (&w)[MAPS], const float *const (&bias)[MAPS], element_t *const (&y)[MAPS],
+    int rows, int heads
 ) {
-    int row = blockIdx.y * 4 * TOGETHER, end = min(rows, row + 4 * TOGETHER);
-    for (; row < end; row += TOGETHER) {
-        Wide in[TOGETHER], sum[TOGETHER];
-#pragma unroll
-        for (int r = 0; r < TOGETHER; r++) {
-            long long at = (long long)min(row + r, end - 1) * width;
-            in[r] = load_wide(from + at, count);
-            if (accumulate) sum[r] = load_wide(to + at, count);
-            else sum[r] = start;
-        }
-#pragma unroll
-        for (int r = 0; r < TOGETHER; r++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                EACH_WIDE(o) sum[r].x[o] = fmaf(blocks.w[o / 4][o % 4][i], in[r].x[o / 4 * 4 + i], sum[r].x[o]);
-            if (row + r < end) store_wide(to + (long long)(row + r) * width, sum[r], count);
-        }
+    const int TOGETHER = 8;
+    int head = blockIdx.y * 128 + threadIdx.x, row = blockIdx.x * ROWS, end = min(rows, row + ROWS);
+    if (head >= heads) return;
+    Block block[MAPS];
+    Four start[MAPS] = {};
+    EACH_MAP(m) {
+        block[m] = block_of(w[m], head);
+        if (bias[m]) EACH_FOUR(o) start[m].x[o] = bias[m][head * 4 + o];
     }
-}
-
-/// grid (ceil(width / 1024), ceil(rows / (4 TOGETHER))), block 128.
-extern "C" __global__ void __launch_bounds__(128) headwise_forward_4(
-    const element_t *x, const element_t *w, const float *bias, element_t *y, int rows, int width
-) {
-    int column = (blockIdx.x * 128 + threadIdx.x) * WIDE, count = width - column;
-    if (count <= 0) return;
-    Wide start = {};
-    if (bias) start = load_wide(bias + column, count);
-    multiply<false>(load_blocks<false>(w, column, width), x + column, start, y + column, rows, width, count);
-}
-
-/// dx += W^T dy. Launched as forward.
-extern "C" __global__ void __launch_bounds__(128) headwise_backward_4(
-    const element_t *dy, const element_t *w, element_t *dx, int rows, int width
-) {
-    int column = (blockIdx.x * 128 + threadIdx.x) * WIDE, count = width - column;
-    if (count <= 0) return;
-    multiply<true>(load_blocks<true>(w, column, width), dy + column, {}, dx + column, rows, width, count);
-}
-
-/// As headwise_parts. grid (ceil(width / 1024), tiles), block 128.
-extern "C" __global__ void __launch_bounds__(128) headwise_parts_4(
-    const element_t *dy, const element_t *x, float *parts, int rows, int width
-) {
-    int column = (blockIdx.x * 128 + threadIdx.x) * WIDE, count = width - column;
-    if (count <= 0) return;
-    int row = blockIdx.y * TILE_ROWS, end = min(rows, row + TILE_ROWS);
-    Blocks sums = {};
     for (; row < end; row += TOGETHER) {
-        Wide in[TOGETHER] = {}, out[TOGETHER] = {};
-#pragma unroll
-        for (int r = 0; r < TOGETHER; r++) {
+        RawFour in[TOGETHER];
+        EACH_ROW(r) in[r] = load_four(x + ((long long)min(row + r, end - 1) * heads + head) * 4);
+        EACH_ROW(r) {
             if (row + r >= end) break;
-            long long at = (long long)(row + r) * width + column;
-            in[r] = load_wide(x + at, count);
-            out[r] = load_wide(dy + at, count);
+            Four from = unpack(in[r]);
+            EACH_MAP(m) {
+                Four to = start[m];
+                EACH_FOUR(i) EACH_FOUR(o) to.x[o] = fmaf(block[m].w[o][i], from.x[i], to.x[o]);
+                store_four(y[m] + ((long long)(row + r) * heads + head) * 4, to);
+            }
         }
-#pragma unroll
-        for (int r = 0; r < TOGETHER; r++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                EACH_WIDE(o) {
-                    float *sum = &sums.w[o / 4][o % 4][i];
-                    *sum = fmaf(out[r].x[o], in[r].x[o / 4 * 4 + i], *sum);
+    }
+}
+
+/// w2 and all of the second map may be null.
+extern "C" __global__ void __launch_bounds__(128) headwise_forward_4(
+    const element_t *x, const element_t *w, const float *bias, element_t *y, const element_t *w2, const float *bias2,
+    element_t *y2, int rows, int heads
+) {
+    if (w2) forward_4<2>(x, {w, w2}, {bias, bias2}, {y, y2}, rows, heads);
+    else forward_4<1>(x, {w}, {bias}, {y}, rows, heads);
+}
+
+/// dx = sum of W^T dy, or added where bit 0 of `fresh` is not set; and parts (ceil(rows / ROWS), heads 16) = the sums
+/// of dy x^T of each. All of them may be null.
+template <int MAPS>
+__device__ __forceinline__ void backward_4(
+    const element_t *const (&dy)[MAPS], const element_t *x, const element_t *const (&w)[MAPS], element_t *dx,
+    float *const (&parts)[MAPS], int rows, int heads, unsigned fresh
+) {
+    const int TOGETHER = MAPS == 1 ? 8 : 4;
+    int head = blockIdx.y * 128 + threadIdx.x, row = blockIdx.x * ROWS, end = min(rows, row + ROWS);
+    if (head >= heads) return;
+    Block block[MAPS], sums[MAPS] = {};
+    EACH_MAP(m) block[m] = block_of(w[m], head);
+    bool adds = dx && !(fresh & 1);
+    for (; row < end; row += TOGETHER) {
+        RawFour out[TOGETHER][MAPS], in[TOGETHER], old[TOGETHER];
+        EACH_ROW(r) {
+            long long at = ((long long)min(row + r, end - 1) * heads + head) * 4;
+            EACH_MAP(m) out[r][m] = load_four(dy[m] + at);
+            in[r] = load_four(x + at);
+            if (adds) old[r] = load_four(dx + at);
+        }
+        EACH_ROW(r) {
+            if (row + r >= end) break;
+            Four given = unpack(in[r]), to = {};
+            if (adds) to = unpack(old[r]);
+            EACH_MAP(m) {
+                Four from = unpack(out[r][m]);
+                EACH_FOUR(o) EACH_FOUR(i) {
+                    to.x[i] = fmaf(block[m].w[o][i], from.x[o], to.x[i]);
+                    sums[m].w[o][i] = fmaf(from.x[o], given.x[i], sums[m].w[o][i]);
                 }
+            }
+            if (dx) store_four(dx + ((long long)(row + r) * heads + head) * 4, to);
+        }
     }
-    parts += (long long)blockIdx.y * width * 4 + column * 4;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        Wide wide;
-        EACH_WIDE(j) wide.x[j] = sums.w[i / 2][i % 2 * 2 + j / 4][j % 4];
-        store_wide(parts + i * WIDE, wide, 4 * count - i * WIDE);
+    EACH_MAP(m) {
+        if (!parts[m]) continue;
+        float *to = parts[m] + ((long long)blockIdx.x * heads + head) * 16;
+        EACH_FOUR(o) store_four(to + o * 4, {{sums[m].w[o][0], sums[m].w[o][1], sums[m].w[o][2], sums[m].w[o][3]}});
     }
+}
+
+/// dy2 and all of the second map may be null.
+extern "C" __global__ void __launch_bounds__(128) headwise_backward_4(
+    const element_t *dy, const element_t *dy2, const element_t *x, const element_t *w, const element_t *w2,
+    element_t *dx, float *parts, float *parts2, int rows, int heads, unsigned fresh
+) {
+    if (dy2) backward_4<2>({dy, dy2}, x, {w, w2}, dx, {parts, parts2}, rows, heads, fresh);
+    else backward_4<1>({dy}, x, {w}, dx, {parts}, rows, heads, fresh);
 }

@@ -2,16 +2,14 @@
 //!
 //! The mLSTM's q, k and v come from hundreds of blocks of 4 x 4; they run as SIMD code
 //! over the columns of a row, many blocks abreast. Large blocks are one matrix
-//! product a head.
+//! product a head. Several maps of one input are one operation.
 
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
-use crate::engine::cuda::{
-    CudaBackward, CudaForward, Source, blas::Operand, blas::Product, context::arguments, launch::ROWS,
-};
+use crate::engine::cuda::{CudaBackward, CudaForward};
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
-use crate::engine::operation::{Backward, Forward, Kernel, Slots, scratch};
+use crate::engine::operation::{Backward, Forward, Gradient, Kernel, MAX_SLOTS, Slots, scratch};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{axpy, dot, vectorize};
 use crate::engine::{Scalar, Shape};
@@ -19,9 +17,10 @@ use crate::error::{Error, Result};
 use crate::ops::TILE;
 use crate::ops::linear::{reduce_tiles, sum_rows};
 
-/// x (…, NH·I), W (NH, O, I), optional b (NH·O) -> y (…, NH·O).
+/// x (…, NH·I), then W_i (NH, O, I) and optional b_i (NH·O) for each i -> y_i (…, NH·O).
 #[derive(Debug)]
 struct Headwise {
+    maps: usize,
     /// y is f32 on a GPU whatever the precision.
     full: bool,
 }
@@ -32,7 +31,20 @@ struct Headwise {
 /// When the heads' inner dimensions do not add up to the rows of x, or the bias does not
 /// have one number an output.
 pub fn headwise(tape: &mut Tape, x: Var, weight: Var, bias: Option<Var>) -> Result<Var> {
-    Ok(tape.record(Headwise { full: false }, &[Some(x), Some(weight), bias], &[])?[0])
+    headwises(tape, x, [(weight, bias)]).map(|[y]| y)
+}
+
+/// [`headwise`] for several maps of one input: the gradient of x is written once, and on a GPU x is read
+/// once for two of them.
+///
+/// # Errors
+/// As [`headwise`].
+pub fn headwises<const N: usize>(tape: &mut Tape, x: Var, maps: [(Var, Option<Var>); N]) -> Result<[Var; N]> {
+    const { assert!(0 < N && N <= MAX_MAPS) };
+    let parameters = maps.iter().flat_map(|&(weight, bias)| [Some(weight), bias]);
+    let inputs: Vec<Option<Var>> = [Some(x)].into_iter().chain(parameters).collect();
+    let outputs = tape.record(Headwise { maps: N, full: false }, &inputs, &[])?;
+    Ok(std::array::from_fn(|i| outputs[i]))
 }
 
 /// [`headwise`] with an output that is f32 on a GPU whatever its precision, such as gate
@@ -41,7 +53,7 @@ pub fn headwise(tape: &mut Tape, x: Var, weight: Var, bias: Option<Var>) -> Resu
 /// # Errors
 /// As [`headwise`].
 pub fn headwise_full(tape: &mut Tape, x: Var, weight: Var, bias: Option<Var>) -> Result<Var> {
-    Ok(tape.record(Headwise { full: true }, &[Some(x), Some(weight), bias], &[])?[0])
+    Ok(tape.record(Headwise { maps: 1, full: true }, &[Some(x), Some(weight), bias], &[])?[0])
 }
 
 /// Both sides of a block at least this long: a matrix product a head.
@@ -49,10 +61,6 @@ const LARGE: usize = 16;
 
 /// Side of the blocks that the mLSTM's projections are made of.
 const SMALL: usize = 4;
-
-/// Rows that a thread takes of such blocks on a GPU: 4 TOGETHER of headwise.cu.
-#[cfg(feature = "cuda")]
-const SMALL_ROWS: usize = 16;
 
 /// Diagonals of such a block.
 const DIAGONALS: usize = 2 * SMALL - 1;
@@ -68,8 +76,18 @@ fn sizes(weight: Shape) -> (usize, usize, usize) {
     (dims[0], dims[1], dims[2])
 }
 
-#[cfg(feature = "cuda")]
-const SOURCE: Source = Source::new("headwise", include_str!("headwise.cu"));
+/// The most maps of one input.
+const MAX_MAPS: usize = (MAX_SLOTS - 1) / 2;
+
+/// Where input W_i is.
+const fn weight_of(map: usize) -> usize {
+    1 + 2 * map
+}
+
+/// Where input b_i is.
+const fn bias_of(map: usize) -> usize {
+    2 + 2 * map
+}
 
 impl Kernel for Headwise {
     fn name(&self) -> &'static str {
@@ -77,254 +95,221 @@ impl Kernel for Headwise {
     }
 
     fn outputs(&self, inputs: &[Option<Shape>]) -> Result<Vec<Shape>> {
-        let (Some(x), Some(w)) = (inputs[0], inputs[1]) else {
-            return Err(Error::shape("x and W are needed"));
+        let one = |map: usize| {
+            let (Some(x), Some(w)) = (inputs[0], inputs[weight_of(map)]) else {
+                return Err(Error::shape("x and W are needed"));
+            };
+            let &[heads, outer, inner] = w.dims() else {
+                return Err(Error::shape(format!("W is (heads, out, in), not {w:?}")));
+            };
+            if w.len() == 0 || x.last() != heads * inner {
+                return Err(Error::shape(format!("the rows of x {x:?} are not the heads of W {w:?}")));
+            }
+            if let Some(b) = inputs[bias_of(map)]
+                && b.len() != heads * outer
+            {
+                return Err(Error::shape(format!("b {b:?} is not one number an output of W {w:?}")));
+            }
+            Ok(x.with_last(heads * outer))
         };
-        let &[heads, outer, inner] = w.dims() else {
-            return Err(Error::shape(format!("W is (heads, out, in), not {w:?}")));
-        };
-        if w.len() == 0 || x.last() != heads * inner {
-            return Err(Error::shape(format!("the rows of x {x:?} are not the heads of W {w:?}")));
-        }
-        if let Some(b) = inputs[2]
-            && b.len() != heads * outer
-        {
-            return Err(Error::shape(format!("b {b:?} is not one number an output of W {w:?}")));
-        }
-        Ok(vec![x.with_last(heads * outer)])
+        (0..self.maps).map(one).collect()
     }
 
     fn reads(&self) -> Slots {
-        Slots::of(&[0, 1], &[])
+        Slots { inputs: 1 | self.weights(), outputs: 0 }
     }
 
     fn full_precision(&self) -> Slots {
-        Slots::of(&[2], if self.full { &[0] } else { &[] })
+        Slots { inputs: self.weights() << 1, outputs: u32::from(self.full) }
     }
 
     fn weights(&self) -> u32 {
-        1 << 1
+        (0..self.maps).fold(0, |set, map| set | 1 << weight_of(map))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots { inputs: (1 << weight_of(self.maps)) - 1, outputs: 0 }
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
-        let y = io.output(0);
-        let (x, w, bias) = (io.input(0), io.input(1), io.inputs[2]);
-        let (heads, outer, inner) = sizes(io.shapes.input(1));
-        if outer >= LARGE && inner >= LARGE {
-            if let Some(bias) = bias {
-                y.par_chunks_mut(bias.len() * TILE).for_each(|tile| {
-                    tile.chunks_mut(bias.len()).for_each(|row| row.copy_from_slice(bias));
-                });
-            }
-            let rows = io.shapes.input(0).rows();
-            large_blocks(y, rows, heads, outer, bias.is_some(), x, inner, |head| {
-                MatRef::new(&w[head * outer * inner..], outer, inner).t()
-            });
-            return;
+        let rows = io.shapes.input(0).rows();
+        for map in 0..self.maps {
+            let (y, shape) = (io.output(map), sizes(io.shapes.input(weight_of(map))));
+            let (x, w, bias) = (io.input(0), io.input(weight_of(map)), io.inputs[bias_of(map)]);
+            forward_map(rows, shape, y, x, (w, bias), io.scratch);
         }
-        let width = heads * outer;
-        let start = |y: &mut [T]| match bias {
-            Some(bias) => y.copy_from_slice(bias),
-            None => y.fill(T::ZERO),
-        };
-        if (outer, inner) == (SMALL, SMALL) {
-            let diagonals = diagonals(w, false, io.scratch);
-            y.par_chunks_mut(width * TILE).zip(x.par_chunks(width * TILE)).for_each(|(y, x)| {
-                vectorize!(|| {
-                    for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                        start(y);
-                        add_products(y, x, diagonals);
-                    }
-                });
-            });
-            return;
-        }
-        y.par_chunks_mut(width * TILE).zip(x.par_chunks(heads * inner * TILE)).for_each(|(y, x)| {
-            vectorize!(|| {
-                for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(heads * inner)) {
-                    start(y);
-                    let blocks = x.chunks_exact(inner).zip(w.chunks_exact(outer * inner));
-                    for (y, (x, w)) in y.chunks_exact_mut(outer).zip(blocks) {
-                        for (y, w) in y.iter_mut().zip(w.chunks_exact(inner)) {
-                            *y += dot(x, w);
-                        }
-                    }
-                }
-            });
-        });
     }
 
-    /// dx_h += dy_h W_h, dW_h += dy_h^T x_h, db += sum over rows of dy.
+    /// dx_h += Σ_i dy_ih W_ih, dW_ih += dy_ih^T x_h, db_i += sum over rows of dy_i.
     fn backward<T: Scalar>(&self, io: &mut Backward<'_, T>) {
-        let (dy, x, w) = (io.gradient(), io.input(0), io.input(1));
-        let (heads, outer, inner) = sizes(io.shapes.input(1));
         let rows = io.shapes.input(0).rows();
-        let (out_width, in_width) = (heads * outer, heads * inner);
-        let large = outer >= LARGE && inner >= LARGE;
-        if let Some(dx) = io.input_gradient(0) {
-            if large {
-                let (dx, accumulate) = dx.into_parts();
-                large_blocks(dx, rows, heads, inner, accumulate, dy, outer, |head| {
-                    MatRef::new(&w[head * outer * inner..], outer, inner)
-                });
-            } else if (outer, inner) == (SMALL, SMALL) {
-                let diagonals = diagonals(w, true, io.scratch);
-                dx.tiles(in_width * TILE).zip(dy.par_chunks(out_width * TILE)).for_each(|(dx, dy)| {
-                    vectorize!(|| {
-                        for (dx, dy) in dx.chunks_exact_mut(in_width).zip(dy.chunks_exact(out_width)) {
-                            add_products(dx, dy, diagonals);
-                        }
-                    });
-                });
-            } else {
-                dx.tiles(in_width * TILE).zip(dy.par_chunks(out_width * TILE)).for_each(|(dx, dy)| {
-                    vectorize!(|| {
-                        for (dx, dy) in dx.chunks_exact_mut(in_width).zip(dy.chunks_exact(out_width)) {
-                            let blocks = dy.chunks_exact(outer).zip(w.chunks_exact(outer * inner));
-                            for (dx, (dy, w)) in dx.chunks_exact_mut(inner).zip(blocks) {
-                                for (dy, w) in dy.iter().zip(w.chunks_exact(inner)) {
-                                    axpy(*dy, w, dx);
-                                }
-                            }
-                        }
-                    });
-                });
+        let mut dx = io.input_gradient(0).map(Gradient::into_parts);
+        for map in 0..self.maps {
+            let Some(dy) = io.output_gradients[map] else { continue };
+            let (x, w) = (io.input(0), io.input(weight_of(map)));
+            let shape = sizes(io.shapes.input(weight_of(map)));
+            if let Some((dx, accumulate)) = &mut dx {
+                input_gradient(rows, shape, (dx, *accumulate), dy, w, io.scratch);
+                *accumulate = true;
             }
-        }
-        if let Some(dw) = io.input_gradient(1) {
-            let dw = dw.cleared();
-            if large {
-                // A thread a head, or all of them on the only one.
-                let threads = if heads == 1 { Threads::All } else { Threads::One };
-                dw.par_chunks_mut(outer * inner).enumerate().for_each(|(head, dw)| {
-                    let dy = MatRef::new(dy, rows, out_width).columns_at(head * outer, outer);
-                    let x = MatRef::new(x, rows, in_width).columns_at(head * inner, inner);
-                    product(MatMut::new(dw, outer, inner), T::ONE, dy.t(), x, true, threads);
-                });
-            } else {
-                reduce_tiles(
-                    rows,
-                    w.len(),
-                    dw,
-                    io.scratch,
-                    #[inline(always)]
-                    |rows, partial| {
-                        let dy = &dy[rows.start * out_width..rows.end * out_width];
-                        let x = &x[rows.start * in_width..rows.end * in_width];
-                        if (outer, inner) == (SMALL, SMALL) {
-                            weight_gradient::<T, SMALL>(dy, x, out_width, partial);
-                            return;
-                        }
-                        for (dy, x) in dy.chunks_exact(out_width).zip(x.chunks_exact(in_width)) {
-                            let blocks = dy.chunks_exact(outer).zip(x.chunks_exact(inner));
-                            for (dw, (dy, x)) in partial.chunks_exact_mut(outer * inner).zip(blocks) {
-                                for (dw, dy) in dw.chunks_exact_mut(inner).zip(dy) {
-                                    axpy(*dy, x, dw);
-                                }
-                            }
-                        }
-                    },
-                );
+            if let Some(dw) = io.input_gradient(weight_of(map)) {
+                weights_gradient(rows, shape, dw.cleared(), dy, x, io.scratch);
             }
-        }
-        if let Some(db) = io.input_gradient(2) {
-            sum_rows(dy, out_width, db.cleared(), io.scratch);
+            if let Some(db) = io.input_gradient(bias_of(map)) {
+                sum_rows(dy, shape.0 * shape.1, db.cleared(), io.scratch);
+            }
         }
     }
 
     #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
-        let (heads, outer, inner) = sizes(io.shapes.input(1));
-        let (rows, width) = (io.shapes.input(0).rows(), heads * outer);
-        let (x, w, bias, y) = (io.input(0), io.input(1), io.inputs[2], io.outputs[0]);
-        if (outer, inner) == (SMALL, SMALL) && !self.full {
-            let arguments = arguments![x, w, bias, y, rows, width];
-            let grid = [width.div_ceil(1024), rows.div_ceil(SMALL_ROWS), 1];
-            return io.queue.launch(&SOURCE, "headwise_forward_4", grid, 128, arguments);
-        }
-        if outer < LARGE || inner < LARGE {
-            let n = rows * width;
-            let arguments = arguments![x, w, bias, y, n as u64, heads, outer, inner];
-            let name = if self.full { "headwise_forward_full" } else { "headwise_forward" };
-            return io.queue.launch_each(&SOURCE, name, n, arguments);
-        }
-        if let Some(bias) = bias {
-            io.queue.fill_rows(bias, y, self.full, rows, width)?;
-        }
-        let c = Operand::new(y, width).batched(outer);
-        io.queue.product(&Product {
-            size: [rows, outer, inner],
-            a: Operand::new(x, heads * inner).batched(inner),
-            b: Operand::new(w, inner).batched(outer * inner).t(),
-            c: if self.full { c.full() } else { c },
-            batch: heads,
-            accumulate: bias.is_some(),
-        })
+        cuda::forward(self, io)
     }
 
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
-        let (heads, outer, inner) = sizes(io.shapes.input(1));
-        let (rows, width) = (io.shapes.input(0).rows(), heads * outer);
-        let (x, w, [dx, dw, db, ..]) = (io.input(0), io.input(1), io.input_gradients);
-        let dy = match io.gradient() {
-            dy if self.full => io.queue.rounded(dy, rows * width)?,
-            dy => dy,
-        };
-        let (count, tiles) = (heads * outer * inner, rows.div_ceil(ROWS));
-        if outer >= LARGE && inner >= LARGE {
-            let dys = Operand::new(dy, width).batched(outer);
-            if let Some(dx) = dx {
-                io.queue.product(&Product {
-                    size: [rows, inner, outer],
-                    a: dys,
-                    b: Operand::new(w, inner).batched(outer * inner),
-                    c: Operand::new(dx, heads * inner).batched(inner),
-                    batch: heads,
-                    accumulate: true,
-                })?;
-            }
-            if let Some(dw) = dw {
-                io.queue.product(&Product {
-                    size: [outer, inner, rows],
-                    a: dys.t(),
-                    b: Operand::new(x, heads * inner).batched(inner),
-                    c: Operand::new(dw, inner).batched(outer * inner).full(),
-                    batch: heads,
-                    accumulate: true,
-                })?;
-            }
-        } else {
-            let of_four = (outer, inner) == (SMALL, SMALL);
-            match dx {
-                Some(dx) if of_four => {
-                    let arguments = arguments![dy, w, dx, rows, width];
-                    let grid = [width.div_ceil(1024), rows.div_ceil(SMALL_ROWS), 1];
-                    io.queue.launch(&SOURCE, "headwise_backward_4", grid, 128, arguments)?;
-                }
-                Some(dx) => {
-                    let n = rows * heads * inner;
-                    let arguments = arguments![dy, w, dx, n as u64, heads, outer, inner];
-                    io.queue.launch_each(&SOURCE, "headwise_backward", n, arguments)?;
-                }
-                None => {}
-            }
-            if let Some(dw) = dw {
-                let parts = io.queue.scratch(tiles * count)?;
-                if of_four {
-                    let grid = [width.div_ceil(1024), tiles, 1];
-                    let arguments = arguments![dy, x, parts, rows, width];
-                    io.queue.launch(&SOURCE, "headwise_parts_4", grid, 128, arguments)?;
-                } else {
-                    let grid = [count.div_ceil(128), tiles, 1];
-                    let arguments = arguments![dy, x, parts, rows, heads, outer, inner];
-                    io.queue.launch(&SOURCE, "headwise_parts", grid, 128, arguments)?;
-                }
-                io.queue.add_parts(parts, tiles, count, dw)?;
-            }
-        }
-        db.map_or(Ok(()), |db| io.queue.add_rows(dy, false, rows, width, db))
+        cuda::backward(self, io)
     }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda;
+
+/// y_h = x_h W_h^T + b_h.
+fn forward_map<T: Scalar>(
+    rows: usize,
+    (heads, outer, inner): (usize, usize, usize),
+    y: &mut [T],
+    x: &[T],
+    (w, bias): (&[T], Option<&[T]>),
+    space: &mut Vec<T>,
+) {
+    if outer >= LARGE && inner >= LARGE {
+        if let Some(bias) = bias {
+            y.par_chunks_mut(bias.len() * TILE).for_each(|tile| {
+                tile.chunks_mut(bias.len()).for_each(|row| row.copy_from_slice(bias));
+            });
+        }
+        large_blocks(y, rows, heads, outer, bias.is_some(), x, inner, |head| {
+            MatRef::new(&w[head * outer * inner..], outer, inner).t()
+        });
+        return;
+    }
+    let width = heads * outer;
+    let start = |y: &mut [T]| match bias {
+        Some(bias) => y.copy_from_slice(bias),
+        None => y.fill(T::ZERO),
+    };
+    if (outer, inner) == (SMALL, SMALL) {
+        let diagonals = diagonals(w, false, space);
+        y.par_chunks_mut(width * TILE).zip(x.par_chunks(width * TILE)).for_each(|(y, x)| {
+            vectorize!(|| {
+                for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                    start(y);
+                    add_products(y, x, diagonals);
+                }
+            });
+        });
+        return;
+    }
+    y.par_chunks_mut(width * TILE).zip(x.par_chunks(heads * inner * TILE)).for_each(|(y, x)| {
+        vectorize!(|| {
+            for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(heads * inner)) {
+                start(y);
+                let blocks = x.chunks_exact(inner).zip(w.chunks_exact(outer * inner));
+                for (y, (x, w)) in y.chunks_exact_mut(outer).zip(blocks) {
+                    for (y, w) in y.iter_mut().zip(w.chunks_exact(inner)) {
+                        *y += dot(x, w);
+                    }
+                }
+            }
+        });
+    });
+}
+
+/// dx_h += dy_h W_h, or = where nothing is to be added to.
+fn input_gradient<T: Scalar>(
+    rows: usize,
+    (heads, outer, inner): (usize, usize, usize),
+    (dx, accumulate): (&mut [T], bool),
+    dy: &[T],
+    w: &[T],
+    space: &mut Vec<T>,
+) {
+    if outer >= LARGE && inner >= LARGE {
+        large_blocks(dx, rows, heads, inner, accumulate, dy, outer, |head| {
+            MatRef::new(&w[head * outer * inner..], outer, inner)
+        });
+        return;
+    }
+    let (out_width, in_width) = (heads * outer, heads * inner);
+    let of_four = (outer, inner) == (SMALL, SMALL);
+    let diagonals = if of_four { diagonals(w, true, space) } else { &[] };
+    dx.par_chunks_mut(in_width * TILE).zip(dy.par_chunks(out_width * TILE)).for_each(|(dx, dy)| {
+        vectorize!(|| {
+            if !accumulate {
+                dx.fill(T::ZERO);
+            }
+            for (dx, dy) in dx.chunks_exact_mut(in_width).zip(dy.chunks_exact(out_width)) {
+                if of_four {
+                    add_products(dx, dy, diagonals);
+                    continue;
+                }
+                let blocks = dy.chunks_exact(outer).zip(w.chunks_exact(outer * inner));
+                for (dx, (dy, w)) in dx.chunks_exact_mut(inner).zip(blocks) {
+                    for (dy, w) in dy.iter().zip(w.chunks_exact(inner)) {
+                        axpy(*dy, w, dx);
+                    }
+                }
+            }
+        });
+    });
+}
+
+/// dW_h += dy_h^T x_h.
+fn weights_gradient<T: Scalar>(
+    rows: usize,
+    (heads, outer, inner): (usize, usize, usize),
+    dw: &mut [T],
+    dy: &[T],
+    x: &[T],
+    space: &mut Vec<T>,
+) {
+    let (out_width, in_width) = (heads * outer, heads * inner);
+    if outer >= LARGE && inner >= LARGE {
+        // A thread a head, or all of them on the only one.
+        let threads = if heads == 1 { Threads::All } else { Threads::One };
+        dw.par_chunks_mut(outer * inner).enumerate().for_each(|(head, dw)| {
+            let dy = MatRef::new(dy, rows, out_width).columns_at(head * outer, outer);
+            let x = MatRef::new(x, rows, in_width).columns_at(head * inner, inner);
+            product(MatMut::new(dw, outer, inner), T::ONE, dy.t(), x, true, threads);
+        });
+        return;
+    }
+    reduce_tiles(
+        rows,
+        dw.len(),
+        dw,
+        space,
+        #[inline(always)]
+        |rows, partial| {
+            let dy = &dy[rows.start * out_width..rows.end * out_width];
+            let x = &x[rows.start * in_width..rows.end * in_width];
+            if (outer, inner) == (SMALL, SMALL) {
+                weight_gradient::<T, SMALL>(dy, x, out_width, partial);
+                return;
+            }
+            for (dy, x) in dy.chunks_exact(out_width).zip(x.chunks_exact(in_width)) {
+                let blocks = dy.chunks_exact(outer).zip(x.chunks_exact(inner));
+                for (dw, (dy, x)) in partial.chunks_exact_mut(outer * inner).zip(blocks) {
+                    for (dw, dy) in dw.chunks_exact_mut(inner).zip(dy) {
+                        axpy(*dy, x, dw);
+                    }
+                }
+            }
+        },
+    );
 }
 
 /// c_h = a_h B_h, or c_h += a_h B_h with `accumulate`, for every head h of c (rows,
@@ -467,6 +452,18 @@ mod tests {
     fn gradients_of_four_by_four() {
         check(35, 9, 4, 4);
         check(3, 1, 4, 4);
+    }
+
+    #[test]
+    fn gradients_of_several_maps() {
+        for (heads, outer, inner) in [(9, 4, 4), (2, 3, 5), (2, 17, 16)] {
+            let check = Check::new().input([2, 35, heads * inner]).input([heads * outer]);
+            let check = [(); 3].iter().fold(check, |check, ()| check.input([heads, outer, inner]));
+            check.run(|tape, v, _| {
+                let maps = [(v[2], None), (v[3], Some(v[1])), (v[4], None)];
+                Ok(headwises(tape, v[0], maps)?.to_vec())
+            });
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
-use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::WIDE};
 use crate::engine::matrix::MatMut;
 use crate::engine::operation::{Backward, Forward, Kernel, Slots};
 use crate::engine::tape::{Tape, Var};
@@ -39,6 +39,10 @@ fn row_of<T: Scalar>(position: T, rows: usize) -> usize {
 
 #[cfg(feature = "cuda")]
 const SOURCE: Source = Source::new("learned_positions", include_str!("learned_positions.cu"));
+
+/// Tokens that a thread goes over on a GPU: ROWS of learned_positions.cu.
+#[cfg(feature = "cuda")]
+const CUDA_ROWS: usize = 8;
 
 impl Kernel for LearnedPositions {
     fn name(&self) -> &'static str {
@@ -111,25 +115,32 @@ impl Kernel for LearnedPositions {
     }
 
     #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0, 1], &[])
+    }
+
+    #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
-        let n = io.shapes.outputs[0].len();
+        let tokens = io.shapes.input(0).rows();
         let (rows, width) = (io.shapes.input(1).rows(), io.shapes.input(1).last());
-        let arguments =
-            arguments![io.input(0), io.input(1), io.input(2), io.outputs[0], n as u64, rows, width];
-        io.queue.launch_each(&SOURCE, "learned_positions_forward", n, arguments)
+        let arguments = arguments![io.input(0), io.input(1), io.input(2), io.outputs[0], tokens, rows, width];
+        let size = [tokens, width];
+        io.queue.launch_columns(&SOURCE, "learned_positions_forward", size, CUDA_ROWS, arguments)
     }
 
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
         let (n, dy) = (io.shapes.outputs[0].len(), io.gradient());
         let (rows, width) = (io.shapes.input(1).rows(), io.shapes.input(1).last());
+        let [dx_fresh, dw_fresh] = [0, 1].map(|slot| u32::from(io.is_fresh(slot)));
         if let Some(dx) = io.input_gradients[0] {
-            io.queue.launch_each(&SOURCE, "learned_positions_dx", n, arguments![dy, dx, n as u64])?;
+            let arguments = arguments![dy, dx, n as u64, dx_fresh];
+            io.queue.launch_wide(&SOURCE, "learned_positions_dx", n, arguments)?;
         }
         let Some(dw) = io.input_gradients[1] else { return Ok(()) };
-        let arguments = arguments![dy, io.input(2), dw, n / width, rows, width];
-        let grid = [rows, width.div_ceil(128), 1];
-        io.queue.launch(&SOURCE, "learned_positions_dw", grid, 128, arguments)
+        let arguments = arguments![dy, io.input(2), dw, n / width, rows, width, dw_fresh];
+        let grid = [rows, width.div_ceil(256 * WIDE), 1];
+        io.queue.launch(&SOURCE, "learned_positions_dw", grid, 256, arguments)
     }
 }
 

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
-use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::ROWS};
+use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
 use crate::engine::operation::{Backward, Forward, Kernel, Slots};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::vectorize;
@@ -28,6 +28,10 @@ pub fn skip_gate(tape: &mut Tape, h: Var, skip: Var, x: Var, z: Var) -> Result<V
 #[cfg(feature = "cuda")]
 const SOURCE: Source = Source::new("skip_gate", include_str!("skip_gate.cu"));
 
+/// Rows that a thread goes over on a GPU: ROWS of skip_gate.cu.
+#[cfg(feature = "cuda")]
+const CUDA_ROWS: usize = 32;
+
 impl Kernel for SkipGate {
     fn name(&self) -> &'static str {
         "skip_gate"
@@ -49,6 +53,11 @@ impl Kernel for SkipGate {
 
     fn full_precision(&self) -> Slots {
         Slots::of(&[1], &[])
+    }
+
+    #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0, 1, 2, 3], &[])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -135,25 +144,25 @@ impl Kernel for SkipGate {
 
     #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
-        let (n, width) = (io.shapes.outputs[0].len(), io.shapes.outputs[0].last());
+        let (rows, width) = (io.shapes.outputs[0].rows(), io.shapes.outputs[0].last());
         let [h, skip, x, z, ..] = io.inputs;
-        let arguments = arguments![h, skip, x, z, io.outputs[0], n as u64, width];
-        io.queue.launch_wide(&SOURCE, "skip_gate_forward", n, arguments)
+        let arguments = arguments![h, skip, x, z, io.outputs[0], rows, width];
+        io.queue.launch_columns(&SOURCE, "skip_gate_forward", [rows, width], CUDA_ROWS, arguments)
     }
 
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
-        let shape = io.shapes.outputs[0];
-        let (n, width, rows) = (shape.len(), shape.last(), shape.rows());
+        let (rows, width) = (io.shapes.outputs[0].rows(), io.shapes.outputs[0].last());
         let ([h, skip, x, z, ..], [dh, dskip, dx, dz, ..]) = (io.inputs, io.input_gradients);
-        let arguments = arguments![io.gradient(), h, skip, x, z, dh, dx, dz, n as u64, width];
-        io.queue.launch_wide(&SOURCE, "skip_gate_backward", n, arguments)?;
-        let Some(dskip) = dskip else { return Ok(()) };
-        let tiles = rows.div_ceil(ROWS);
-        let parts = io.queue.scratch(tiles * width)?;
-        let arguments = arguments![io.gradient(), x, z, parts, rows, width];
-        io.queue.launch(&SOURCE, "skip_gate_parts", [width.div_ceil(128), tiles, 1], 128, arguments)?;
-        io.queue.add_parts(parts, tiles, width, dskip)
+        let fresh = [0, 2, 3].iter().fold(0, |bits, &slot| bits | u32::from(io.is_fresh(slot)) << slot);
+        let tiles = rows.div_ceil(CUDA_ROWS);
+        let parts = dskip.map(|_| io.queue.scratch(tiles * width)).transpose()?;
+        let arguments = arguments![io.gradient(), h, skip, x, z, dh, dx, dz, parts, rows, width, fresh];
+        io.queue.launch_columns(&SOURCE, "skip_gate_backward", [rows, width], CUDA_ROWS, arguments)?;
+        match (dskip, parts) {
+            (Some(dskip), Some(parts)) => io.queue.give_parts(parts, tiles, width, (dskip, io.is_fresh(1))),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -68,6 +68,10 @@ fn sizes(shapes: &NodeShapes) -> (usize, usize) {
 #[cfg(feature = "cuda")]
 const SOURCE: Source = Source::new("window", include_str!("window.cu"));
 
+/// Rows that a thread goes over on a GPU: ROWS of window.cu.
+#[cfg(feature = "cuda")]
+const CUDA_ROWS: usize = 4;
+
 impl Kernel for Window {
     fn name(&self) -> &'static str {
         "window"
@@ -157,10 +161,10 @@ impl Kernel for Window {
         let rows = io.queue.scratch(batch * self.size)?;
         let arguments = arguments![io.input(2), io.input(3), rows, length, self.size];
         io.queue.launch(&SOURCE, "window_sources", [batch, 1, 1], 32, arguments)?;
-        let n = batch * self.size * width;
+        let n = batch * self.size;
         let arguments =
-            arguments![rows, io.input(0), io.inputs[1], io.outputs[0], n as u64, length, self.size, width];
-        io.queue.launch_each(&SOURCE, "window_forward", n, arguments)
+            arguments![rows, io.input(0), io.inputs[1], io.outputs[0], n, length, self.size, width];
+        io.queue.launch_columns(&SOURCE, "window_forward", [n, width], CUDA_ROWS, arguments)
     }
 
     #[cfg(feature = "cuda")]

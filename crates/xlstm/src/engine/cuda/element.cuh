@@ -97,6 +97,53 @@ template <class T> __device__ __forceinline__ void give_wide(T *p, const Wide &w
     else add_wide(p, wide, count);
 }
 
+// ---- Eight of a row, and four, by a thread that goes over rows: all loads of some rows come before
+// the first use ----
+
+/// The first `count` of eight, the others zero. WHOLE: rows are made of aligned pieces of eight.
+template <bool WHOLE> __device__ __forceinline__ Raw take(const element_t *p, int count) {
+    if (WHOLE) return load_raw(p);
+    Raw raw;
+    store_whole((element_t *)&raw, load_wide(p, count));
+    return raw;
+}
+template <bool WHOLE> __device__ __forceinline__ void give(element_t *p, Wide wide, int count, bool fresh) {
+    if (!WHOLE) return give_wide(p, wide, count, fresh);
+    if (!fresh) {
+        Wide old = load_whole(p);
+        EACH_WIDE(j) wide.x[j] += old.x[j];
+    }
+    store_whole(p, wide);
+}
+
+/// Loops over four in registers.
+#define EACH_FOUR(j) _Pragma("unroll") for (int j = 0; j < 4; j++)
+
+struct Four {
+    float x[4];
+};
+#ifdef ELEMENT_BF16
+typedef uint2 RawFour;
+__device__ __forceinline__ Four unpack(const uint2 &raw) {
+    return {{__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
+             __uint_as_float(raw.y & 0xffff0000u)}};
+}
+__device__ __forceinline__ void store_four(bf16_t *p, const Four &four) {
+    uint2 raw;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(raw.x) : "f"(four.x[1]), "f"(four.x[0]));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(raw.y) : "f"(four.x[3]), "f"(four.x[2]));
+    *(uint2 *)p = raw;
+}
+#else
+typedef float4 RawFour;
+#endif
+__device__ __forceinline__ Four unpack(const float4 &raw) { return {{raw.x, raw.y, raw.z, raw.w}}; }
+__device__ __forceinline__ void store_four(float *p, const Four &four) {
+    *(float4 *)p = make_float4(four.x[0], four.x[1], four.x[2], four.x[3]);
+}
+/// Four from p on, aligned: the row's width is a multiple of 4.
+__device__ __forceinline__ RawFour load_four(const element_t *p) { return *(const RawFour *)p; }
+
 /// Of n elements, the first that this thread takes; `count` of them, 0 or less for none.
 __device__ __forceinline__ long long my_elements(long long n, int *count) {
     long long first = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDE;
@@ -122,7 +169,12 @@ __device__ __forceinline__ void wait_for_previous() {
 
 #define NEG_INFINITY __int_as_float(0xff800000)
 
+#ifdef ELEMENT_BF16
+// Within 1e-6, in a quarter of the instructions.
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+#else
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+#endif
 /// Rounded the same in every kernel, hence no contraction of its last step.
 __device__ __forceinline__ float log_sigmoid(float x) {
     return __fsub_rn(fminf(x, 0.0f), log1pf(expf(-fabsf(x))));

@@ -158,6 +158,20 @@ impl Queue {
         self.launch_each(source, name, n.div_ceil(WIDE), arguments)
     }
 
+    /// Launches a kernel whose threads take [`WIDE`] columns each and go over `each` rows.
+    pub(crate) fn launch_columns(
+        &self,
+        source: &Source,
+        name: &'static str,
+        [rows, width]: [usize; 2],
+        each: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        let threads = width.div_ceil(WIDE);
+        let block = threads.next_multiple_of(32).min(256);
+        self.launch(source, name, [rows.div_ceil(each), threads.div_ceil(block), 1], block, arguments)
+    }
+
     /// Launches a kernel with a thread an element, 256 a block.
     pub(crate) fn launch_each(
         &self,
@@ -208,9 +222,8 @@ impl Queue {
 
     /// y (rows, width) = bias in every row; y holds elements, or f32 where `full`.
     pub(crate) fn fill_rows(&self, bias: u64, y: u64, full: bool, rows: usize, width: usize) -> Result<()> {
-        let n = rows * width;
         let name = if full { "fill_rows_full" } else { "fill_rows" };
-        self.launch_each(&REDUCE, name, n, arguments![bias, y, n as u64, width])
+        self.launch_columns(&REDUCE, name, [rows, width], FILLED, arguments![bias, y, rows, width])
     }
 
     /// `n` f32 numbers as elements, until the operation ends: what products take.
@@ -223,12 +236,8 @@ impl Queue {
         Ok(y)
     }
 
-    /// sums (width) += the sum of `parts` rows (parts, width), in order.
-    pub(crate) fn add_parts(&self, parts: u64, count: usize, width: usize, sums: u64) -> Result<()> {
-        self.give_parts(parts, count, width, (sums, false))
-    }
-
-    /// As [`add_parts`](Self::add_parts), but written whole where the sums are fresh.
+    /// sums (width) += the sum of `parts` rows (parts, width), in order; written whole where the sums are
+    /// fresh.
     pub(crate) fn give_parts(
         &self,
         parts: u64,
@@ -264,7 +273,7 @@ impl Queue {
         let name = if full { "row_parts_full" } else { "row_parts" };
         let tiles = rows.div_ceil(ROWS);
         let parts = self.scratch(tiles * width)?;
-        self.launch(&REDUCE, name, [width.div_ceil(128), tiles, 1], 128, arguments![x, parts, rows, width])?;
+        self.launch_columns(&REDUCE, name, [rows, width], ROWS, arguments![x, parts, rows, width])?;
         self.give_parts(parts, tiles, width, sums)
     }
 }
@@ -274,6 +283,9 @@ pub(crate) const WIDE: usize = 8;
 
 /// Rows that one partial sum covers, in every kernel that sums over rows.
 pub(crate) const ROWS: usize = 64;
+
+/// Rows that a thread fills: FILLED of reduce.cu.
+const FILLED: usize = 16;
 
 /// Sums over rows.
 pub(crate) const REDUCE: Source = Source::new("reduce", include_str!("reduce.cu"));

@@ -1,13 +1,37 @@
 // Sums over rows in two stages: fixed tiles of rows, then the tiles in order; and rows that
 // start as a bias.
 
-/// parts (tiles, width) = the sum of each tile of rows of x (rows, width).
-/// grid (ceil(width / 128), tiles), block 128.
-extern "C" __global__ void row_parts(const element_t *x, float *parts, int rows, int width) {
-    sum_tile(parts, rows, width, [=](int, int, long long i) { return load(x + i); });
+/// Eight columns of a tile of rows, the loads of eight rows under way at once.
+template <class T> __device__ __forceinline__ void sum_rows(const T *x, float *parts, int rows, int width) {
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * WIDE, count = width - column;
+    if (count <= 0) return;
+    int row = blockIdx.x * TILE_ROWS, end = min(rows, row + TILE_ROWS);
+    Wide sum = {};
+    if (width % WIDE == 0)
+        for (; row + 8 <= end; row += 8) {
+            decltype(load_raw(x)) raw[8];
+#pragma unroll
+            for (int r = 0; r < 8; r++) raw[r] = load_raw(x + (long long)(row + r) * width + column);
+#pragma unroll
+            for (int r = 0; r < 8; r++) {
+                Wide other = unpack(raw[r]);
+                EACH_WIDE(j) sum.x[j] += other.x[j];
+            }
+        }
+    for (; row < end; row++) {
+        Wide other = load_wide(x + (long long)row * width + column, count);
+        EACH_WIDE(j) sum.x[j] += other.x[j];
+    }
+    store_wide(parts + (long long)blockIdx.x * width + column, sum, count);
 }
-extern "C" __global__ void row_parts_full(const float *x, float *parts, int rows, int width) {
-    sum_tile(parts, rows, width, [=](int, int, long long i) { return load(x + i); });
+
+/// parts (tiles, width) = the sum of each tile of rows of x (rows, width).
+/// grid (tiles, ceil(width / 8 / block)).
+extern "C" __global__ void __launch_bounds__(256) row_parts(const element_t *x, float *parts, int rows, int width) {
+    sum_rows(x, parts, rows, width);
+}
+extern "C" __global__ void __launch_bounds__(256) row_parts_full(const float *x, float *parts, int rows, int width) {
+    sum_rows(x, parts, rows, width);
 }
 
 /// sums (width) += the sum over parts (count, width), or = where they are fresh: 32 threads a column take every 32nd part,
@@ -28,14 +52,23 @@ extern "C" __global__ void __launch_bounds__(1024) add_parts(
     sums[column] = fresh ? sum : sums[column] + sum;
 }
 
-/// y (rows, width) = bias in every row. One thread an element.
-extern "C" __global__ void fill_rows(const float *bias, element_t *y, long long n, int width) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) store(y + i, bias[i % width]);
+/// Rows that a thread fills.
+#define FILLED 16
+
+template <class T> __device__ __forceinline__ void fill(const float *bias, T *y, int rows, int width) {
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * WIDE, count = width - column;
+    if (count <= 0) return;
+    int row = blockIdx.x * FILLED, end = min(rows, row + FILLED);
+    Wide wide = load_wide(bias + column, count);
+    for (; row < end; row++) store_wide(y + (long long)row * width + column, wide, count);
 }
-extern "C" __global__ void fill_rows_full(const float *bias, float *y, long long n, int width) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) y[i] = bias[i % width];
+
+/// y (rows, width) = bias in every row, eight columns a thread. grid (ceil(rows / FILLED), ceil(width / 8 / block)).
+extern "C" __global__ void __launch_bounds__(256) fill_rows(const float *bias, element_t *y, int rows, int width) {
+    fill(bias, y, rows, width);
+}
+extern "C" __global__ void __launch_bounds__(256) fill_rows_full(const float *bias, float *y, int rows, int width) {
+    fill(bias, y, rows, width);
 }
 
 /// y = x, rounded.
