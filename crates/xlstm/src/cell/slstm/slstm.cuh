@@ -83,6 +83,34 @@ __device__ __forceinline__ Packed saved_at(const void *record, long long n, long
     return {((const uint2 *)record)[at], ((const unsigned *)((const uint2 *)record + n))[at]};
 }
 
+/// Of words an element in all, behind them: f' (B, NH DH), f32, of the first token after an initial state that
+/// is given, but empty.
+#define PACKED_WORDS 3
+__device__ __forceinline__ float *first_forget(void *record, long long n, int words) {
+    return (float *)record + words * n;
+}
+
+// As the activations are stored: packed, or in f32 one of the six after the other.
+#ifdef ELEMENT_BF16
+#define SAVED_WORDS PACKED_WORDS
+__device__ __forceinline__ void leave(void *record, long long n, long long at, const Saved &saved, int flags) {
+    save(record, n, at, pack(saved, flags));
+}
+__device__ __forceinline__ Saved left_at(const void *record, long long n, long long at, int flags) {
+    return unpack(saved_at(record, n, at), flags);
+}
+#else
+#define SAVED_WORDS 6
+__device__ __forceinline__ void leave(void *record, long long n, long long at, const Saved &saved, int flags) {
+    for (int part = 0; part < SAVED_WORDS; part++) ((float *)record)[part * n + at] = saved.x[part];
+}
+__device__ __forceinline__ Saved left_at(const void *record, long long n, long long at, int flags) {
+    Saved saved;
+    for (int part = 0; part < SAVED_WORDS; part++) saved.x[part] = ((const float *)record)[part * n + at];
+    return saved;
+}
+#endif
+
 // ---- The cell ----
 
 #define EACH(N) _Pragma("unroll") for (int x = 0; x < N; x++)
@@ -170,8 +198,12 @@ __device__ __forceinline__ Carry last_carry(const State &last, float dc, float d
     return {last.n * dc, dl, dm - dl};
 }
 
-/// Behind what the tokens leave: f' (B, NH DH), f32, of the first token after an empty initial state.
-__device__ __forceinline__ float *first_forget(void *record, long long n) { return (float *)((unsigned *)record + 3 * n); }
+/// Whether all tokens of a sequence before t are pads; marks are its own, or null.
+__device__ __forceinline__ bool comes_first(const unsigned *marks, int t) {
+    int u = 0;
+    while (u < t && marks && marks[u] & PAD) u++;
+    return u == t;
+}
 
 /// Adds the gradients of an initial sLSTM state, at `to`, from what reaches it; n0 null: it was empty, and
 /// nobody asks. Where n0 is 0, those of c0 and n0 are there already, unless no token came: then they are those

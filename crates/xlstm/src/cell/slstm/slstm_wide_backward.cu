@@ -89,16 +89,16 @@ template <int KT, int C, int W, int LATE> __device__ __forceinline__ void wide_b
     typedef BackwardSizes<KT, C, W> Sizes;
     extern __shared__ __align__(16) unsigned char wide_shared[];
     BackwardShared<KT, C, W> &shared = *(BackwardShared<KT, C, W> *)wide_shared;
-    /// Sums of a tile that run side by side, where there are few warps to hide a product's latency.
     /// Where registers are short, gates' gradients do not wait for the product.
     const bool EARLY = W >= 12;
+    /// Sums of a tile that run side by side, where there are few warps to hide a product's latency.
     const int CHAINS = W <= 8 ? 4 / Sizes::TILES : W < 16 ? 2 : 1, PIECES = Sizes::TILES * Sizes::STEPS;
     const int B = x.B, S = x.S, NH = x.NH, DH = x.DH, flags = x.flags;
     const int rank = blockIdx.x % C, first = blockIdx.x / C * SEQUENCES, head = blockIdx.y, width = NH * DH;
     const int octet = (rank * W + WARP) * 8, column = head * DH + octet + LANE / 4;
     const bool works = octet < DH, lstm = flags & LSTM, multiplies = !(flags & GRADIENT_CUT);
     const long long n = (long long)B * S * width;
-    const int active = (DH + 8 * W - 1) / (8 * W);
+    [[maybe_unused]] const int active = (DH + 8 * W - 1) / (8 * W);
     const unsigned arriving = min(W, DH / 8 - rank * W) * active * (int)sizeof(float2) * 32;
 
     for (int i = threadIdx.x; i < (int)sizeof(shared.draws) / 4; i += 32 * W) ((unsigned *)shared.draws)[i] = 0;
@@ -131,11 +131,8 @@ template <int KT, int C, int W, int LATE> __device__ __forceinline__ void wide_b
     Carry carry[2];
     /// Whether the initial state is given, but empty.
     bool is_empty[2];
-    auto comes_first = [&](int s, int t) {
-        const unsigned *marks = x.marks + (long long)min(mine + s, B - 1) * S;
-        int u = 0;
-        while (u < t && x.marks && marks[u] & PAD) u++;
-        return u == t;
+    auto is_first = [&](int s, int t) {
+        return comes_first(x.marks ? x.marks + (long long)min(mine + s, B - 1) * S : nullptr, t);
     };
 #pragma unroll
     for (int s = 0; s < 2; s++) {
@@ -212,10 +209,10 @@ template <int KT, int C, int W, int LATE> __device__ __forceinline__ void wide_b
             dh[s] = 0.0f;
             if (resets(mark[s])) {
                 carry[s] = {0.0f, 0.0f, 0.0f};
-            } else if (is_empty[s] && comes_first(s, t)) {
+            } else if (is_empty[s] && is_first(s, t)) {
                 // All of such a state's gradient there is: it is no ratio.
                 long long to = (long long)(mine + s) * width + column;
-                float f = first_forget((void *)x.record, n)[to], dr = fmaf(dy[s], fabsf(saved[s].x[3]), before[s].r);
+                float f = first_forget((void *)x.record, n, PACKED_WORDS)[to], dr = fmaf(dy[s], fabsf(saved[s].x[3]), before[s].r);
                 if (x.dc0) x.dc0[to] += f * dr;
                 if (x.dn0) x.dn0[to] += f * (before[s].l - dr * saved[s].x[1]);
             }
@@ -321,7 +318,7 @@ template <int KT, int C, int W, int LATE> __device__ __forceinline__ void wide_b
             if (x.dc0) x.dc0[to] += carry[s].r;
             continue;
         }
-        bool same = is_empty[s] && comes_first(s, S);
+        bool same = is_empty[s] && is_first(s, S);
         give_initial(carry[s], x.c0, x.n0, same ? x.dc_last : nullptr, same ? x.dn_last : nullptr, to, x.dc0, x.dn0,
                      x.dm0);
     }
@@ -341,7 +338,7 @@ template <int KT, int C, int W, int LATE> __device__ __forceinline__ void wide_b
                                        dn0, dm0, clip, B, S, NH, DH, flags});                                          \
     }
 WIDE_BACKWARD(64, 4, 1, 8, 0, 48 << 10, )
-WIDE_BACKWARD(128, 8, 1, 16, 8, 128 << 10, )
+WIDE_BACKWARD(128, 8, 1, 16, 10, 144 << 10, )
 #ifdef HAS_CLUSTERS
 WIDE_BACKWARD(128_cluster, 8, 4, 4, 0, 48 << 10, __cluster_dims__(4, 1, 1))
 WIDE_BACKWARD(192_cluster, 12, 2, 12, 8, 96 << 10, __cluster_dims__(2, 1, 1))

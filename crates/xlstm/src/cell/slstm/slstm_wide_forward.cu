@@ -56,7 +56,7 @@ template <int KT, int C, int W, int LATE> __device__ __forceinline__ void wide_f
     const int B = x.B, S = x.S, NH = x.NH, DH = x.DH, flags = x.flags;
     const int rank = blockIdx.x % C, first = blockIdx.x / C * SEQUENCES, head = blockIdx.y, width = NH * DH;
     const int octet = (rank * W + WARP) * 8, d = octet + LANE / 4, column = head * DH + d;
-    const int active = (DH + 8 * W - 1) / (8 * W);
+    [[maybe_unused]] const int active = (DH + 8 * W - 1) / (8 * W);
     const bool works = octet < DH;
     const long long n = (long long)B * S * width;
 
@@ -178,7 +178,7 @@ template <int KT, int C, int W, int LATE> __device__ __forceinline__ void wide_f
             hidden[s] = y[s];
             // Of an initial state that is empty, but given: backward has no other way to it.
             if (x.n0 && x.record && given[s] && before[s].n == 0.0f && !resets(mark[s]))
-                first_forget(x.record, n)[(long long)(mine + s) * width + column] = forget[s];
+                first_forget(x.record, n, PACKED_WORDS)[(long long)(mine + s) * width + column] = forget[s];
         }
         unsigned word = exchange(hidden[0], hidden[1]);
         bf16_t *place = &shared.hidden[(t + 1) % 2][MINE][octet + LANE / 8 * 2];
