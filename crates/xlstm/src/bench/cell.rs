@@ -31,6 +31,9 @@ pub struct CellTimes {
     pub error: f64,
 }
 
+/// An input, where its random numbers are centred and how far they spread.
+type Input = (Var, [f64; 2]);
+
 /// A cell with its width, of queries and keys and of values where these differ.
 #[derive(Clone, Debug)]
 enum Cell {
@@ -139,9 +142,8 @@ impl Cell {
         }
     }
 
-    /// Records the cell over (batch, length) tokens from an empty state; its inputs with where each
-    /// is centred and how far it spreads, and h.
-    fn record(&self, tape: &mut Tape, [batch, length]: [usize; 2]) -> Result<(Vec<(Var, [f64; 2])>, Var)> {
+    /// Records the cell over (batch, length) tokens from an empty state; its inputs, and h.
+    fn record(&self, tape: &mut Tape, [batch, length]: [usize; 2]) -> Result<(Vec<Input>, Var)> {
         let mut inputs = Vec::new();
         let mut spread = |tape: &mut Tape, shape: &[usize], of: [f64; 2]| {
             let var = tape.input_with_gradient(shape);
@@ -170,6 +172,9 @@ impl Cell {
         Ok((inputs, h))
     }
 }
+
+/// Random numbers that an input has at most before they begin anew; no width divides it.
+const DRAWN: usize = 1_000_003;
 
 /// A recorded cell with its inputs set, and what it is replayed over.
 struct Recorded<'a, T> {
@@ -204,7 +209,8 @@ impl<'a, T: Element> Recorded<'a, T> {
         let mut rng = Rng::new(1, 0);
         let mut draw = |size: usize, [centre, spread]: [f64; 2]| -> Vec<T> {
             let mut number = || precision.round((centre + spread * rng.normal()) as f32);
-            (0..size).map(|_| T::from_f64(f64::from(number()))).collect()
+            let drawn: Vec<T> = (0..size.min(DRAWN)).map(|_| T::from_f64(f64::from(number()))).collect();
+            drawn.iter().copied().cycle().take(size).collect()
         };
         for ((var, of), size) in inputs.iter().zip(sizes) {
             program.set_input(*var, &draw(size, *of))?;

@@ -1,13 +1,23 @@
-// The cells in bf16 on tensor cores: R of a head on chip for the whole sequence, in registers.
+// The cells in bf16 on tensor cores: R of a head stays on chip for the whole sequence, in registers.
 //
-// A cluster of C blocks (on Hopper; else C = 1) holds a head and walks along 8 sequences. Block q of a
-// cluster has the features 8 W q to 8 W (q + 1) - 1, each of its W warps 8 of them: a thread has
-// feature lane / 4 of the warp's, of sequences 2 (lane % 4) and the next, all four gates, and its
-// states in f32. Products are mma.sync.m16n8k16 with R's rows as M and the sequences as N.
-// Between blocks numbers go by st.async to the other's shared memory, where an mbarrier counts their bytes:
-// nobody waits for a cluster.
+// A cluster of C blocks (one block where there are no clusters) holds a head and walks along 8 sequences.
+// Block q of it has the features from 8 W q on, each of its W warps 8 of them: a thread has feature lane / 4 of
+// the warp's, of the sequences 2 (lane % 4) and the next, all four gates, and its states in f32. Products are
+// mma.sync.m16n8k16 with rows of R as M and the sequences as N. Between blocks numbers go by st.async into the
+// other's shared memory, where an mbarrier counts their bytes: no step has a barrier of the cluster.
 //
-// Sizes: B sequences, S >= 1 tokens, NH <= 65535 heads, DH <= 16 KT features a head, a multiple of 8.
+//   forward    slstm_wide_rows -> slstm_wide_forward_*
+//   backward   slstm_wide_columns -> slstm_wide_backward_* -> slstm_wide_before, and by the caller the sum of
+//              parts for db, and the product for dR as in slstm.cu, of draw and before in bf16
+//
+// Sizes: B sequences, S >= 1 tokens, NH <= 65535 heads, DH <= 16 KT features a head, a multiple of 8; B S NH DH
+// < 2^34. Launch: grid (C ceil(B / 8), NH), block 32 W, and as much dynamic shared memory as the end of
+// each file says. Tensors and flags are those of slstm.cu, but h, dh, draw and before are bf16.
+//
+// The floor of a step: [4 DH, DH] times [DH, 8] is 256 mma in a block at DH 128, 0.2 us, or a quarter of that in
+// four blocks; nine special functions an element are 0.3 us in one block. What is left is a chain of
+// latencies that every step has once: h from shared memory, 4 to 8 dependent mma, the cell, h to the others.
+// At 30 bytes an element forward and 38 backward memory takes less.
 
 #define SEQUENCES 8
 #define ALL_LANES 0xffffffffu
