@@ -475,6 +475,8 @@ fn cells(table: &mut Table<'_>) {
         (70, 16, 24, true, Exponential, SigmoidForget, true),
         (200, 64, 64, false, Exponential, SigmoidForget, true),
         (130, 80, 96, true, Exponential, SigmoidForget, true),
+        (300, 128, 256, true, Exponential, SigmoidForget, true),
+        (130, 36, 20, true, Exponential, SigmoidForget, true),
         (1, 16, 16, false, Sigmoid, SigmoidForget, true),
         (130, 32, 32, true, Sigmoid, SigmoidForget, true),
         (130, 32, 32, true, Exponential, ExponentialForget, true),

@@ -1,8 +1,12 @@
 //! The mLSTM on a GPU: the launches of mlstm.cuh, in its order and with its work space.
+//!
+//! In bf16, head sizes that are multiples of 8 go by chunks of 128 ([`cuda_wide`](super::cuda_wide)).
 
 use super::MlstmConfig;
+use super::cuda_wide;
 use super::operation::Sizes;
 use crate::cell::{ForgetGate, InputGate};
+use crate::engine::Precision;
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::Queue};
 use crate::error::Result;
 
@@ -19,8 +23,8 @@ macro_rules! source {
         )
     };
 }
-const FORWARD: Source = source!("mlstm_forward");
-const BACKWARD: Source = source!("mlstm_backward");
+pub(super) const FORWARD: Source = source!("mlstm_forward");
+pub(super) const BACKWARD: Source = source!("mlstm_backward");
 
 /// Tokens of a chunk, and rows and columns of a tile: L of mlstm.cuh.
 const L: usize = 64;
@@ -39,10 +43,18 @@ fn operands(queue: &mut Queue, rows: usize, width: usize) -> Result<u64> {
     queue.scratch((rows * width.next_multiple_of(8) * queue.precision().bytes()).div_ceil(4))
 }
 
-fn flags(config: &MlstmConfig) -> u32 {
+pub(super) fn flags(config: &MlstmConfig) -> u32 {
     u32::from(config.input_gate == InputGate::Sigmoid)
         | u32::from(config.forget_gate == ForgetGate::Exponential) << 1
         | u32::from(config.normalize) << 2
+}
+
+/// Whether the kernels for chunks of 128 take these sizes.
+fn is_wide(queue: &Queue, sizes: &Sizes) -> bool {
+    queue.precision() == Precision::Bf16
+        && sizes.dqk.is_multiple_of(8)
+        && sizes.dhv.is_multiple_of(8)
+        && sizes.batch * sizes.heads <= cuda_wide::MAX_TASKS
 }
 
 /// See [`Kernel::forward_cuda`](crate::engine::Kernel::forward_cuda).
@@ -87,6 +99,9 @@ pub(super) fn forward(
             columns
         ];
         return queue.launch(&FORWARD, "mlstm_step", [dhv.div_ceil(columns), tasks, 1], 256, arguments);
+    }
+    if is_wide(queue, &sizes) {
+        return cuda_wide::forward(config, marked, sizes, io);
     }
     let tokens = tasks * chunks * L;
     let scores = operands(queue, tokens, L)?;
@@ -144,6 +159,21 @@ pub(super) fn forward(
     queue.launch_shared(&FORWARD, "mlstm_outputs", grid, GROUP, OUTPUTS_SHARED, arguments)
 }
 
+/// Which gradients are to be written whole, a bit each: q, k, v, i, f.
+pub(super) fn fresh(io: &CudaBackward<'_>) -> u32 {
+    (0..5).map(|slot| u32::from(io.is_fresh(slot)) << slot).sum()
+}
+
+/// The gradient of h, of `n` numbers: zeros where the loss sees the last state alone.
+pub(super) fn output_gradient(queue: &mut Queue, dh: Option<u64>, n: usize) -> Result<u64> {
+    if let Some(dh) = dh {
+        return Ok(dh);
+    }
+    let zeros = queue.scratch(n)?;
+    queue.zero(zeros, n)?;
+    Ok(zeros)
+}
+
 /// See [`Kernel::backward_cuda`](crate::engine::Kernel::backward_cuda).
 pub(super) fn backward(
     config: &MlstmConfig,
@@ -157,10 +187,20 @@ pub(super) fn backward(
     let [dh, dc, dn, dm_last, ..] = io.output_gradients;
     let [dq, dk, dv, di_out, df_out, dc0, dn0, dm0, ..] = io.input_gradients;
     let marks = marked.then_some(io.ids[0]);
-    let (flags, eps) = (flags(config), config.eps);
+    if is_wide(io.queue, &sizes) {
+        return cuda_wide::backward(config, marked, sizes, io);
+    }
+    let (flags, eps, fresh) = (flags(config), config.eps, fresh(io));
     let (tasks, chunks) = (batch * heads, length.div_ceil(L));
     let (key_tiles, value_tiles) = (dqk.div_ceil(L), dhv.div_ceil(L));
     let queue = &mut *io.queue;
+    // These are added to by tiles.
+    for (slot, (gradient, width)) in [(dq, dqk), (dk, dqk), (dv, dhv)].into_iter().enumerate() {
+        if let Some(gradient) = gradient.filter(|_| fresh >> slot & 1 == 1) {
+            let bytes = batch * length * heads * width * queue.precision().bytes();
+            queue.zero(gradient, bytes.div_ceil(4))?;
+        }
+    }
     let tokens = tasks * chunks * L;
     let scores = operands(queue, tokens, L)?;
     let pairs = operands(queue, tokens, L)?;
@@ -179,15 +219,7 @@ pub(super) fn backward(
     let crossing = queue.scratch(key_tiles * tasks * chunks)?;
     let inner_last = queue.scratch(tasks * key_tiles * value_tiles)?;
     let inner_first = queue.scratch(tasks * key_tiles * value_tiles)?;
-    // A gradient of zero, where the loss sees the last state alone.
-    let dh = match dh {
-        Some(dh) => dh,
-        None => {
-            let zeros = queue.scratch(batch * length * heads * dhv)?;
-            queue.zero(zeros, batch * length * heads * dhv)?;
-            zeros
-        }
-    };
+    let dh = output_gradient(queue, dh, batch * length * heads * dhv)?;
     let arguments =
         arguments![h, dh, marks, stabilizers, denominators, inverse, dd, dm, length, heads, dhv, flags, eps];
     queue.launch(&BACKWARD, "mlstm_backward_tokens", [(chunks * L).div_ceil(8), tasks, 1], 256, arguments)?;
@@ -291,7 +323,9 @@ pub(super) fn backward(
         di_out,
         df_out,
         dm0,
+        fresh >> 3,
         length,
+        chunks * L,
         heads,
         dqk,
         flags,

@@ -5,6 +5,9 @@
 // would cross it (W_tj, e_t, w_j = 0) instead of ending the chunk. And the work is spread over
 // all chunks at once: only the stabiliser and the states walk along the sequence.
 //
+// In bf16 head sizes that are multiples of 8 take the kernels of mlstm_wide.cuh instead, but for one
+// token.
+//
 //   forward    mlstm_gates -> mlstm_scores -> mlstm_states -> mlstm_outputs
 //   one token  mlstm_step
 //   backward   mlstm_backward_tokens -> mlstm_backward_scores -> mlstm_states (last states null)

@@ -1,17 +1,5 @@
 // The mLSTM cell backward; mlstm.cuh says what the arguments are.
 
-/// Sum over the block, valid in thread 0; fixed order.
-__device__ float block_sum(float x) {
-    __shared__ float parts[32];
-    x = warp_sum(x);
-    __syncthreads();
-    if (LANE == 0) parts[threadIdx.x / 32] = x;
-    __syncthreads();
-    float total = 0.0f;
-    for (int i = 0; i < (int)blockDim.x / 32; i++) total += parts[i];
-    return total;
-}
-
 /// inverse = 1 / N_t, dd_t = -(dh_t . h_t) / N_t sign(d_t) where |d_t| is above its floor, and the
 /// gradient of m_t through eps; all 0 at pads and past the end.
 /// grid (ceil(N 64 / 8), B NH), block 256: a warp a token.
@@ -47,9 +35,6 @@ extern "C" __global__ void __launch_bounds__(256) mlstm_backward_tokens(
         dm[to] = out[2];
     }
 }
-
-// Where a block has two products to do at once, each of its two sides of 128 threads does one.
-#define SIDE ((int)threadIdx.x / GROUP)
 
 /// A / N, the weighted keys and queries with their sums, w and e; P = dnum V^T + dd 1^T with
 /// dnum = dh / N; pairs = s W ∘ P; G = A ∘ P and its share of the gate gradients,
@@ -351,16 +336,18 @@ __device__ __forceinline__ Descent scan_back(Descent descent) {
 /// The gradient of m walks back along the maxima that made it, from the last state and from every
 /// token (dm), to log i where the token set a new maximum, else to log f and the m before; then
 /// through the gates' activations. Pads get nothing.
-/// grid (B NH), block 1024: 1024 tokens a round. tiles: TQ TV. In: dm_last (B, NH) or null. Added
-/// to: di_out, df_out (B, S, NH), dm0 (B, NH), each or null.
+/// grid (B NH), block 1024: 1024 tokens a round. tiles: TQ TV; whole: tokens of all chunks, of which
+/// dm, di and df have each a number. In: dm_last (B, NH) or null. Added to: dm0 (B, NH), and
+/// di_out, df_out (B, S, NH) where fresh (1 di_out, 2 df_out) does not say that they are to be
+/// written whole; each or null.
 extern "C" __global__ void __launch_bounds__(1024) mlstm_backward_unwind(
     const float *i, const float *f, const unsigned *marks, const float *n0, const float *m0,
     const float *stabilizers, const float *dm, const float *di, const float *df, const float *dm_last,
-    const float *inner_last, const float *inner_first, float *di_out, float *df_out, float *dm0, int S, int NH,
-    int dqk, int flags, int tiles
+    const float *inner_last, const float *inner_first, float *di_out, float *df_out, float *dm0, int fresh, int S,
+    int whole, int NH, int dqk, int flags, int tiles
 ) {
     __shared__ float a[32], b[32];
-    int bh = blockIdx.x, tid = threadIdx.x, warp = tid / 32, whole = (S + L - 1) / L * L;
+    int bh = blockIdx.x, tid = threadIdx.x, warp = tid / 32;
     float first = initial_stabilizer(n0, m0, bh, dqk, flags), last = 0.0f, before = 0.0f;
     for (int tile = LANE; tile < tiles; tile += 32) {
         last += inner_last[(long long)bh * tiles + tile];
@@ -390,15 +377,18 @@ extern "C" __global__ void __launch_bounds__(1024) mlstm_backward_unwind(
         float right = __shfl_down_sync(ALL, descent.from(after), 1);
         float here = own + (LANE == 31 ? after : right);
         carried = __shfl_sync(ALL, arrived, 0);
-        if (t < S && !is_pad(gate.mark)) {
+        if (t < S) {
+            bool seen = !is_pad(gate.mark);
             long long from = (long long)bh * whole + t, to = ((long long)(bh / NH) * S + t) * NH + bh % NH;
             if (di_out) {
                 float slope = flags & SIGMOID_INPUT ? sigmoid(-i[to]) : 1.0f;
-                di_out[to] += slope * (di[from] + (kept ? 0.0f : here));
+                float change = seen ? slope * (di[from] + (kept ? 0.0f : here)) : 0.0f;
+                di_out[to] = (fresh & 1 ? 0.0f : di_out[to]) + change;
             }
             if (df_out) {
                 float slope = flags & EXPONENTIAL_FORGET ? 1.0f : sigmoid(-f[to]);
-                df_out[to] += slope * (df[from] + (kept ? here : 0.0f));
+                float change = seen ? slope * (df[from] + (kept ? here : 0.0f)) : 0.0f;
+                df_out[to] = (fresh & 2 ? 0.0f : df_out[to]) + change;
             }
         }
     }

@@ -9,6 +9,8 @@
 /// Numbers in 16 bytes.
 #define IN_VECTOR (16 / (int)sizeof(element_t))
 #define MEMBER ((int)threadIdx.x % GROUP)
+/// Where a block has two products to do at once, each of its two sides of 128 threads does one.
+#define SIDE ((int)threadIdx.x / GROUP)
 
 /// Two neighbours of a row.
 #ifdef ELEMENT_BF16
@@ -91,7 +93,10 @@ __device__ __forceinline__ unsigned shared_address(const void *p) { return (unsi
 __device__ __forceinline__ void fetch(Tile &tile, const Rows &of, int row, int column) {
     if (of.aligned) {
         const int AT_ONCE = GROUP * IN_VECTOR / L;
-        int r = MEMBER * IN_VECTOR / L, c = MEMBER * IN_VECTOR % L, rows = column + c < of.width ? of.rows - row - r : 0;
+        // Hidden from the compiler, which else keeps the addresses of every fetch of a loop in registers.
+        int member = MEMBER;
+        asm volatile("" : "+r"(member));
+        int r = member * IN_VECTOR / L, c = member * IN_VECTOR % L, rows = column + c < of.width ? of.rows - row - r : 0;
         const element_t *from = of.from + (row + r) * of.stride + column + c;
         unsigned to = shared_address(tile.at(r, c));
 #pragma unroll
@@ -110,6 +115,13 @@ __device__ __forceinline__ void fetch(Tile &tile, const Rows &of, int row, int c
     }
 }
 
+/// Before a barrier: this thread's copies are seen by products that read shared memory by themselves.
+__device__ __forceinline__ void publish_copies() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 /// Fetches that run STAGES - 1 steps ahead of their use.
 template <int STAGES, class Fetch> struct Pipeline {
     int steps;
@@ -126,6 +138,7 @@ template <int STAGES, class Fetch> struct Pipeline {
             begin(step);
         }
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES > 1 ? STAGES - 2 : 0) : "memory");
+        publish_copies();
         __syncthreads();
         if (STAGES > 1) begin(step + STAGES - 1);
         return step % STAGES;
@@ -390,6 +403,18 @@ template <bool ADD> __device__ __forceinline__ void put(const float (&sum)[32], 
             store(x, ADD ? load(x) + sum[i] : sum[i]);
         }
     }
+}
+
+/// Sum over the block, valid in thread 0; fixed order.
+__device__ float block_sum(float x) {
+    __shared__ float parts[32];
+    x = warp_sum(x);
+    __syncthreads();
+    if (LANE == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    float total = 0.0f;
+    for (int i = 0; i < (int)blockDim.x / 32; i++) total += parts[i];
+    return total;
 }
 
 // ---- Shared memory ----

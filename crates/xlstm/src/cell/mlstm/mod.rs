@@ -23,6 +23,8 @@ mod chunkwise;
 mod chunkwise_backward;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_wide;
 mod operation;
 mod parallel;
 mod recurrent;

@@ -380,6 +380,11 @@ impl Kernel for Mlstm {
     }
 
     #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0, 1, 2, 3, 4], &[])
+    }
+
+    #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         super::cuda::forward(&self.config, self.marked, self.sizes(&io.shapes.inputs)?, io)
     }
