@@ -547,6 +547,7 @@ fn cells(table: &mut Table<'_>) {
         (11, 60, 128, true, "", usual.clone()),
         (11, 60, 128, true, " clip", clip.clone()),
         (600, 12, 128, true, "", usual.clone()),
+        (11, 60, 128, true, " empty state", usual.clone()),
         (11, 40, 144, false, " sigmoid i", siging),
         (11, 60, 192, true, " clip", clip.clone()),
         (11, 40, 208, true, " cut", cut),
@@ -567,6 +568,11 @@ fn cells(table: &mut Table<'_>) {
         case = case.input(&[batch, width]).input(&[batch, width]);
         if function == CellFunction::Slstm {
             case = case.between(&[batch, width], 0.5, 1.5).input(&[batch, width]);
+        }
+        if option == " empty state" {
+            for part in [7, 8] {
+                case.inputs[part].1.fill(0.0);
+            }
         }
         if marked {
             case = case.ids(marks(batch * length));
