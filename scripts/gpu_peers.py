@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""A public PyTorch system at a whole training step on an NVIDIA GPU: one JSON line.
+"""A public PyTorch system at a whole training step, or a step of generation, on an NVIDIA GPU: one JSON line.
 
     gpu_peers.py CASE WAY
 
 CASE: large-74m, large-162m, large-407m (NX-AI's xLSTMLarge with its Triton kernels) or gpt-125m (a GPT-2 with
 PyTorch's attention). WAY: shipped (autocast, launched as it is) or tuned (the mLSTM as an opaque operation, all
 else through torch.compile, the step as a CUDA graph). 16,384 tokens a step in sequences of 2048; TOKENS changes that.
+Or CASE gen-407m, xLSTMLarge drawing the likeliest token: SESSIONS of them at once (1), weights in bf16, state in f32.
 Needs PyTorch with Triton and the packages xlstm and mlstm_kernels.
 """
 import json, os, statistics, sys
@@ -116,7 +117,66 @@ class Large(nn.Module):
         return F.cross_entropy(logits.view(-1, VOCABULARY).float(), targets.view(-1))
 
 
+@torch.no_grad()
+def generation(case, way):
+    from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
+    sessions, tuned = int(os.environ.get("SESSIONS", "1")), way == "tuned"
+    dim, blocks, heads = LARGE["large-" + case.removeprefix("gen-")]
+    torch.manual_seed(0)
+    torch.set_default_dtype(bf16)
+    with torch.device("cuda"):
+        model = xLSTMLarge(xLSTMLargeConfig(
+            embedding_dim=dim, num_heads=heads, num_blocks=blocks, vocab_size=VOCABULARY, mode="inference", return_last_states=True,
+            chunkwise_kernel="chunkwise--triton_xl_chunk", sequence_kernel="native_sequence__triton", step_kernel="triton",
+            chunk_size=CHUNK, autocast_kernel_dtype="bfloat16", weight_mode="fused", inference_state_dtype="float32")).eval()
+    prompt = torch.randint(0, VOCABULARY, (sessions, LENGTH), device="cuda")
+
+    def timed(run, rounds, each):
+        run(), run()
+        times = []
+        for _ in range(rounds):
+            first, last = torch.cuda.Event(True), torch.cuda.Event(True)
+            first.record()
+            for _ in range(each):
+                run()
+            last.record()
+            torch.cuda.synchronize()
+            times.append(first.elapsed_time(last) / each)
+        return statistics.median(times)
+
+    prefill = timed(lambda: model(prompt, None)[0][:, -1:].argmax(-1), 5, 1)
+    logits, state = model(prompt[:, :CHUNK], None)
+    state = {block: tuple(part.float().contiguous() for part in parts) for block, parts in state.items()}
+    token = logits[:, -1:].argmax(-1)
+
+    def step():
+        token.copy_(model(token, state)[0][:, -1:].argmax(-1))
+
+    run = step
+    if tuned:
+        torch._dynamo.config.cache_size_limit = 64
+        for block in model.backbone.blocks:
+            block.compile(dynamic=False)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+        run = graph.replay
+    ms = timed(run, 5, 64)
+    print(json.dumps({
+        "case": f"{case},{sessions}", "peer": f"xLSTMLarge, {way}", "ms": ms, "tokens_per_s": sessions / ms * 1e3,
+        "prefill_ms": prefill, "peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6,
+        "params": sum(p.numel() for p in model.parameters())}))
+
+
 def main(case, way):
+    if case.startswith("gen-"):
+        return generation(case, way)
     tuned = way == "tuned"
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -169,7 +229,7 @@ def main(case, way):
         times.append(first.elapsed_time(last))
     ms = statistics.median(times)
     print(json.dumps({
-        "case": case, "peer": ("GPT-2, PyTorch" if case == "gpt-125m" else "xLSTMLarge") + f", {way}", "ms": ms,
+        "case": case + (",65k" if TOKENS == 65536 else ""), "peer": ("GPT-2, PyTorch" if case == "gpt-125m" else "xLSTMLarge") + f", {way}", "ms": ms,
         "tokens_per_s": TOKENS / ms * 1e3, "peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6,
         "params": sum(p.numel() for p in model.parameters()), "loss": float(kept["loss"])}))
 

@@ -22,7 +22,7 @@ use xlstm::ops::head_loss::{Head, head_loss};
 use xlstm::ops::headwise::{headwise, headwise_full};
 use xlstm::ops::last_token::last_token;
 use xlstm::ops::learned_positions::learned_positions;
-use xlstm::ops::linear::linear;
+use xlstm::ops::linear::{linear, linears};
 use xlstm::ops::mean_tokens::mean_tokens;
 use xlstm::ops::norm::{Norm, NormKind, add_norm, gated_norm, norm};
 use xlstm::ops::positions::positions;
@@ -50,6 +50,8 @@ struct Case {
     ids: Vec<Vec<u32>>,
     parameters: Vec<Vec<f64>>,
     seeds: Option<Vec<Vec<f64>>>,
+    /// As in generation: without gradients.
+    evaluated: bool,
 }
 
 /// A tape, its inputs and ids, and the outputs that count.
@@ -98,9 +100,13 @@ impl Case {
     }
 
     fn tape(&self, record: Record<'_>) -> xlstm::Result<Recorded> {
-        let mut tape = Tape::new(Mode::Train);
-        let vars: Vec<Var> =
-            self.inputs.iter().map(|(shape, _)| tape.input_with_gradient(Shape::from(&shape[..]))).collect();
+        let mut tape = Tape::new(if self.evaluated { Mode::Evaluate } else { Mode::Train });
+        let shapes = self.inputs.iter().map(|(shape, _)| Shape::from(&shape[..]));
+        let vars: Vec<Var> = if self.evaluated {
+            shapes.map(|shape| tape.input(shape)).collect()
+        } else {
+            shapes.map(|shape| tape.input_with_gradient(shape)).collect()
+        };
         let ids: Vec<Ids> = self.ids.iter().map(|ids| tape.ids(ids.len())).collect();
         let weights = self.weights.iter().enumerate();
         let weights = weights.map(|(i, shape)| tape.parameter(i, 0, Shape::from(&shape[..])));
@@ -108,7 +114,9 @@ impl Case {
         let outputs = record(&mut tape, &given, &ids)?;
         for &y in &outputs {
             tape.keep(y);
-            tape.seed_gradient(y);
+            if !self.evaluated {
+                tape.seed_gradient(y);
+            }
         }
         Ok((tape, vars, ids, outputs))
     }
@@ -133,6 +141,9 @@ impl Case {
             executor.ids_mut(var).copy_from_slice(values);
         }
         executor.forward(&self.parameters);
+        if self.evaluated {
+            return Ok([outputs.iter().map(|&y| executor.value(y).to_vec()).collect(), vec![], vec![]]);
+        }
         for (i, &y) in outputs.iter().enumerate() {
             let seed = self.seed(i, executor.seed_mut(y).len());
             executor.seed_mut(y).copy_from_slice(&seed);
@@ -164,6 +175,9 @@ impl Case {
         for _ in 0..2 {
             executor.poison()?;
             executor.forward(&parameters, &[])?;
+            if self.evaluated {
+                continue;
+            }
             for (i, &y) in outputs.iter().enumerate() {
                 executor.set_seed(y, &narrow(&self.seed(i, lengths[i])))?;
             }
@@ -171,6 +185,9 @@ impl Case {
             executor.backward(&parameters, &mut gradients)?;
         }
         let values = outputs.iter().map(|&y| Ok(wide(&executor.value(y)?)));
+        if self.evaluated {
+            return Ok([values.collect::<xlstm::Result<_>>()?, vec![], vec![]]);
+        }
         let of_inputs = vars.iter().map(|&x| Ok(wide(&executor.gradient(x)?)));
         Ok([
             values.collect::<xlstm::Result<_>>()?,
@@ -278,6 +295,39 @@ fn marks(n: usize) -> Vec<u32> {
     (0..n).map(|i| [0, 0, RESET, 0, 0, PAD, 0, PAD | RESET, 0, 0, 0, 0, PAD][i * 7 % 13]).collect()
 }
 
+/// What the steps of generation have: few rows, and norms and gates whose work is left to the products
+/// after them.
+fn generation(table: &mut Table<'_>) {
+    for (rows, width, groups, kind) in [
+        (1, 1024, 1, NormKind::RootMeanSquare),
+        (1, 96, 4, NormKind::Layer),
+        (3, 128, 2, NormKind::Layer),
+        (8, 2752, 1, NormKind::RootMeanSquare),
+        (9, 256, 4, NormKind::Layer),
+        (17, 768, 1, NormKind::RootMeanSquare),
+        (32, 512, 4, NormKind::Layer),
+        (33, 64, 1, NormKind::Layer),
+        (2, 72, 1, NormKind::Layer),
+    ] {
+        let mut case = Case::default().input(&[rows, 1, width]).input(&[rows, 1, width]);
+        case = case.input(&[width]).input(&[width]).input(&[40]).input(&[4]);
+        case = case.weight(&[4, width]).weight(&[4, width]).weight(&[40, width]);
+        case = case.weight(&[width, width]).weight(&[width, width]);
+        case.evaluated = true;
+        let options = Norm { kind, groups, eps: 1e-5, unit_offset: groups == 1 };
+        let name = format!("generation {rows} of {width}, {kind:?} {groups}");
+        table.compare(&name, &case, 1e-4, &|t, v, _| {
+            let (sum, u) = add_norm(t, [v[0], v[1]], v[2], Some(v[3]), options)?;
+            let [i, f] = gates(t, &[u], [(v[6], Some(v[5])), (v[7], None)], Some(15.0))?;
+            let [few, gate, up] = linears(t, u, [(v[8], Some(v[4])), (v[9], None), (v[10], None)])?;
+            let product = gated(t, gate, up, Activation::Swish)?;
+            let y = linear(t, product, v[10], None)?;
+            let h = gated_norm(t, sum, gate, v[2], None, options)?;
+            Ok(vec![sum, i, f, few, gate, y, linear(t, h, v[9], None)?])
+        });
+    }
+}
+
 fn operations(table: &mut Table<'_>) {
     const T: f64 = 2e-5;
     let new = Case::default;
@@ -315,6 +365,7 @@ fn operations(table: &mut Table<'_>) {
             });
         }
     }
+    generation(table);
     for (kind, groups, width) in [
         (NormKind::Layer, 1, 96),
         (NormKind::Layer, 4, 256),

@@ -136,7 +136,7 @@ pub fn decode(
 /// A model of random weights, opened as a user's is.
 struct Opened {
     runner: Runner<f32>,
-    /// Bytes of the weights that a token reads; 0 on a GPU, where they are not counted.
+    /// Bytes of the weights that a token reads.
     weight_bytes: usize,
     /// Holds the weights' file: removed after the runner, which maps it.
     _folder: Temporary,
@@ -164,7 +164,13 @@ impl Opened {
                 let whole = stored.iter().zip(opened.model.reads_whole()).filter(|(_, whole)| *whole);
                 whole.map(|(stored, _)| stored.bytes()).sum()
             }
-            _ => 0,
+            // As a GPU reads them: matrices in its precision.
+            _ => {
+                let specs = opened.model.specs().iter().zip(opened.model.reads_whole());
+                let bytes = |dims: usize| if dims > 1 { device.precision().bytes() } else { 4 };
+                let whole = specs.filter(|(_, whole)| *whole).map(|(spec, _)| spec);
+                whole.map(|spec| spec.shape.iter().product::<usize>() * bytes(spec.shape.len())).sum()
+            }
         };
         let runner = Runner::new(opened.model.clone(), weights, device.clone());
         Ok(Opened { runner, weight_bytes, _folder: folder })

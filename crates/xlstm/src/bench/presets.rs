@@ -25,7 +25,7 @@ pub struct Preset {
 }
 
 /// The names of all presets.
-pub const PRESETS: [&str; 24] = [
+pub const PRESETS: [&str; 25] = [
     "large-128",
     "large-256",
     "lm-mlstm-128",
@@ -47,6 +47,7 @@ pub const PRESETS: [&str; 24] = [
     "large-74m",
     "large-162m",
     "large-407m",
+    "gen-407m",
     "slstm-512",
     "slstm-768",
     "slstm-1024",
@@ -72,7 +73,7 @@ impl Preset {
             "large-128" | "large-256" => of(Family::Large),
             "large-74m" => xlstm_large(512, 7, 4),
             "large-162m" => xlstm_large(768, 12, 6),
-            "large-407m" => xlstm_large(1024, 24, 4),
+            "large-407m" | "gen-407m" => xlstm_large(1024, 24, 4),
             "gpt-125m" => gpt2(2048),
             "infer-50m" => {
                 ModelConfig { vocab_size: 16000, embedding_dim: 640, num_blocks: 6, ..of(Family::Large) }
@@ -102,6 +103,7 @@ impl Preset {
         };
         let (batch_size, length) = match name {
             "infer-50m" => (1, 512),
+            "gen-407m" => (1, 2048),
             "small-125m" => (4, 512),
             "gpt-125m" | "large-74m" | "large-162m" | "large-407m" => (8, 2048),
             "slstm-512" | "slstm-768" | "slstm-1024" => (64, 1024),
@@ -109,7 +111,11 @@ impl Preset {
             _ => (8, 256),
         };
         // Learned positions end at 256.
-        let prompt = if model.family == Family::Transformer { 128 } else { 512 };
+        let prompt = match name {
+            "gen-407m" => 2048,
+            _ if model.family == Family::Transformer => 128,
+            _ => 512,
+        };
         Ok(Preset { name, model, batch_size, length, prompt, drawn: 128 })
     }
 }

@@ -41,7 +41,7 @@ impl<T: Element> Executor<T> {
 
     /// The same, with products of f32 numbers in `precision`.
     pub fn with_precision(tape: Tape, precision: Precision) -> Executor<T> {
-        let plan = Plan::new(&tape, |value| tape.values[value].shape.len());
+        let plan = Plan::new(&tape, |value| tape.values[value].shape.len(), 0);
         let slots = plan.slots.iter().map(|&len| vec![T::ZERO; len]).collect();
         let ids = tape.ids.iter().map(|&len| vec![0; len]).collect();
         Executor { tape, plan, precision, slots, ids, scratch: Vec::new() }

@@ -238,6 +238,13 @@ pub trait Kernel: Debug + Send + Sync + 'static {
         Slots::default()
     }
 
+    /// Whether [`forward_cuda`](Kernel::forward_cuda) begins with products of input 0, for which it may
+    /// make that input itself: see [`Next`](crate::engine::cuda::Next).
+    #[cfg(feature = "cuda")]
+    fn multiplies(&self) -> bool {
+        false
+    }
+
     /// Writes every output.
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>);
 
@@ -279,6 +286,9 @@ pub trait Operation: Debug + Send + Sync {
     /// See [`Kernel::overwrites`].
     #[cfg(feature = "cuda")]
     fn overwrites(&self) -> Slots;
+    /// See [`Kernel::multiplies`].
+    #[cfg(feature = "cuda")]
+    fn multiplies(&self) -> bool;
     /// [`Kernel::forward`] in f32.
     fn forward_f32(&self, io: &mut Forward<'_, f32>);
     /// [`Kernel::forward`] in f64.
@@ -323,6 +333,10 @@ impl<K: Kernel> Operation for K {
     #[cfg(feature = "cuda")]
     fn overwrites(&self) -> Slots {
         Kernel::overwrites(self)
+    }
+    #[cfg(feature = "cuda")]
+    fn multiplies(&self) -> bool {
+        Kernel::multiplies(self)
     }
     fn forward_f32(&self, io: &mut Forward<'_, f32>) {
         self.forward(io);

@@ -32,9 +32,10 @@ struct Life {
 const FOREVER: usize = usize::MAX;
 
 impl Plan {
-    /// `size` of value number i, in the unit that slots are to be measured in.
-    pub(super) fn new(tape: &Tape, size: impl Fn(usize) -> usize) -> Plan {
-        let mut lives = lives(tape, size);
+    /// `size` of value number i, in the unit that slots are to be measured in. What a node reads forward
+    /// stays for the `linger` nodes after it.
+    pub(super) fn new(tape: &Tape, size: impl Fn(usize) -> usize, linger: usize) -> Plan {
+        let mut lives = lives(tape, size, linger);
         lives.sort_by_key(|life| (life.birth, std::cmp::Reverse(life.len)));
         let mut plan = Plan {
             value: vec![None; tape.values.len()],
@@ -79,7 +80,7 @@ impl Plan {
     }
 }
 
-fn lives(tape: &Tape, size: impl Fn(usize) -> usize) -> Vec<Life> {
+fn lives(tape: &Tape, size: impl Fn(usize) -> usize, linger: usize) -> Vec<Life> {
     let n = tape.nodes.len();
     let backward = |node: usize| 2 * n - 1 - node;
     let train = tape.mode == Mode::Train;
@@ -90,7 +91,7 @@ fn lives(tape: &Tape, size: impl Fn(usize) -> usize) -> Vec<Life> {
         let flows = train && node.outputs.iter().any(|v| tape.values[v.index()].gradient);
         for (slot, var) in node.inputs.iter().enumerate() {
             let Some(var) = var else { continue };
-            let last = if flows && reads.input(slot) { backward(i) } else { i };
+            let last = if flows && reads.input(slot) { backward(i) } else { i + linger };
             death[var.index()] = death[var.index()].max(last);
             if flows && tape.values[var.index()].gradient {
                 // Nodes come in order, so the last one seen is the first to run backward.

@@ -70,11 +70,17 @@ impl Sampler {
 
     fn choose(&mut self, logits: &[f32]) -> Result<u32> {
         let logits = &logits[..self.vocabulary.min(logits.len())];
-        if logits.iter().any(|l| l.is_nan()) {
+        // A look at all of them, which takes many at a time.
+        if logits.iter().fold(false, |found, l| found | l.is_nan()) {
             return Err(Error::new(ErrorKind::NonFinite, "the model's logits are not numbers")
                 .hint("the model is damaged, or its training diverged"));
         }
         let Sampling { temperature, top_k, top_p, min_p, repetition_penalty } = self.sampling;
+        if temperature == 0.0 && repetition_penalty == 1.0 {
+            let largest = logits.iter().fold(f32::NEG_INFINITY, |m, &l| if l > m { l } else { m });
+            let first = logits.iter().position(|&l| l == largest);
+            return first.map(|id| id as u32).ok_or_else(|| Error::shape("no logits to draw from"));
+        }
         self.candidates.clear();
         self.candidates.extend(logits.iter().zip(0..).map(|(l, id)| (f64::from(*l), id)));
         if repetition_penalty != 1.0 {

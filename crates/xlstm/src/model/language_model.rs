@@ -198,8 +198,8 @@ impl Model for LanguageModel {
         }
         let (features, after) = self.backbone.forward(tape, x, state, context)?;
         let features = match wanted {
-            Logits::All => features,
-            Logits::Last => last_token(tape, features, context.marks)?,
+            Logits::Last if shape[1] > 1 => last_token(tape, features, context.marks)?,
+            Logits::Last | Logits::All => features,
         };
         Ok((features, after))
     }

@@ -24,8 +24,11 @@ pub enum Logits {
     Last,
 }
 
-/// The most tokens a pass is recorded for; longer inputs go through in pieces.
+/// The most tokens a pass is recorded for on the processor; longer inputs go through in pieces.
 pub const PIECE: usize = 512;
+/// The same on a GPU, which short pieces leave idle, where logits of all of them are not wanted.
+#[cfg(feature = "cuda")]
+const LONG_PIECE: usize = 2048;
 
 /// What a pass is recorded for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -124,37 +127,23 @@ impl<T: Element, M: Model> Runner<T, M> {
             return Err(Error::shape(format!("{} {unit} for a batch of {batch} sequences", inputs.len())));
         }
         let rows: Vec<&[u32]> = inputs.chunks_exact(inputs.len() / batch).collect();
-        Ok(self.read_rows(&rows, logits)?.concat())
+        let length = self.check(&rows)?[0];
+        if length > self.most(length, logits) {
+            return Ok(self.read_rows(&rows, logits)?.concat());
+        }
+        // In one piece, all of it is outputs: nothing is cut and copied.
+        let key = Key { batch, length, logits, padded: false };
+        self.piece(key, inputs, &vec![length; batch], true)
     }
 
     /// Reads sequences of any lengths at once, each after what it has read so far; returns the
     /// outputs of each. Those that are shorter than the longest are padded.
     fn read_rows(&mut self, rows: &[&[u32]], logits: Logits) -> Result<Vec<Vec<T>>> {
         let (batch, width) = (self.tokens.len(), self.model.inputs().width());
-        if rows.len() != batch {
-            return Err(Error::shape(format!("{} sequences for a batch of {batch}", rows.len()))
-                .hint("reset the runner, or give it a state, of as many sequences"));
-        }
-        for row in rows {
-            self.model.inputs().check(row)?;
-            if !row.len().is_multiple_of(width) {
-                return Err(Error::shape(format!("{} features are not rows of {width}", row.len())));
-            }
-        }
-        if self.whole && self.tokens.iter().any(|tokens| *tokens > 0) {
-            return Err(Error::shape(
-                "this model reads sequences from both ends, and these have begun already",
-            )
-            .hint("reset the runner, and give it whole sequences"));
-        }
-        let lengths: Vec<usize> = rows.iter().map(|row| row.len() / width).collect();
-        if let Some(most) = self.model.most_tokens() {
-            let ends = self.tokens.iter().zip(&lengths).map(|(before, length)| *before as usize + length);
-            check_length(ends.max().unwrap_or_default(), most)?;
-        }
+        let lengths = self.check(rows)?;
         let longest = lengths.iter().copied().max().unwrap_or_default();
         let mut outputs = vec![Vec::new(); batch];
-        let most = if self.whole { longest.max(1) } else { PIECE };
+        let most = self.most(longest, logits);
         for start in (0..longest).step_by(most) {
             let end = longest.min(start + most);
             // Where each sequence ends in this piece.
@@ -182,6 +171,46 @@ impl<T: Element, M: Model> Runner<T, M> {
             }
         }
         Ok(outputs)
+    }
+
+    /// Places of each sequence.
+    ///
+    /// # Errors
+    /// When there are not as many sequences as the runner has, or they cannot be read.
+    fn check(&self, rows: &[&[u32]]) -> Result<Vec<usize>> {
+        let (batch, width) = (self.tokens.len(), self.model.inputs().width());
+        if rows.len() != batch {
+            return Err(Error::shape(format!("{} sequences for a batch of {batch}", rows.len()))
+                .hint("reset the runner, or give it a state, of as many sequences"));
+        }
+        for row in rows {
+            self.model.inputs().check(row)?;
+            if !row.len().is_multiple_of(width) {
+                return Err(Error::shape(format!("{} features are not rows of {width}", row.len())));
+            }
+        }
+        if self.whole && self.tokens.iter().any(|tokens| *tokens > 0) {
+            return Err(Error::shape(
+                "this model reads sequences from both ends, and these have begun already",
+            )
+            .hint("reset the runner, and give it whole sequences"));
+        }
+        let lengths: Vec<usize> = rows.iter().map(|row| row.len() / width).collect();
+        if let Some(most) = self.model.most_tokens() {
+            let ends = self.tokens.iter().zip(&lengths).map(|(before, length)| *before as usize + length);
+            check_length(ends.max().unwrap_or_default(), most)?;
+        }
+        Ok(lengths)
+    }
+
+    /// The most places of a piece, where the longest sequence has so many.
+    fn most(&self, longest: usize, logits: Logits) -> usize {
+        match (&self.device, logits) {
+            _ if self.whole => longest.max(1),
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(..), Logits::Last) => LONG_PIECE,
+            _ => PIECE,
+        }
     }
 
     /// Reads one piece, of which `lengths` places count in each sequence.

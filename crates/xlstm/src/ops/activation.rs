@@ -4,7 +4,9 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "cuda")]
-use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments};
+use crate::engine::cuda::{
+    CudaBackward, CudaForward, Next, Source, context::arguments, few_rows::Kind, few_rows::Preparation,
+};
 use crate::engine::operation::{Backward, Forward, Kernel, Slots};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::vectorize;
@@ -179,7 +181,18 @@ impl Kernel for Gated {
 
     #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
-        let n = io.shapes.outputs[0].len();
+        let shape = io.shapes.outputs[0];
+        let n = shape.len();
+        let left = (io.next, self.0) == (Next::MultipliesOutput, Activation::Swish)
+            && io.queue.prepare(Preparation {
+                kind: Kind::Swiglu,
+                gate: io.inputs[0],
+                rows_out: Some(io.outputs[0]),
+                ..Preparation::plain(io.input(1), [shape.rows(), shape.last()])
+            });
+        if left {
+            return Ok(());
+        }
         let arguments = arguments![io.input(0), io.input(1), io.outputs[0], n as u64, self.0 as u32];
         io.queue.launch_wide(&SOURCE, "gated_forward", n, arguments)
     }

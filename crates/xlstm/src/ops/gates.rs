@@ -10,7 +10,8 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{
-    CudaBackward, CudaForward, Source, blas::Operand, blas::Product, context::arguments, launch::Queue,
+    CudaBackward, CudaForward, Source, blas::Operand, blas::Product, context::arguments, few_rows::Map,
+    launch::Queue,
 };
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
 #[cfg(feature = "cuda")]
@@ -272,9 +273,28 @@ impl Kernel for Gates {
         Slots { inputs: (1 << (self.parts + 4)) - 1, outputs: 0 }
     }
 
+    /// Several parts are not one matrix of rows.
+    #[cfg(feature = "cuda")]
+    fn multiplies(&self) -> bool {
+        self.parts == 1
+    }
+
     #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let (rows, heads) = (io.shapes.outputs[0].rows(), io.shapes.outputs[0].last());
+        if self.parts == 1 {
+            let maps = [0, 1].map(|gate| Map {
+                weight: io.input(self.weight(gate)),
+                bias: io.inputs[self.bias(gate)],
+                y: io.outputs[gate],
+                outer: heads,
+                full: true,
+                cap: self.cap,
+            });
+            if io.queue.few_rows(io.next, io.input(0), [rows, io.shapes.input(0).last()], &maps)? {
+                return Ok(());
+            }
+        }
         let (w, total, padded) = self.both_weights(&io.inputs, io.shapes, io.queue)?;
         let z = io.queue.scratch(rows * padded)?;
         let mut accumulate = false;

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use crate::engine::bf16_products::product_in;
 #[cfg(feature = "cuda")]
-use crate::engine::cuda::{CudaBackward, CudaForward, blas::Operand, blas::Product};
+use crate::engine::cuda::{CudaBackward, CudaForward, blas::Operand, blas::Product, few_rows::Map};
 use crate::engine::matrix::{MatMut, MatRef};
 use crate::engine::operation::{Backward, Forward, Gradient, Kernel, MAX_SLOTS, Slots, scratch};
 use crate::engine::projection::{Projection, project};
@@ -147,8 +147,26 @@ impl Kernel for Linear {
     }
 
     #[cfg(feature = "cuda")]
+    fn multiplies(&self) -> bool {
+        true
+    }
+
+    #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let (rows, inner) = (io.shapes.input(0).rows(), io.shapes.input(0).last());
+        let maps: Vec<Map> = (0..self.maps)
+            .map(|map| Map {
+                weight: io.input(weight_of(map)),
+                bias: io.inputs[bias_of(map)],
+                y: io.outputs[map],
+                outer: io.shapes.outputs[map].last(),
+                full: false,
+                cap: None,
+            })
+            .collect();
+        if io.queue.few_rows(io.next, io.input(0), [rows, inner], &maps)? {
+            return Ok(());
+        }
         for map in 0..self.maps {
             let (y, outer) = (io.outputs[map], io.shapes.outputs[map].last());
             let bias = io.inputs[bias_of(map)];

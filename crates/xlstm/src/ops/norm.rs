@@ -10,7 +10,10 @@ use rayon::iter::Either;
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
-use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::ROWS};
+use crate::engine::cuda::{
+    CudaBackward, CudaForward, Next, Source, context::arguments, few_rows::Kind, few_rows::Preparation,
+    launch::ROWS,
+};
 use crate::engine::operation::{Backward, Forward, Kernel, Slots, scratch};
 use crate::engine::tape::{Tape, Var};
 use crate::engine::vector::{add_to, sum, vectorize};
@@ -301,6 +304,24 @@ impl Kernel for Normed {
         let shape = io.shapes.outputs[0];
         let Norm { kind, groups, eps, .. } = self.norm;
         let (rows, width) = (shape.rows(), shape.last());
+        let left = io.next == Next::MultipliesOutput
+            && io.queue.prepare(Preparation {
+                kind: if kind == NormKind::Layer { Kind::Layer } else { Kind::MeanSquare },
+                input: io.input(0),
+                added: io.inputs[ADDED],
+                gate: io.inputs[GATE],
+                weight: io.inputs[1],
+                bias: io.inputs[2],
+                sum: self.added.then_some(io.outputs[1]),
+                rows_out: Some(io.outputs[0]),
+                groups,
+                offset: self.norm.offset(),
+                eps,
+                size: [rows, width],
+            });
+        if left {
+            return Ok(());
+        }
         let arguments = arguments![
             io.input(0),
             io.inputs[ADDED],

@@ -98,7 +98,8 @@ pub(super) fn forward(
             eps,
             columns
         ];
-        return queue.launch(&FORWARD, "mlstm_step", [dhv.div_ceil(columns), tasks, 1], 256, arguments);
+        let grid = [dhv.div_ceil(columns), tasks, 1];
+        return queue.launch_early(&FORWARD, "mlstm_step", grid, 256, arguments);
     }
     if is_wide(queue, &sizes) {
         return cuda_wide::forward(config, marked, sizes, io);

@@ -216,6 +216,11 @@ extern "C" __global__ void __launch_bounds__(STEP_THREADS) mlstm_step(
     __shared__ float parts[WARPS][L], d_parts[WARPS];
     int bh = blockIdx.y, tid = threadIdx.x, warp = tid / 32, across = columns / 4, groups = STEP_THREADS / across;
     int column = tid % across * 4, group = tid / across, y = blockIdx.x * columns + column;
+    // The state on its way from memory; it is read when the kernel before has ended.
+    for (long long x = group; C0 && x < dqk && y < dhv; x += groups)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(C0 + ((long long)bh * dqk + x) * dhv + y));
+    release_next();
+    wait_for_previous();
     Gate gate = gate_of(i, f, marks, bh / NH, bh % NH, 0, 1, NH, flags);
     bool reset = is_reset(gate.mark), pad = is_pad(gate.mark), given = C0 && !reset;
     float before = initial_stabilizer(n0, m0, bh, dqk, flags);

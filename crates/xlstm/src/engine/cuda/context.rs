@@ -24,6 +24,8 @@ type ModuleKey = (&'static str, Precision);
 
 /// What of a GPU the kernels may ask for.
 pub struct Gpu {
+    /// First, so that it is freed before the context.
+    staging: Mutex<Option<Staging>>,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     /// For work that may run beside that of the first: see [`Queue::fork`](super::launch::Queue::fork).
@@ -31,6 +33,8 @@ pub struct Gpu {
     ordinal: usize,
     name: String,
     architecture: String,
+    /// Whether kernels can begin before the one before has ended.
+    begins_early: bool,
     modules: Mutex<HashMap<ModuleKey, Arc<CudaModule>>>,
     functions: Mutex<HashMap<(ModuleKey, &'static str), CudaFunction>>,
     pub(super) blas: Blas,
@@ -129,6 +133,7 @@ impl Gpu {
         let blas = Blas::new()?;
         Ok(Arc::new(Gpu {
             architecture: format!("sm_{major}{minor}{suffix}"),
+            begins_early: major >= 9,
             context,
             stream,
             side,
@@ -137,6 +142,7 @@ impl Gpu {
             modules: Mutex::default(),
             functions: Mutex::default(),
             blas,
+            staging: Mutex::default(),
             allocated: AtomicUsize::new(0),
             peak: AtomicUsize::new(0),
         }))
@@ -253,8 +259,30 @@ impl Gpu {
         unsafe { result::memcpy_htod_async(to, from, self.raw_stream()) }.map_err(|e| driver("upload", e))
     }
 
-    /// Copies from the GPU, after all work before.
+    /// Copies from the GPU, after all work before. Little goes through memory of the host that the GPU
+    /// reaches by itself: such as the logits of a step of generation, whose copy counts.
     pub(crate) fn download<T: Copy>(&self, to: &mut [T], from: u64) -> Result<()> {
+        let bytes = size_of_val(to);
+        if bytes > 0 && bytes <= STAGED {
+            let mut staging = lock(&self.staging);
+            if staging.is_none() {
+                // SAFETY: a plain allocation, freed in drop.
+                let memory = unsafe { result::malloc_host(STAGED, 0) };
+                *staging = Some(Staging(memory.map_err(|e| driver("allocate memory of the host", e))?));
+            }
+            if let Some(Staging(memory)) = &*staging {
+                // SAFETY: callers pass ranges of buffers that they own; `memory` has room for the bytes,
+                // is nobody else's while it is locked, and is read after the copy to it has ended.
+                unsafe {
+                    sys::cuMemcpyDtoHAsync_v2(*memory, from, bytes, self.raw_stream())
+                        .result()
+                        .map_err(|e| driver("download", e))?;
+                    self.synchronize()?;
+                    std::ptr::copy_nonoverlapping(memory.cast::<T>(), to.as_mut_ptr(), to.len());
+                }
+                return Ok(());
+            }
+        }
         if !to.is_empty() {
             // SAFETY: callers pass ranges of buffers that they own; the wait below ends the borrow.
             unsafe { result::memcpy_dtoh_async(to, from, self.raw_stream()) }
@@ -286,17 +314,15 @@ impl Gpu {
     }
 
     /// Launches kernel `name` of `source`, compiled for `precision`.
-    #[allow(clippy::too_many_arguments)]
     pub(super) fn launch(
         &self,
         source: &Source,
         precision: Precision,
         name: &'static str,
-        grid: [usize; 3],
-        block: [usize; 2],
-        shared: usize,
+        blocks: &Blocks,
         arguments: &[Argument],
     ) -> Result<()> {
+        let Blocks { grid, block, shared, early } = *blocks;
         if grid.contains(&0) {
             return Ok(());
         }
@@ -312,22 +338,50 @@ impl Gpu {
                 .map_err(|e| driver(&format!("give {name} {shared} bytes of shared memory"), e))?;
         }
         let mut words: Vec<u64> = arguments.iter().map(|a| a.word()).collect();
-        let mut pointers: Vec<*mut c_void> =
-            words.iter_mut().map(|word| std::ptr::from_mut(word).cast()).collect();
-        let dims = |d: usize| d as u32;
+        let mut pointers: Vec<*mut c_void> = (words.iter_mut().zip(arguments))
+            .filter(|(_, argument)| !matches!(argument, Argument::More(_)))
+            .map(|(word, _)| std::ptr::from_mut(word).cast())
+            .collect();
+        let [x, y, z] = grid.map(|d| d as u32);
+        // SAFETY: all of it is numbers, for which zeros are valid.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: block[0] as u32,
+            blockDimY: block[1] as u32,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: self.raw_stream(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(early && self.begins_early),
+        };
         // SAFETY: the function's module lives as long as self; the arguments match the kernel's
-        // parameters (each at most 8 bytes, little-endian), which the tests on a GPU check.
+        // parameters (words, little-endian), which the tests on a GPU check.
         unsafe {
-            result::launch_kernel(
-                function,
-                (dims(grid[0]), dims(grid[1]), dims(grid[2])),
-                (dims(block[0]), dims(block[1]), 1),
-                dims(shared),
-                self.raw_stream(),
-                &mut pointers,
-            )
+            sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), std::ptr::null_mut())
         }
+        .result()
         .map_err(|e| driver(&format!("launch {name}"), e))
+    }
+}
+
+/// The most bytes that are downloaded by way of [`Staging`].
+const STAGED: usize = 8 << 20;
+
+/// Memory of the host that the GPU writes to by itself, [`STAGED`] bytes.
+struct Staging(*mut c_void);
+
+// SAFETY: plain memory, used by one thread at a time.
+unsafe impl Send for Staging {}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // SAFETY: allocated by malloc_host, freed once; every copy to it has been waited for.
+        let _ = unsafe { result::free_host(self.0) };
     }
 }
 
@@ -340,6 +394,17 @@ const OLDEST: i64 = 12;
 /// Bytes of shared memory that a kernel gets without asking.
 const SHARED_BY_DEFAULT: usize = 48 << 10;
 
+/// The blocks of a launch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Blocks {
+    pub(super) grid: [usize; 3],
+    pub(super) block: [usize; 2],
+    /// Bytes of dynamic shared memory of each.
+    pub(super) shared: usize,
+    /// Whether they may begin before the kernel before has ended, for which they wait themselves.
+    pub(super) early: bool,
+}
+
 /// A kernel argument.
 #[derive(Clone, Copy, Debug)]
 pub enum Argument {
@@ -349,12 +414,14 @@ pub enum Argument {
     Int(u32),
     /// A 32-bit float.
     Float(f32),
+    /// A further word of the structure that the argument before it begins.
+    More(u64),
 }
 
 impl Argument {
     fn word(self) -> u64 {
         match self {
-            Argument::Pointer(x) => x,
+            Argument::Pointer(x) | Argument::More(x) => x,
             Argument::Int(x) => u64::from(x),
             Argument::Float(x) => u64::from(x.to_bits()),
         }

@@ -104,6 +104,22 @@ __device__ __forceinline__ long long my_elements(long long n, int *count) {
     return first;
 }
 
+// ---- Kernels that begin before the one before has ended, on Hopper ----
+
+/// Lets the next kernel begin, if it was launched to do so, as soon as every block has come this far.
+__device__ __forceinline__ void release_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/// Waits for the end of the kernel before; until then a kernel launched to begin early may read nothing
+/// that changes.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 #define NEG_INFINITY __int_as_float(0xff800000)
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }

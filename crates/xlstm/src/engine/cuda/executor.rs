@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use super::compiler::Source as KernelSource;
-use super::context::{Buffer, Gpu, NAN, arguments};
+use super::context::{Blocks, Buffer, Gpu, NAN, arguments};
 use super::event::Event;
+use super::few_rows::Next;
 use super::graph::Graph;
 use super::launch::{CudaBackward, CudaForward, Queue};
 use super::parameters::{CudaParameters, CudaTensors};
@@ -35,8 +36,10 @@ pub struct CudaExecutor {
     staged: Vec<u32>,
     /// Whether `ids` holds them.
     are_uploaded: bool,
-    /// The forward pass, with the parameters that it was captured over.
-    graph: Graph,
+    /// The forward pass, by which of two places the values that are fed back are in, with the
+    /// parameters that it was captured over.
+    graphs: [Graph; 2],
+    is_swapped: bool,
     captured_over: (u64, Option<u64>),
     /// The inputs of each node whose gradients, of parameters, nothing has reached before it in backward
     /// and which it can write whole; and those parameters, first elements and numbers of elements.
@@ -65,7 +68,9 @@ impl CudaExecutor {
     /// it wants elements, or the other way round.
     pub fn new(tape: Tape, precision: Precision, gpu: &Arc<Gpu>) -> Result<CudaExecutor> {
         let types = types(&tape, precision)?;
-        let plan = Plan::new(&tape, |value| bytes_of(&tape, &types, value));
+        // In generation an operation may leave its work to the next, or to the one after that.
+        let linger = if tape.mode() == Mode::Evaluate { 2 } else { 0 };
+        let plan = Plan::new(&tape, |value| bytes_of(&tape, &types, value), linger);
         let (offsets, bytes) = offsets(plan.slots.iter().copied());
         let (ids_offsets, ids_bytes) = self::offsets(tape.ids.iter().map(|len| len * 4));
         let mut ends: Vec<(usize, usize)> = Vec::new();
@@ -87,7 +92,8 @@ impl CudaExecutor {
             ids_offsets,
             staged: vec![0; ids_bytes / 4],
             are_uploaded: true,
-            graph: Graph::default(),
+            graphs: Default::default(),
+            is_swapped: false,
             captured_over: (0, None),
             written,
             notes: Notes { flags: Buffer::zeros(gpu, ends.len() * 8)?, ends },
@@ -250,8 +256,8 @@ impl CudaExecutor {
         }
     }
 
-    /// Copies a kept value into an input of the same shape. (Not a swap, as on the CPU: a
-    /// captured graph knows both by address.)
+    /// Copies a kept value into an input of the same shape. (Not a swap, as on the CPU and in
+    /// [`forward`](Self::forward): a captured step knows both by address.)
     ///
     /// # Errors
     /// When the copy fails.
@@ -268,6 +274,15 @@ impl CudaExecutor {
         }
     }
 
+    /// Exchanges the places of a kept value and of the input that it becomes.
+    fn swap(&mut self, value: Var, input: Var) {
+        debug_assert_eq!(self.tape.shape(value), self.tape.shape(input));
+        debug_assert_eq!(self.types[value.index()], self.types[input.index()]);
+        if let (Some(a), Some(b)) = (self.plan.value[value.index()], self.plan.value[input.index()]) {
+            self.offsets.swap(a, b);
+        }
+    }
+
     /// Runs every node in order, and then makes the first value of each pair in `fed` the next
     /// replay's input that the second one is; from the second time on as one graph.
     /// `parameters` are those that the tape was recorded over, `fed` is always the same.
@@ -281,23 +296,26 @@ impl CudaExecutor {
             gpu.upload(self.ids.pointer(), &self.staged)?;
             self.are_uploaded = true;
         }
-        let mut graph = std::mem::take(&mut self.graph);
         let over = (parameters.masters(), parameters.copies());
         if self.captured_over != over {
-            (graph, self.captured_over) = (Graph::default(), over);
+            (self.graphs, self.captured_over) = (Default::default(), over);
         }
-        let done = graph.run(&gpu, || {
-            self.queue_forward(parameters)?;
-            fed.iter().try_for_each(|&(value, input)| self.feed_back(value, input))
-        });
-        self.graph = graph;
-        done
+        // A graph knows by address what is swapped below: there are two.
+        let which = usize::from(self.is_swapped);
+        let mut graph = std::mem::take(&mut self.graphs[which]);
+        let done = graph.run(&gpu, || self.queue_forward(parameters));
+        self.graphs[which] = graph;
+        done?;
+        fed.iter().for_each(|&(value, input)| self.swap(value, input));
+        self.is_swapped ^= !fed.is_empty();
+        Ok(())
     }
 
     /// Queues every node in order, over the integers in the GPU's memory.
     pub(crate) fn queue_forward(&mut self, parameters: &CudaParameters) -> Result<()> {
         self.check(parameters)?;
         self.queue.gpu().enter()?;
+        self.queue.forget_waiting();
         let training = self.tape.mode() == Mode::Train;
         let mut part = 0;
         for i in 0..self.tape.nodes.len() {
@@ -320,7 +338,8 @@ impl CudaExecutor {
         let arguments = arguments![x, n as u64, self.notes.flags.pointer() + 4 * flag as u64];
         let precision = self.types[var.index()];
         let gpu = self.queue.gpu();
-        gpu.launch(&NOTES, precision, "note_non_finite", [blocks, 1, 1], [256, 1], 0, arguments)
+        let blocks = Blocks { grid: [blocks, 1, 1], block: [256, 1], shared: 0, early: false };
+        gpu.launch(&NOTES, precision, "note_non_finite", &blocks, arguments)
     }
 
     /// Forgets the notes of earlier replays.
@@ -436,8 +455,21 @@ impl CudaExecutor {
         }
         let ids = self.ids_of(i);
         self.queue.restart()?;
-        let mut io = CudaForward { inputs, outputs, ids, shapes: &node.shapes, queue: &mut self.queue };
+        let next = self.next(i);
+        let mut io = CudaForward { inputs, outputs, ids, shapes: &node.shapes, next, queue: &mut self.queue };
         node.operation.forward_on_gpu(&mut io)
+    }
+
+    /// What follows node `i`.
+    fn next(&self, i: usize) -> Next {
+        let (node, next) = (&self.tape.nodes[i], self.tape.nodes.get(i + 1));
+        let Some(next) = next.filter(|next| next.operation.multiplies()) else { return Next::Other };
+        match (self.tape.mode(), next.inputs[0]) {
+            (Mode::Train, _) | (_, None) => Next::Other,
+            (Mode::Evaluate, rows) if rows == node.outputs.first().copied() => Next::MultipliesOutput,
+            (Mode::Evaluate, rows) if rows == node.inputs[0] => Next::MultipliesInput,
+            _ => Next::Other,
+        }
     }
 
     fn backward_node(
@@ -646,7 +678,7 @@ mod tests {
         for y in [z, rows[0], rows[1]] {
             tape.seed_gradient(y);
         }
-        let plan = Plan::new(&tape, |value| tape.values[value].shape.len());
+        let plan = Plan::new(&tape, |value| tape.values[value].shape.len(), 0);
         let (slots, pieces) = written(&tape, &plan);
         assert_eq!(slots, [0, 0, 0, 1 << 1, 1 << 1]);
         assert_eq!(pieces, [(0, 0, 72), (1, 0, 64)]);

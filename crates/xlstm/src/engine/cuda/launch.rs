@@ -5,8 +5,9 @@ use std::sync::Arc;
 use super::Precision;
 use super::blas::{Product, WORKSPACE};
 use super::compiler::Source;
-use super::context::{Argument, Buffer, Gpu, NAN, arguments};
+use super::context::{Argument, Blocks, Buffer, Gpu, NAN, arguments};
 use super::event::Event;
+use super::few_rows::{Next, Waiting};
 use crate::engine::operation::{MAX_SLOTS, NodeShapes};
 use crate::error::Result;
 
@@ -23,6 +24,7 @@ pub struct Queue {
     outgrown: Vec<Buffer>,
     /// Whether a graph may know the work space by address.
     is_known: bool,
+    pub(super) waiting: Option<Waiting>,
 }
 
 impl std::fmt::Debug for Queue {
@@ -42,6 +44,7 @@ impl Queue {
             aside: None,
             outgrown: Vec::new(),
             is_known: false,
+            waiting: None,
         })
     }
 
@@ -101,7 +104,20 @@ impl Queue {
         block: usize,
         arguments: &[Argument],
     ) -> Result<()> {
-        self.gpu.launch(source, self.precision, name, grid, [block, 1], 0, arguments)
+        self.launch_square(source, name, grid, [block, 1], arguments)
+    }
+
+    /// Launches a kernel that may begin before the one before has ended, and waits for that itself.
+    pub(crate) fn launch_early(
+        &self,
+        source: &Source,
+        name: &'static str,
+        grid: [usize; 3],
+        block: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        let blocks = Blocks { grid, block: [block, 1], shared: 0, early: true };
+        self.gpu.launch(source, self.precision, name, &blocks, arguments)
     }
 
     /// Launches a kernel on a grid of two-dimensional blocks.
@@ -113,7 +129,8 @@ impl Queue {
         block: [usize; 2],
         arguments: &[Argument],
     ) -> Result<()> {
-        self.gpu.launch(source, self.precision, name, grid, block, 0, arguments)
+        let blocks = Blocks { grid, block, shared: 0, early: false };
+        self.gpu.launch(source, self.precision, name, &blocks, arguments)
     }
 
     /// Launches a kernel with bytes of dynamic shared memory.
@@ -126,7 +143,8 @@ impl Queue {
         shared: usize,
         arguments: &[Argument],
     ) -> Result<()> {
-        self.gpu.launch(source, self.precision, name, grid, [block, 1], shared, arguments)
+        let blocks = Blocks { grid, block: [block, 1], shared, early: false };
+        self.gpu.launch(source, self.precision, name, &blocks, arguments)
     }
 
     /// Launches a kernel whose threads take [`WIDE`] elements each, 256 threads a block.
@@ -148,7 +166,7 @@ impl Queue {
         n: usize,
         arguments: &[Argument],
     ) -> Result<()> {
-        self.gpu.launch(source, self.precision, name, [n.div_ceil(256), 1, 1], [256, 1], 0, arguments)
+        self.launch(source, name, [n.div_ceil(256), 1, 1], 256, arguments)
     }
 
     /// Queues a matrix product.
@@ -270,6 +288,8 @@ pub struct CudaForward<'a> {
     pub ids: [u64; 3],
     /// Shapes of all of them.
     pub shapes: &'a NodeShapes,
+    /// What the next operation is, for those that may leave work to it.
+    pub next: Next,
     /// Where to launch.
     pub queue: &'a mut Queue,
 }

@@ -12,6 +12,7 @@ pub mod compiler;
 pub(crate) mod context;
 pub(crate) mod event;
 pub mod executor;
+pub(crate) mod few_rows;
 pub(crate) mod graph;
 pub(crate) mod launch;
 pub(crate) mod measure;
@@ -20,6 +21,7 @@ pub mod parameters;
 pub use compiler::Source;
 pub use context::Gpu;
 pub use executor::CudaExecutor;
+pub use few_rows::Next;
 pub use launch::{CudaBackward, CudaForward};
 pub use parameters::{CudaParameters, CudaTensors, Layout};
 
