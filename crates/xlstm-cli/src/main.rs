@@ -94,6 +94,7 @@ mod tests {
             "xlstm bench prefill --preset infer-50m --dtype bf16 --threads 2 --repeats 5",
             "xlstm bench decode --preset infer-50m --dtype f32 --sessions 4 --device cpu --json",
             "xlstm bench cell --preset lm-mixed-128 --threads 1 --json",
+            "xlstm bench cell --preset slstm-512 --device cuda:0 --dtype bf16 --batch 16 --length 1024",
             "xlstm doctor",
         ] {
             Cli::try_parse_from(line.split(' ')).unwrap_or_else(|e| panic!("{line}: {e}"));

@@ -107,17 +107,22 @@ struct DecodeBenchArgs {
     sessions: usize,
 }
 
-/// Time the recurrent cell of a model alone at its training shape, on the processor.
+/// Time the recurrent cell of a model alone at its training shape, and measure its error against f64.
 #[derive(Debug, Args)]
 struct CellBenchArgs {
     #[command(flatten)]
     common: Common,
-    /// CPU threads; 0 = all
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    threads: usize,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Repetitions to time, after two that do not count
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = count)]
     repeats: usize,
+    /// Sequences of a batch, where not as many as the preset has
+    #[arg(long, value_name = "N", value_parser = count)]
+    batch: Option<usize>,
+    /// Tokens of each of them
+    #[arg(long, value_name = "N", value_parser = count)]
+    length: Option<usize>,
 }
 
 fn count(text: &str) -> std::result::Result<usize, String> {
@@ -139,6 +144,9 @@ struct Report<'a> {
     forward_ms: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cell: Option<&'a str>,
+    /// Of a cell: see `CellTimes`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     dtype: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -255,18 +263,20 @@ fn read(common: &Common, args: &ReadingArgs, sessions: Option<usize>) -> Result<
 }
 
 fn time_cells(args: &CellBenchArgs) -> Result<()> {
-    let preset = Preset::named(&args.common.preset)?;
-    let (device, line) = Device::choose(DeviceChoice::Cpu, None, args.threads)?;
-    output::note(&line);
+    let mut preset = Preset::named(&args.common.preset)?;
+    preset.batch_size = args.batch.unwrap_or(preset.batch_size);
+    preset.length = args.length.unwrap_or(preset.length);
+    let device = args.device.choose()?;
     let times = cells(&preset, &device, args.repeats)?;
     let floor = Floor::measure(&device)?;
     for cell in &times {
         let forward_ms = Some(cell.forward.median() * 1e3);
-        let report =
-            Report { forward_ms, cell: Some(cell.name), ..Report::new(&preset, &cell.training, &floor) };
+        let (name, error) = (Some(cell.name), Some(cell.error));
+        let report = Report { forward_ms, cell: name, error, ..Report::new(&preset, &cell.training, &floor) };
         let (batch, length) = (preset.batch_size, preset.length);
         let what = format!("{} cell, {}, batch {batch} x {length}, {device}", cell.name, cell.shape);
-        report.print(args.common.json, &what, ("both ways", cell.training.seconds.len()), "")?;
+        let error = format!("error        {:.1e} of f64, output and gradients at worst\n", cell.error);
+        report.print(args.common.json, &what, ("both ways", cell.training.seconds.len()), &error)?;
     }
     Ok(())
 }

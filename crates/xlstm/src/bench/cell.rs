@@ -1,13 +1,16 @@
 //! The cells of a preset model alone, timed on random numbers at its training shape, forward and
-//! forward with backward.
+//! forward with backward, and how far they are from their f64 form.
 
 use std::time::Instant;
 
-use super::{Measured, Preset, check_repeats, peak_megabytes};
+use super::{Measured, Preset, check_repeats, forget_peak, peak_megabytes};
 use crate::cell::mlstm::{Form, MlstmConfig, mlstm};
 use crate::cell::slstm::{CellFunction, SlstmConfig, slstm};
 use crate::cell::{ForgetGate, InputGate};
-use crate::engine::{Device, Mode, Program, Tape, Var};
+#[cfg(feature = "cuda")]
+use crate::engine::cuda::{CudaParameters, CudaTensors, Layout};
+use crate::engine::operation::Element;
+use crate::engine::{Device, Mode, Precision, Program, Tape, Var};
 use crate::error::{Error, Result};
 use crate::model::{BlockKind, Family, LstmType, ModelConfig};
 use crate::rng::Rng;
@@ -23,7 +26,13 @@ pub struct CellTimes {
     pub forward: Measured,
     /// Forward and backward, as training has them.
     pub training: Measured,
+    /// The largest error of its output and of all gradients of a short batch, each relative to the norm of
+    /// what f64 gives for the same numbers.
+    pub error: f64,
 }
+
+/// An input, where its random numbers are centred and how far they spread.
+type Input = (Var, [f64; 2]);
 
 /// A cell with its width, of queries and keys and of values where these differ.
 #[derive(Clone, Debug)]
@@ -35,7 +44,7 @@ enum Cell {
 /// Times each cell that the blocks of a preset's model hold, `repeats` times each.
 ///
 /// # Errors
-/// When there is nothing to time, the model has no such cell, or the device is a GPU.
+/// When there is nothing to time, the model has no such cell, or a GPU fails.
 pub fn cells(preset: &Preset, device: &Device, repeats: usize) -> Result<Vec<CellTimes>> {
     check_repeats(repeats)?;
     let cells = cells_of(&preset.model);
@@ -43,13 +52,7 @@ pub fn cells(preset: &Preset, device: &Device, repeats: usize) -> Result<Vec<Cel
         return Err(Error::config(format!("the model of {} has no recurrent cell", preset.name))
             .hint("use a preset of another family, such as lm-mixed-128"));
     }
-    match device {
-        Device::Cpu(..) => cells.iter().map(|cell| time(cell, preset, device, repeats)).collect(),
-        #[cfg(feature = "cuda")]
-        Device::Cuda(..) => {
-            Err(Error::config("cells are timed on the processor alone").hint("use --device cpu"))
-        }
-    }
+    cells.iter().map(|cell| time(cell, preset, device, repeats)).collect()
 }
 
 /// The cells of a model's blocks, each once.
@@ -139,15 +142,16 @@ impl Cell {
         }
     }
 
-    /// Records the cell over (batch, length) tokens from an empty state; its inputs with where each
-    /// is centred, and h.
-    fn record(&self, tape: &mut Tape, [batch, length]: [usize; 2]) -> Result<(Vec<(Var, f64)>, Var)> {
+    /// Records the cell over (batch, length) tokens from an empty state; its inputs, and h.
+    fn record(&self, tape: &mut Tape, [batch, length]: [usize; 2]) -> Result<(Vec<Input>, Var)> {
         let mut inputs = Vec::new();
-        let mut input = |tape: &mut Tape, shape: &[usize], centre: f64| {
+        let mut spread = |tape: &mut Tape, shape: &[usize], of: [f64; 2]| {
             let var = tape.input_with_gradient(shape);
-            inputs.push((var, centre));
+            inputs.push((var, of));
             var
         };
+        // Sums of many such products stay near 1.
+        let mut input = |tape: &mut Tape, shape: &[usize], centre: f64| spread(tape, shape, [centre, 0.2]);
         let h = match self {
             Cell::Mlstm { config, widths: [qk, v], .. } => {
                 let [q, k] = [(); 2].map(|()| input(tape, &[batch, length, *qk], 0.0));
@@ -159,8 +163,9 @@ impl Cell {
             Cell::Slstm { config, width } => {
                 let gates = [0.0, 4.5, 0.0, 0.0].map(|centre| input(tape, &[batch, length, *width], centre));
                 let size = width / config.heads;
-                let recurrent = input(tape, &[config.heads, 4 * size, size], 0.0);
                 let bias = input(tape, &[4 * width], 0.0);
+                let recurrent =
+                    spread(tape, &[config.heads, 4 * size, size], [0.0, (size as f64).sqrt().recip()]);
                 slstm(tape, config, gates, recurrent, bias, None, None)?.0
             }
         };
@@ -168,9 +173,30 @@ impl Cell {
     }
 }
 
-fn time(cell: &Cell, preset: &Preset, device: &Device, repeats: usize) -> Result<CellTimes> {
-    let shape = [preset.batch_size, preset.length];
-    let measure = |mode: Mode| -> Result<Measured> {
+/// Random numbers that an input has at most before they begin anew; no width divides it.
+const DRAWN: usize = 1_000_003;
+
+/// A recorded cell with its inputs set, and what it is replayed over.
+struct Recorded<'a, T> {
+    device: &'a Device,
+    program: Program<T>,
+    inputs: Vec<Var>,
+    h: Var,
+    mode: Mode,
+    /// No parameters: R is an input.
+    #[cfg(feature = "cuda")]
+    none: Option<(CudaParameters, CudaTensors)>,
+}
+
+impl<'a, T: Element> Recorded<'a, T> {
+    /// With random numbers as `precision` stores them.
+    fn new(
+        cell: &Cell,
+        shape: [usize; 2],
+        mode: Mode,
+        device: &'a Device,
+        precision: Precision,
+    ) -> Result<Self> {
         let mut tape = Tape::new(mode);
         let (inputs, h) = cell.record(&mut tape, shape)?;
         let sizes: Vec<usize> = inputs.iter().map(|(var, _)| tape.shape(*var).len()).collect();
@@ -179,29 +205,98 @@ fn time(cell: &Cell, preset: &Preset, device: &Device, repeats: usize) -> Result
         if mode == Mode::Train {
             tape.seed_gradient(h);
         }
-        let mut program = Program::<f32>::new(tape, device)?;
+        let mut program = Program::<T>::new(tape, device)?;
         let mut rng = Rng::new(1, 0);
-        // Sums of many such products stay near 1.
-        let mut draw = |size: usize, centre: f64| -> Vec<f32> {
-            (0..size).map(|_| (centre + 0.2 * rng.normal()) as f32).collect()
+        let mut draw = |size: usize, [centre, spread]: [f64; 2]| -> Vec<T> {
+            let mut number = || precision.round((centre + spread * rng.normal()) as f32);
+            let drawn: Vec<T> = (0..size.min(DRAWN)).map(|_| T::from_f64(f64::from(number()))).collect();
+            drawn.iter().copied().cycle().take(size).collect()
         };
-        for ((var, centre), size) in inputs.iter().zip(sizes) {
-            program.set_input(*var, &draw(size, *centre))?;
+        for ((var, of), size) in inputs.iter().zip(sizes) {
+            program.set_input(*var, &draw(size, *of))?;
         }
         if mode == Mode::Train {
-            program.set_seed(h, &draw(size, 0.0))?;
+            program.set_seed(h, &draw(size, [0.0, 0.2]))?;
         }
-        let (none, mut seconds): (Vec<Vec<f32>>, _) = (Vec::new(), Vec::with_capacity(repeats));
-        // Two do not count: caches and work space are there by then.
-        for repeat in 0..2 + repeats {
-            let start = Instant::now();
-            device.install(|| -> Result<()> {
-                program.forward(&none)?;
-                match mode {
-                    Mode::Train => program.backward(&none, &mut Vec::new()),
-                    Mode::Evaluate => Ok(()),
+        Ok(Recorded {
+            device,
+            program,
+            inputs: inputs.into_iter().map(|(var, _)| var).collect(),
+            h,
+            mode,
+            #[cfg(feature = "cuda")]
+            none: match device {
+                Device::Cpu(..) => None,
+                Device::Cuda(gpu, precision) => {
+                    let layout = Layout::new([]);
+                    let parameters = CudaParameters::zeros(gpu, &layout, *precision)?;
+                    Some((parameters, CudaTensors::zeros(gpu, &layout)?))
                 }
-            })?;
+            },
+        })
+    }
+
+    /// Forward and, in training, backward, until all is done.
+    fn replay(&mut self) -> Result<()> {
+        let (program, mode) = (&mut self.program, self.mode);
+        #[cfg(feature = "cuda")]
+        if let (Device::Cuda(gpu, _), Some((parameters, gradients))) = (self.device, &mut self.none) {
+            program.forward(&*parameters)?;
+            if mode == Mode::Train {
+                program.backward(&*parameters, gradients)?;
+            }
+            return gpu.synchronize();
+        }
+        self.device.install(|| {
+            let none: Vec<Vec<T>> = Vec::new();
+            program.forward(&none)?;
+            match mode {
+                Mode::Train => program.backward(&none, &mut Vec::new()),
+                Mode::Evaluate => Ok(()),
+            }
+        })
+    }
+
+    /// h and the gradients of all inputs.
+    fn numbers(&mut self) -> Result<Vec<Vec<T>>> {
+        self.replay()?;
+        let mut all = vec![self.program.value(self.h)?];
+        for &var in &self.inputs {
+            all.push(self.program.gradient(var)?);
+        }
+        Ok(all)
+    }
+}
+
+/// Sequences and tokens of the batch that errors are measured on.
+const ERROR_SHAPE: [usize; 2] = [9, 96];
+
+/// See [`CellTimes::error`].
+fn error(cell: &Cell, device: &Device) -> Result<f64> {
+    let (cpu, precision) = (Device::cpu(device.threads())?, device.precision());
+    let truth = Recorded::<f64>::new(cell, ERROR_SHAPE, Mode::Train, &cpu, precision)?.numbers()?;
+    let found = Recorded::<f32>::new(cell, ERROR_SHAPE, Mode::Train, device, precision)?.numbers()?;
+    let norm = |numbers: &mut dyn Iterator<Item = f64>| numbers.map(|x| x * x).sum::<f64>().sqrt();
+    let errors = truth.iter().zip(&found).map(|(truth, found)| {
+        let difference = norm(&mut truth.iter().zip(found).map(|(a, b)| a - f64::from(*b)));
+        difference / norm(&mut truth.iter().copied())
+    });
+    // A NaN is the worst.
+    Ok(errors.fold(0.0, |worst, error| if error <= worst { worst } else { error }))
+}
+
+fn time(cell: &Cell, preset: &Preset, device: &Device, repeats: usize) -> Result<CellTimes> {
+    let shape = [preset.batch_size, preset.length];
+    let measure = |mode: Mode| -> Result<Measured> {
+        let mut recorded = Recorded::<f32>::new(cell, shape, mode, device, Precision::F32)?;
+        let mut seconds = Vec::with_capacity(repeats);
+        // Two do not count: caches, work space and graphs are there by then.
+        for repeat in 0..2 + repeats {
+            if repeat == 2 {
+                forget_peak(device);
+            }
+            let start = Instant::now();
+            recorded.replay()?;
             if repeat >= 2 {
                 seconds.push(start.elapsed().as_secs_f64());
             }
@@ -217,7 +312,7 @@ fn time(cell: &Cell, preset: &Preset, device: &Device, repeats: usize) -> Result
         })
     };
     let (forward, training) = (measure(Mode::Evaluate)?, measure(Mode::Train)?);
-    Ok(CellTimes { name: cell.name(), shape: cell.shape(), forward, training })
+    Ok(CellTimes { name: cell.name(), shape: cell.shape(), forward, training, error: error(cell, device)? })
 }
 
 #[cfg(test)]
@@ -230,10 +325,11 @@ mod tests {
     fn both_cells_of_a_mix_are_timed() {
         let times = cells(&tiny(), &Device::cpu(1).unwrap(), 2).unwrap();
         assert_eq!(times.iter().map(|times| times.name).collect::<Vec<_>>(), ["mLSTM", "sLSTM"]);
-        for CellTimes { forward, training, .. } in &times {
+        for CellTimes { forward, training, error, .. } in &times {
             assert_eq!((forward.seconds.len(), training.seconds.len()), (2, 2));
             assert_eq!(training.operations, 3.0 * forward.operations);
             assert!(forward.median() > 0.0);
+            assert!(*error > 0.0 && *error < 1e-5, "{error}");
         }
     }
 

@@ -25,7 +25,7 @@ pub struct Preset {
 }
 
 /// The names of all presets.
-pub const PRESETS: [&str; 22] = [
+pub const PRESETS: [&str; 25] = [
     "large-128",
     "large-256",
     "lm-mlstm-128",
@@ -48,6 +48,9 @@ pub const PRESETS: [&str; 22] = [
     "large-162m",
     "large-407m",
     "gen-407m",
+    "slstm-512",
+    "slstm-768",
+    "slstm-1024",
 ];
 
 impl Preset {
@@ -64,6 +67,8 @@ impl Preset {
             ModelConfig { family, vocab_size, embedding_dim, num_blocks: 4, ..ModelConfig::default() }
         };
         let small = |slstm_at: SlstmAt| ModelConfig { slstm_at, ..of(Family::Small) };
+        let one_slstm =
+            |embedding_dim: usize| ModelConfig { embedding_dim, num_blocks: 1, ..small(SlstmAt::All) };
         let model = match name {
             "large-128" | "large-256" => of(Family::Large),
             "large-74m" => xlstm_large(512, 7, 4),
@@ -77,6 +82,9 @@ impl Preset {
                 ModelConfig { vocab_size: 50304, embedding_dim: 768, num_blocks: 24, ..small(SlstmAt::None) }
             }
             "lm-slstm-128" | "lm-slstm-256" => small(SlstmAt::All),
+            "slstm-512" => one_slstm(512),
+            "slstm-768" => one_slstm(768),
+            "slstm-1024" => one_slstm(1024),
             "lm-mixed-128" => small(SlstmAt::Positions(vec![1])),
             "pyx-slstm-128" | "pyx-slstm-256" => original(of(Family::Original), LstmType::Slstm),
             "pyx-mlstm-128" | "pyx-mlstm-256" => original(of(Family::Original), LstmType::Mlstm),
@@ -98,6 +106,7 @@ impl Preset {
             "gen-407m" => (1, 2048),
             "small-125m" => (4, 512),
             "gpt-125m" | "large-74m" | "large-162m" | "large-407m" => (8, 2048),
+            "slstm-512" | "slstm-768" | "slstm-1024" => (64, 1024),
             _ if model.family == Family::Original => (8, 128),
             _ => (8, 256),
         };

@@ -1,6 +1,7 @@
-//! The sLSTM and the LSTM on a GPU: the launches of slstm.cu, in its order and with its work
-//! space.
+//! The sLSTM and the LSTM on a GPU: the launches of slstm.cu and, in cuda_wide.rs, of slstm_wide.cuh, in
+//! their order and with their work space.
 
+use super::cuda_wide::Wide;
 use super::{BIAS, CellFunction, LAST, Layout, RECURRENT, STATE, Slstm};
 use crate::cell::{ForgetGate, InputGate};
 use crate::engine::cuda::blas::{Operand, Product};
@@ -8,28 +9,40 @@ use crate::engine::cuda::launch::Queue;
 use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::Argument, context::arguments};
 use crate::error::{Error, Result};
 
-const SOURCE: Source = Source::new("slstm", include_str!("slstm.cu"));
+const SOURCE: Source = Source::new("slstm", concat!(include_str!("slstm.cuh"), include_str!("slstm.cu")));
 
 /// Sequences of a block: ROWS of slstm.cu.
 const ROWS: usize = 4;
 const R_SHARED: u32 = 16;
 /// The largest head that slstm.cu takes.
 const LARGEST: usize = 1024;
+/// The bit of the first gate whose gradient is written whole.
+const FRESH_GATES: usize = 5;
+
+/// What all kernels are told of the cell.
+pub(super) fn cell_flags(slstm: &Slstm) -> u32 {
+    let config = &slstm.config;
+    u32::from(config.input_gate == InputGate::Sigmoid)
+        | u32::from(config.forget_gate == ForgetGate::Exponential) << 1
+        | u32::from(config.function == CellFunction::Lstm) << 2
+        | u32::from(config.gradient_cut) << 3
+}
+
+/// What backward is told of the gates' gradients.
+pub(super) fn fresh_flags(io: &CudaBackward<'_>) -> u32 {
+    (0..4).fold(0, |flags, gate| flags | u32::from(io.is_fresh(gate)) << (FRESH_GATES + gate))
+}
 
 /// Flags and bytes of shared memory.
 fn flags(slstm: &Slstm, dim: usize, queue: &Queue) -> Result<(u32, usize)> {
-    let config = &slstm.config;
-    let flags = u32::from(config.input_gate == InputGate::Sigmoid)
-        | u32::from(config.forget_gate == ForgetGate::Exponential) << 1
-        | u32::from(config.function == CellFunction::Lstm) << 2
-        | u32::from(config.gradient_cut) << 3;
+    let flags = cell_flags(slstm);
     let (own, matrix) = (ROWS * 48 * dim, 16 * dim * dim);
     // A matrix that fits stays on chip for the whole sequence.
     let available = queue.gpu().shared_memory()?;
     if dim > LARGEST || own > available {
         return Err(Error::shape(format!(
             "{} heads of {dim} features are too large for this GPU",
-            config.heads
+            slstm.config.heads
         ))
         .hint("use more heads, or --device cpu"));
     }
@@ -54,6 +67,9 @@ fn walk(
 pub(super) fn forward(slstm: &Slstm, io: &mut CudaForward<'_>) -> Result<()> {
     let layout = Layout::of(io.shapes, slstm.config.heads);
     let Layout { batch, steps, heads, dim, .. } = layout;
+    if let Some(wide) = Wide::of(&layout, io.queue)? {
+        return wide.forward(slstm, &layout, io);
+    }
     let parts = slstm.state_parts();
     let (flags, shared) = flags(slstm, dim, io.queue)?;
     let transposed = io.queue.scratch(heads * 4 * dim * dim)?;
@@ -82,7 +98,6 @@ pub(super) fn forward(slstm: &Slstm, io: &mut CudaForward<'_>) -> Result<()> {
         last(1),
         last(2),
         last(3),
-        None::<u64>,
         record,
         batch,
         steps,
@@ -97,8 +112,12 @@ pub(super) fn forward(slstm: &Slstm, io: &mut CudaForward<'_>) -> Result<()> {
 pub(super) fn backward(slstm: &Slstm, io: &mut CudaBackward<'_>) -> Result<()> {
     let layout = Layout::of(io.shapes, slstm.config.heads);
     let Layout { batch, steps, heads, dim, .. } = layout;
+    if let Some(wide) = Wide::of(&layout, io.queue)? {
+        return wide.backward(slstm, &layout, io);
+    }
     let parts = slstm.state_parts();
     let (flags, shared) = flags(slstm, dim, io.queue)?;
+    let flags = flags | fresh_flags(io);
     let draw = io.queue.scratch(batch * steps * heads * 4 * dim)?;
     let state = |part: usize| (part < parts).then(|| io.inputs[STATE + part]).flatten();
     let last = |part: usize| (part < parts).then(|| io.outputs[LAST + part]);

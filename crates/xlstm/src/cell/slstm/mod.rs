@@ -18,6 +18,8 @@
 mod backward;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_wide;
 mod forward;
 mod pointwise;
 #[cfg(test)]
@@ -205,9 +207,14 @@ impl Kernel for Slstm {
         reads
     }
 
-    /// All but h: the gates feed back, and the recurrence reads R in every step.
+    /// All but h and the record: the gates feed back, and states are sums over all tokens.
     fn full_precision(&self) -> Slots {
-        Slots { inputs: u32::MAX, outputs: !1 }
+        Slots { inputs: u32::MAX, outputs: !(1 | 1 << (LAST + self.state_parts())) }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn overwrites(&self) -> Slots {
+        Slots::of(&[0, 1, 2, 3], &[])
     }
 
     fn forward<T: Scalar>(&self, io: &mut Forward<'_, T>) {
@@ -260,6 +267,12 @@ impl Layout {
 
     fn width(&self) -> usize {
         self.heads * self.dim
+    }
+
+    /// Heads of 8 sequences.
+    #[cfg(feature = "cuda")]
+    fn units(&self) -> usize {
+        self.batch.div_ceil(8) * self.heads
     }
 
     fn tasks(&self) -> usize {

@@ -1,12 +1,10 @@
-// The sLSTM and LSTM cells on a GPU, forward and backward: a block a (few sequences, head), one
-// token after the other.
+// The sLSTM and LSTM cells on a GPU by f32 FMA, forward and backward: a block a (few sequences, head), one
+// token after the other. In bf16 slstm_wide.cuh is faster, for the head sizes that it takes.
 //
-// raw = gates + R h_{t-1} + b in the order i, f, z, o, then as in mod.rs and pointwise.rs. Backward
-// treats m as constant: it cancels, and only g = dm - c dc - n dn of the last state goes to log f of
-// each token until the one whose log i set m.
+// raw = gates + R h_{t-1} + b in the order i, f, z, o, then as in mod.rs and, backward, as in slstm.cuh.
 //
 //   forward    slstm_transpose (once for each R) -> slstm_forward
-//   backward   slstm_backward -> slstm_bias, and by the caller, per head, the product
+//   backward   slstm_backward -> slstm_bias, slstm_before, and by the caller, per head, the product
 //              dR (4 DH, DH) += draw^T (4 DH, B S) before (B S, DH)
 //              with draw's rows NH 4 DH and before's rows NH DH apart
 //
@@ -16,34 +14,22 @@
 // (B, S, NH DH), R (NH, 4 DH, DH), b (4, NH DH): f32. h, dh (B, S, NH DH): element_t.
 // States h, c, n, m and their gradients (B, NH DH): f32; initial ones null: zeros; an LSTM has no n
 // and m (null). marks (B, S) u32 or null: at RESET the state is zero before the token, a PAD
-// passes it on, and a reset on it counts for nothing. Saved in training, f32, else null:
-//   before (B, S, NH, DH)           h_{t-1} of each token, 0 at pads
-//   record (B, S, NH, PARTS, DH)    sLSTM (PARTS 8): c_{t-1}, n_{t-1}, i', f', tanh ~z, sigmoid ~o,
-//                                   d log f / d ~f, d log i / d ~i
-//                                   LSTM (PARTS 5): c_{t-1}, i, f, tanh ~z, o
-// Work space, f32: transposed (NH, DH, 4 DH), draw (B, S, NH, 4, DH).
+// passes it on, and a reset on it counts for nothing. record: what slstm.cuh says is left behind, of
+// B S NH DH elements; null where there is no backward.
+// Work space, f32: transposed (NH, DH, 4 DH), draw (B, S, NH, 4, DH), before (B, S, NH, DH).
 // flags: 1 sigmoid input gate, 2 exponential forget gate, 4 LSTM, 8 gradient cut, 16 R in shared
-// memory. Launch (forward and backward): grid (ceil(B / ROWS), NH), block
-// min(1024, 4 DH rounded up to 32), dynamic shared memory ROWS 48 DH + (flags & 16 ? 4 DH DH
-// 4 : 0) bytes, above 48 KB by the function's attribute.
-// Outputs are written whole, gradients added to what is there; null gradients are not wanted
-// (given: zero).
+// memory, 32 << g in backward: the gradient of gate g is written, not added. Launch (forward and backward):
+// grid (ceil(B / ROWS), NH), block min(1024, 4 DH rounded up to 32), dynamic shared memory
+// ROWS 48 DH + (flags & 16 ? 4 DH DH 4 : 0) bytes, above 48 KB by the function's attribute.
+// Outputs are written whole, gradients but for those of gates added to what is there; null gradients are not
+// wanted (given: zero).
 
 #ifndef ROWS
 #define ROWS 4
 #endif
-#define SIGMOID_INPUT 1
-#define EXPONENTIAL_FORGET 2
-#define LSTM 4
-#define GRADIENT_CUT 8
 #define R_SHARED 16
-
-__device__ __forceinline__ int parts_of(int flags) { return flags & LSTM ? 5 : 8; }
-/// 1 at most; a NaN stays.
-__device__ __forceinline__ float at_most_one(float x) { return x > 1.0f ? 1.0f : x; }
-
-/// Whether the state is zero before a token with this mark.
-__device__ __forceinline__ bool resets(unsigned mark) { return (mark & (RESET | PAD)) == RESET; }
+/// Functions in the precision of the activations.
+#define FAST (sizeof(element_t) == 2)
 
 /// R of each head (4 DH, DH) -> (DH, 4 DH).
 /// grid (ceil(DH / 32), ceil(4 DH / 32), NH), block (32, 8).
@@ -97,12 +83,12 @@ __device__ __forceinline__ const float *place(const float *from, float *end_of_f
 }
 
 /// All tokens of ROWS sequences of one head.
-/// Out: h, the last state, and where given before and record.
+/// Out: h, the last state, and where given record.
 extern "C" __global__ void __launch_bounds__(1024) slstm_forward(
     const float *gate_i, const float *gate_f, const float *gate_z, const float *gate_o,
     const float *transposed, const float *bias, const float *h0, const float *c0, const float *n0,
     const float *m0, const unsigned *marks, element_t *h, float *h_last, float *c_last, float *n_last,
-    float *m_last, float *before, float *record, int B, int S, int NH, int DH, int flags
+    float *m_last, void *record, int B, int S, int NH, int DH, int flags
 ) {
     extern __shared__ __align__(16) float shared[];
     float *hidden = shared, *state = hidden + ROWS * DH, *raw = state + ROWS * 3 * DH;
@@ -110,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_forward(
     int first = blockIdx.x * ROWS, head = blockIdx.y, width = NH * DH, column = head * DH;
     const float *gates[4] = {gate_i, gate_f, gate_z, gate_o};
     bool lstm = flags & LSTM;
-    int parts = parts_of(flags);
+    long long n = (long long)B * S * width;
 
     for (int x = threadIdx.x; x < ROWS * DH; x += blockDim.x) {
         int row = x / DH, d = x % DH;
@@ -145,56 +131,27 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_forward(
             unsigned mark = marks ? marks[token] : 0u, next = marks && t + 1 < S ? marks[token + 1] : 0u;
             float *mine = state + row * 3 * DH + d;
             if (resets(mark)) mine[0] = mine[DH] = mine[2 * DH] = 0.0f;
-            float h_before = hidden[x], c_before = mine[0], n_before = mine[DH], m_before = mine[2 * DH];
-            float *saved = record + (token * NH + head) * parts * DH + d;
+            long long at = token * width + column + d;
             if (mark & PAD) {
-                store(h + token * width + column + d, 0.0f);
-                if (before) before[token * width + column + d] = 0.0f;
-                if (record)
-                    for (int part = 0; part < parts; part++) saved[part * DH] = 0.0f;
+                store(h + at, 0.0f);
             } else {
                 const float *mine_raw = raw + row * 4 * DH + d;
-                float raw_i = mine_raw[0], raw_f = mine_raw[DH], z = tanhf(mine_raw[2 * DH]);
-                float o = sigmoid(mine_raw[3 * DH]), i, f, c, y;
-                if (lstm) {
-                    i = sigmoid(raw_i);
-                    f = sigmoid(raw_f);
-                    c = fmaf(f, c_before, i * z);
-                    y = o * tanhf(c);
-                    if (record) {
-                        saved[0] = c_before;
-                        saved[DH] = i;
-                        saved[2 * DH] = f;
-                        saved[3 * DH] = z;
-                        saved[4 * DH] = o;
-                    }
-                } else {
-                    float log_i = flags & SIGMOID_INPUT ? log_sigmoid(raw_i) : raw_i;
-                    float log_f = flags & EXPONENTIAL_FORGET ? raw_f : log_sigmoid(raw_f);
-                    float old = log_f + m_before;
-                    float m = n_before == 0.0f ? log_i : fmaxf(log_i, old);
-                    i = at_most_one(expf(log_i - m));
-                    f = at_most_one(expf(old - m));
-                    c = fmaf(f, c_before, i * z);
-                    float n = fmaf(f, n_before, i);
-                    y = o * c / n;
-                    mine[DH] = n;
-                    mine[2 * DH] = m;
-                    if (record) {
-                        saved[0] = c_before;
-                        saved[DH] = n_before;
-                        saved[2 * DH] = i;
-                        saved[3 * DH] = f;
-                        saved[4 * DH] = z;
-                        saved[5 * DH] = o;
-                        saved[6 * DH] = flags & EXPONENTIAL_FORGET ? 1.0f : sigmoid(-raw_f);
-                        saved[7 * DH] = flags & SIGMOID_INPUT ? sigmoid(-raw_i) : 1.0f;
-                    }
+                float raws[1][4] = {{mine_raw[0], mine_raw[DH], mine_raw[2 * DH], mine_raw[3 * DH]}}, y[1], forget[1];
+                State after[1] = {{mine[0], mine[DH], mine[2 * DH]}};
+                Saved saved[1];
+                bool is_empty = n0 && mine[DH] == 0.0f && !resets(mark);
+                cell_forward<FAST, 1>(raws, after, y, saved, forget, flags);
+                mine[0] = after[0].c;
+                mine[DH] = after[0].n;
+                mine[2 * DH] = after[0].m;
+                if (record) {
+                    leave(record, n, at, saved[0], flags);
+                    // Of an initial state that is empty, but given: backward has no other way to it.
+                    if (is_empty)
+                        first_forget(record, n, SAVED_WORDS)[(long long)(first + row) * width + column + d] = forget[0];
                 }
-                mine[0] = c;
-                if (before) before[token * width + column + d] = h_before;
-                hidden[x] = y;
-                store(h + token * width + column + d, y);
+                hidden[x] = y[0];
+                store(h + at, y[0]);
             }
             if (t + 1 == S) {
                 long long at = (long long)(first + row) * width + column + d;
@@ -218,32 +175,33 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_forward(
 /// gradients of h and of the last state. Out: draw, 0 at pads. Added to: the gates' gradients and
 /// those of the initial state.
 extern "C" __global__ void __launch_bounds__(1024) slstm_backward(
-    const float *R, const float *record, const unsigned *marks, const float *c0, const float *n0,
+    const float *R, const void *record, const unsigned *marks, const float *c0, const float *n0,
     const float *c_last, const float *n_last, const element_t *dh, const float *dh_last, const float *dc_last,
     const float *dn_last, const float *dm_last, float *draw, float *dgate_i, float *dgate_f, float *dgate_z,
     float *dgate_o, float *dh0, float *dc0, float *dn0, float *dm0, float clip, int B, int S, int NH, int DH,
     int flags
 ) {
     extern __shared__ __align__(16) float shared[];
-    // Carried: dh, dc, dn, g. The gates' gradients of a token. Their product with R, in four parts.
+    // Carried: dh, and those of r, l and g. The gates' gradients of a token. Their product with R, in four parts.
     float *carry = shared, *raw = carry + ROWS * 4 * DH, *product = raw + ROWS * 4 * DH;
     const float *matrix = place(R, product + ROWS * 4 * DH, DH, flags);
     int first = blockIdx.x * ROWS, head = blockIdx.y, width = NH * DH, column = head * DH;
     bool lstm = flags & LSTM;
-    int parts = parts_of(flags);
+    long long n = (long long)B * S * width;
 
     for (int x = threadIdx.x; x < ROWS * DH; x += blockDim.x) {
         int row = x / DH, d = x % DH;
         long long at = (long long)(first + row) * width + column + d;
         bool given = first + row < B;
         float *mine = carry + row * 4 * DH + d;
-        float dc = given && dc_last ? dc_last[at] : 0.0f, dn = given && !lstm && dn_last ? dn_last[at] : 0.0f;
-        float g = given && !lstm && dm_last ? dm_last[at] : 0.0f;
-        if (given && !lstm) g = g - c_last[at] * dc - n_last[at] * dn;
-        mine[0] = given && dh_last ? dh_last[at] : 0.0f;
-        mine[DH] = dc;
-        mine[2 * DH] = dn;
-        mine[3 * DH] = g;
+        auto value = [&](const float *gradient) { return given && gradient ? gradient[at] : 0.0f; };
+        State last = {0.0f, 0.0f, 0.0f};
+        if (given && !lstm) last = {c_last[at], n_last[at], 0.0f};
+        Carry start = last_carry(last, value(dc_last), value(dn_last), value(dm_last), flags);
+        mine[0] = value(dh_last);
+        mine[DH] = start.r;
+        mine[2 * DH] = start.l;
+        mine[3 * DH] = start.g;
         for (int gate = 0; gate < 4; gate++) raw[row * 4 * DH + gate * DH + d] = 0.0f;
     }
     __syncthreads();
@@ -253,49 +211,35 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_backward(
             if (first + row >= B) continue;
             long long token = (long long)(first + row) * S + t;
             float *mine = carry + row * 4 * DH + d, *to = raw + row * 4 * DH + d;
-            float di = 0.0f, df = 0.0f, dz = 0.0f, d_o = 0.0f;
+            float draws[4] = {};
             if (!(marks && marks[token] & PAD)) {
-                const float *saved = record + (token * NH + head) * parts * DH + d;
                 long long at = token * width + column + d;
+                Saved saved = left_at(record, n, at, flags);
                 float dy = mine[0] + (dh ? load(dh + at) : 0.0f);
-                float c_before = saved[0];
-                if (lstm) {
-                    float i = saved[DH], f = saved[2 * DH], z = saved[3 * DH], o = saved[4 * DH];
-                    float y = tanhf(fmaf(f, c_before, i * z));
-                    d_o = dy * y * o * (1.0f - o);
-                    float dc = mine[DH] + dy * o * (1.0f - y * y);
-                    di = dc * z * i * (1.0f - i);
-                    df = dc * c_before * f * (1.0f - f);
-                    dz = dc * i * (1.0f - z * z);
-                    mine[DH] = f * dc;
-                } else {
-                    float n_before = saved[DH], i = saved[2 * DH], f = saved[3 * DH], z = saved[4 * DH];
-                    float o = saved[5 * DH], g = mine[3 * DH];
-                    float n = fmaf(f, n_before, i), ratio = fmaf(f, c_before, i * z) / n;
-                    float dc = dy * o / n;
-                    d_o = dy * ratio * o * (1.0f - o);
-                    float dn = mine[2 * DH] - dc * ratio;
-                    dc += mine[DH];
-                    bool set_here = i == 1.0f;
-                    float to_i = set_here ? g : 0.0f, to_f = set_here ? 0.0f : g;
-                    di = saved[7 * DH] * (i * (z * dc + dn) + to_i);
-                    df = saved[6 * DH] * (f * (c_before * dc + n_before * dn) + to_f);
-                    dz = dc * i * (1.0f - z * z);
-                    mine[DH] = f * dc;
-                    mine[2 * DH] = f * dn;
-                    mine[3 * DH] = to_f;
+                Carry before = {mine[DH], mine[2 * DH], mine[3 * DH]}, now = before;
+                cell_backward(saved, dy, now, draws, flags);
+                long long start = (long long)(first + row) * width + column + d;
+                const unsigned *own = marks + (long long)(first + row) * S;
+                if (!lstm && n0 && n0[start] == 0.0f && !(marks && resets(own[t])) && comes_first(marks ? own : nullptr, t)) {
+                    // All of such a state's gradient there is: it is no ratio.
+                    float f = first_forget((void *)record, n, SAVED_WORDS)[start];
+                    float dr = fmaf(dy, fabsf(saved.x[3]), before.r);
+                    if (dc0) dc0[start] += f * dr;
+                    if (dn0) dn0[start] += f * (before.l - dr * saved.x[1]);
                 }
                 mine[0] = 0.0f;
-                if (dgate_i) dgate_i[at] += di;
-                if (dgate_f) dgate_f[at] += df;
-                if (dgate_z) dgate_z[at] += dz;
-                if (dgate_o) dgate_o[at] += d_o;
+                mine[DH] = now.r;
+                mine[2 * DH] = now.l;
+                mine[3 * DH] = now.g;
             }
             float *out = draw + (token * NH + head) * 4 * DH + d;
-            out[0] = to[0] = di;
-            out[DH] = to[DH] = df;
-            out[2 * DH] = to[2 * DH] = dz;
-            out[3 * DH] = to[3 * DH] = d_o;
+            float *gates[4] = {dgate_i, dgate_f, dgate_z, dgate_o};
+#pragma unroll
+            for (int g = 0; g < 4; g++) {
+                float *gradient = gates[g] + token * width + column + d;
+                if (gates[g]) *gradient = draws[g] + (flags >> (FRESH_GATES + g) & 1 ? 0.0f : *gradient);
+                out[g * DH] = to[g * DH] = draws[g];
+            }
         }
         __syncthreads();
         // Part g of the product: sum_d draw[g][d] R[g][d][k].
@@ -330,14 +274,13 @@ extern "C" __global__ void __launch_bounds__(1024) slstm_backward(
         long long at = (long long)(first + row) * width + column + d;
         const float *mine = carry + row * 4 * DH + d;
         if (dh0) dh0[at] += mine[0];
-        if (dc0) dc0[at] += mine[DH];
-        if (lstm) continue;
-        if (dn0) dn0[at] += mine[2 * DH];
-        // What a scale of the whole state would change.
-        float scale = 0.0f;
-        if (c0) scale = c0[at] * mine[DH];
-        if (n0) scale += n0[at] * mine[2 * DH];
-        if (dm0) dm0[at] += mine[3 * DH] + scale;
+        if (lstm) {
+            if (dc0) dc0[at] += mine[DH];
+            continue;
+        }
+        bool same = n0 && n0[at] == 0.0f && comes_first(marks ? marks + (long long)(first + row) * S : nullptr, S);
+        give_initial({mine[DH], mine[2 * DH], mine[3 * DH]}, c0, n0, same ? dc_last : nullptr,
+                     same ? dn_last : nullptr, at, dc0, dn0, dm0);
     }
 }
 

@@ -190,6 +190,12 @@ impl Gpu {
         Ok(bytes.map_err(|e| driver("measure shared memory", e))? as usize)
     }
 
+    /// Whether blocks of a kernel can form clusters.
+    pub(crate) fn has_clusters(&self) -> Result<bool> {
+        let found = self.context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH);
+        Ok(found.map_err(|e| driver("ask about clusters", e))? != 0)
+    }
+
     /// Makes the GPU the current one of this thread; every entry point calls it.
     pub(crate) fn enter(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|e| driver("enter the context", e))
