@@ -157,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(128) causal_conv_4(
                 if (mark & RESET) seen.clear();
                 EACH_FOUR(j) {
                     u.x[j] = seen.convolve(now, taps, j);
-                    if (silu) u.x[j] *= sigmoid(u.x[j]);
+                    if (silu) u.x[j] *= quick_sigmoid(u.x[j]);
                 }
                 seen.push(now);
             }
@@ -251,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(128) causal_conv_backward_4(
                 }
                 if (silu)
                     EACH_FOUR(j) {
-                        float u = seen.convolve(now, taps, j), s = sigmoid(u);
+                        float u = seen.convolve(now, taps, j), s = quick_sigmoid(u);
                         gradient.x[j] *= fmaf(u * s, 1.0f - s, s);
                     }
                 if (own) {

@@ -24,7 +24,7 @@ __device__ __forceinline__ void forward(
         EACH_ROW(r) {
             if (row + r >= end) break;
             Wide sum = unpack(of_h[r]), xs = unpack(of_x[r]), gates = unpack(of_z[r]);
-            EACH_WIDE(j) sum.x[j] = fmaf(s.x[j], xs.x[j], sum.x[j]) * (gates.x[j] * sigmoid(gates.x[j]));
+            EACH_WIDE(j) sum.x[j] = fmaf(s.x[j], xs.x[j], sum.x[j]) * (gates.x[j] * quick_sigmoid(gates.x[j]));
             give<WHOLE>(y + (long long)(row + r) * width + column, sum, count, true);
         }
     }
@@ -63,7 +63,7 @@ __device__ __forceinline__ void backward(
             long long at = (long long)(row + r) * width + column;
             Wide a = unpack(of_dy[r]), hs = unpack(of_h[r]), xs = unpack(of_x[r]), gates = unpack(of_z[r]);
             EACH_WIDE(j) {
-                float gate = gates.x[j], open = sigmoid(gate), value = gate * open;
+                float gate = gates.x[j], open = quick_sigmoid(gate), value = gate * open;
                 gates.x[j] = a.x[j] * fmaf(value, 1.0f - open, open) * fmaf(s.x[j], xs.x[j], hs.x[j]);
                 a.x[j] *= value;
                 sums.x[j] = fmaf(a.x[j], xs.x[j], sums.x[j]);
