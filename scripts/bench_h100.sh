@@ -7,7 +7,7 @@
 #                                    (built with --features cuda), PYTHON a python with PyTorch; PYTHONPATH may
 #                                    name a folder with the packages xlstm and mlstm_kernels. Without them the
 #                                    peers are left out.
-#   scripts/bench_h100.sh report DIR only reports
+#   scripts/bench_h100.sh report DIR only reports; what notes.txt in DIR says goes below the tables
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -116,6 +116,9 @@ for r in rows:
 if peers:
     lines += ["", "| peer | case | tokens/s | ms | peak MB |", "|---|---|---|---|---|"]
     lines += [f"| {p['peer']} | {p['case']} | {number(p['tokens_per_s'])} | {number(p['ms'])} | {number(p['peak_memory_mb'])} |" for p in peers]
+notes = folder / "notes.txt"
+if notes.exists():
+    lines += ["", notes.read_text().strip()]
 lines += ["", "Made by `scripts/bench_h100.sh`; the peers by `scripts/gpu_peers.py`."]
 (results / "h100.md").write_text("\n".join(lines) + "\n")
 PYTHON

@@ -4,6 +4,8 @@
 # and the tests here, run both there as below, and give their outputs:
 #
 #   scripts/gpu_correctness.sh [OUTPUT_OF_GPU_CHECK OUTPUT_OF_TESTS]
+#
+# What NOTE says goes below the tables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 output=${1:-}
@@ -15,7 +17,7 @@ if [ -z "$output" ]; then
     XLSTM_DEVICE=cuda:0 cargo test --release -p xlstm --features cuda --test it -- --test-threads=1 |
         tee "$tests"
 fi
-python3 - "$output" "$tests" >docs/results/gpu-correctness.md <<'PYTHON'
+python3 - "$output" "$tests" "${NOTE:-}" >docs/results/gpu-correctness.md <<'PYTHON'
 import datetime, pathlib, re, sys
 
 lines = pathlib.Path(sys.argv[1]).read_text().splitlines()
@@ -36,6 +38,8 @@ print(f"\nThe golden and property tests of `tests/it`, run on the GPU in f32 (`X
 print(f"{len(tests)} passed.\n\n| test | |\n|---|---|")
 for name, result in tests:
     print(f"| {name} | {result} |")
+if note := sys.argv[3]:
+    print(f"\n{note}")
 print("\nMade by `scripts/gpu_correctness.sh`.")
 PYTHON
 echo "wrote docs/results/gpu-correctness.md" >&2
