@@ -32,8 +32,8 @@ struct Life {
 const FOREVER: usize = usize::MAX;
 
 impl Plan {
-    /// `size` of value number i, in the unit that slots are to be measured in. What a node reads forward
-    /// stays for the `linger` nodes after it.
+    /// `size` of value number i, in the unit that slots are to be measured in. What a node reads and
+    /// writes forward stays for the `linger` nodes after it.
     pub(super) fn new(tape: &Tape, size: impl Fn(usize) -> usize, linger: usize) -> Plan {
         let mut lives = lives(tape, size, linger);
         lives.sort_by_key(|life| (life.birth, std::cmp::Reverse(life.len)));
@@ -99,7 +99,7 @@ fn lives(tape: &Tape, size: impl Fn(usize) -> usize, linger: usize) -> Vec<Life>
             }
         }
         for (slot, var) in node.outputs.iter().enumerate() {
-            let last = if flows && reads.output(slot) { backward(i) } else { i };
+            let last = if flows && reads.output(slot) { backward(i) } else { i + linger };
             death[var.index()] = death[var.index()].max(last);
         }
     }
@@ -134,4 +134,32 @@ fn lives(tape: &Tape, size: impl Fn(usize) -> usize, linger: usize) -> Vec<Life>
         lives.push(Life { var, is_gradient: true, len, birth, death });
     }
     lives
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::linear::linear;
+    use crate::ops::norm::{Norm, NormKind, add_norm};
+
+    /// A norm whose work is left to the product after it reads and writes while that product writes,
+    /// the sum that nobody reads included.
+    #[test]
+    fn what_lingers_shares_no_slot_with_what_comes_next() {
+        let mut tape = Tape::new(Mode::Evaluate);
+        let x = tape.input([1, 1, 8]);
+        let weight = tape.parameter(0, 0, [8, 8].into());
+        let scale = tape.input([8]);
+        let a = linear(&mut tape, x, weight, None).unwrap();
+        let b = linear(&mut tape, x, weight, None).unwrap();
+        let options = Norm { kind: NormKind::RootMeanSquare, groups: 1, eps: 1e-5, unit_offset: false };
+        let (sum, rows) = add_norm(&mut tape, [a, b], scale, None, options).unwrap();
+        let y = linear(&mut tape, rows, weight, None).unwrap();
+        let shares = |linger: usize| {
+            let plan = Plan::new(&tape, |value| tape.values[value].shape.len(), linger);
+            let slot = |var: crate::engine::Var| plan.value[var.index()].unwrap();
+            [a, b, sum].iter().any(|&var| slot(var) == slot(y))
+        };
+        assert!(shares(0) && !shares(2));
+    }
 }

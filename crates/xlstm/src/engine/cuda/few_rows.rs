@@ -4,8 +4,7 @@
 //! So a product makes its rows itself. A norm, or the gate of a feed-forward layer, whose result the next
 //! operation multiplies ([`Next`]) does not launch a kernel: it leaves what is to be done with the
 //! queue ([`Queue::prepare`]), and that operation's kernel does it; and so are maps of rows that the
-//! next operation multiplies as well. The library's products take two kernels and more where this takes one, and
-//! leave a third of the memory's rate unused at sizes of a few megabytes.
+//! next operation multiplies as well. A library's product takes rows that are there.
 
 use super::Precision;
 use super::compiler::Source;
@@ -219,7 +218,7 @@ impl Queue {
         let tiles = tiles(count, self.precision()).unwrap_or(1);
         let mut rest = maps;
         loop {
-            // The first kernel makes the rows for whoever reads them later, the others for themselves.
+            // More maps than a kernel takes: the next makes the same rows again.
             let (now, later) = rest.split_at(rest.len().min(MAX_MAPS));
             let mut words: Vec<Argument> = Vec::with_capacity(64);
             let mut give = |structure: &[u64]| {
