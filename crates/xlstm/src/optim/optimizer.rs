@@ -119,3 +119,100 @@ pub(super) fn square_sum<T: Scalar>(x: &[T]) -> f64 {
     let square = |tile: &[T]| vectorize!(|| sum_of(tile.len(), |i| tile[i] * tile[i])).to_f64();
     x.par_chunks(TILE).map(square).collect::<Vec<f64>>().iter().sum::<f64>()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::{Builder, Init};
+    use crate::rng::Rng;
+
+    const OPTIONS: OptimizerOptions = OptimizerOptions {
+        muon: Some(MuonOptions { momentum: 0.9 }),
+        clip: Some(2.0),
+        border_rate: 3.0,
+        ..OptimizerOptions::DEFAULT
+    };
+
+    /// A model of every role: its head, two matrices and a bias.
+    fn parameters() -> Parameters<f64> {
+        let mut builder = Builder::new();
+        let head = builder.parameter("head.weight", &[5, 7], Init::Normal(1.0));
+        builder.at_border(head);
+        builder.matrices("up.weight", &[2 * 20, 16], Init::Normal(1.0), [20; 2]);
+        builder.parameter("up.bias", &[40], Init::Normal(1.0));
+        Parameters::initialize(&builder.finish(), 1)
+    }
+
+    /// X of (20, 16) after the iterations, from the definition, sums written out: X <- a X + b X X^T X +
+    /// c X X^T X X^T X.
+    fn plainly(u: &[f64]) -> Vec<f64> {
+        let [rows, columns] = [20, 16];
+        let norm = u.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let mut x: Vec<f64> = u.iter().map(|u| u / (norm + 1e-7)).collect();
+        for _ in 0..5 {
+            // y X^T X.
+            let through = |y: &[f64]| -> Vec<f64> {
+                let mut z = vec![0.0; rows * columns];
+                for i in 0..rows {
+                    for k in 0..rows {
+                        let dot: f64 = (0..columns).map(|j| y[i * columns + j] * x[k * columns + j]).sum();
+                        (0..columns).for_each(|j| z[i * columns + j] += dot * x[k * columns + j]);
+                    }
+                }
+                z
+            };
+            let cube = through(&x);
+            let fifth = through(&cube);
+            x = (0..x.len()).map(|i| 3.4445 * x[i] - 4.7750 * cube[i] + 2.0315 * fifth[i]).collect();
+        }
+        x
+    }
+
+    #[test]
+    fn steps_are_those_written_out() {
+        let mut parameters = parameters();
+        let mut optimizer = Optimizer::new(OPTIONS, &parameters);
+        let mut wanted = parameters.values.clone();
+        let (mut first, mut second) = (parameters.zeros_like(), parameters.zeros_like());
+        let mut rng = Rng::new(3, 0);
+        for step in 1..=4 {
+            let rate = 0.01 * f64::from(step);
+            let gradients: Vec<Vec<f64>> =
+                wanted.iter().map(|w| w.iter().map(|_| rng.normal()).collect()).collect();
+            let norm = gradients.iter().flatten().map(|g| g * g).sum::<f64>().sqrt();
+            let clip = 2.0 / (norm + 1e-6);
+            assert!(clip < 1.0);
+            optimizer.update(&mut parameters, &gradients, norm, rate);
+            // The head decays and moves at three times the rate; the bias does not decay.
+            for (part, rate, keep) in [(0, 3.0 * rate, 1.0 - 3.0 * rate * 0.1), (2, rate, 1.0)] {
+                for i in 0..wanted[part].len() {
+                    let g = clip * gradients[part][i];
+                    first[part][i] = 0.9 * first[part][i] + 0.1 * g;
+                    second[part][i] = 0.95 * second[part][i] + 0.05 * g * g;
+                    let m = first[part][i] / (1.0 - 0.9f64.powi(step));
+                    let v = second[part][i] / (1.0 - 0.95f64.powi(step));
+                    wanted[part][i] = keep * wanted[part][i] - rate * m / (v.sqrt() + 1e-8);
+                }
+            }
+            for half in [0..320, 320..640] {
+                let mut ahead = Vec::new();
+                for i in half.clone() {
+                    let g = clip * gradients[1][i];
+                    first[1][i] = 0.9 * first[1][i] + g;
+                    ahead.push(g + 0.9 * first[1][i]);
+                }
+                for (i, x) in half.zip(plainly(&ahead)) {
+                    wanted[1][i] = (1.0 - rate * 0.1) * wanted[1][i] - rate * 0.2 * 20f64.sqrt() * x;
+                }
+            }
+            let pairs =
+                [(&parameters.values, &wanted), (&optimizer.first, &first), (&optimizer.second, &second)];
+            for (got, wanted) in pairs {
+                for (got, wanted) in got.iter().flatten().zip(wanted.iter().flatten()) {
+                    assert!((got - wanted).abs() < 1e-11, "step {step}: {got} and {wanted}");
+                }
+            }
+        }
+        assert!(optimizer.second[1].iter().all(|v| *v == 0.0));
+    }
+}
