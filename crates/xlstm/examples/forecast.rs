@@ -11,7 +11,7 @@ use xlstm::engine::Device;
 use xlstm::model::objective::Carry;
 use xlstm::model::{FeatureConfig, FeatureModel, Head, Logits, Model, ModelConfig, Pooling, Runner, SlstmAt};
 use xlstm::nn::{Parameters, Weights};
-use xlstm::optim::{AdamWOptions, Decay, Schedule};
+use xlstm::optim::{Decay, OptimizerOptions, Schedule};
 use xlstm::rng::Rng;
 use xlstm::train::learner::{Task, learner};
 use xlstm::train::{Chart, Line};
@@ -25,8 +25,7 @@ const HORIZON: usize = 96;
 /// 12, 4 and 4 months of 30 days: where training and validation end, and the test.
 const ENDS: [usize; 3] = [8640, 11520, 14400];
 const BATCH: usize = 16;
-const OPTIONS: AdamWOptions =
-    AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(1.0) };
+const OPTIONS: OptimizerOptions = OptimizerOptions::DEFAULT;
 
 /// The table's rows, standardised by the mean and deviation of the training months.
 fn read(path: &str) -> Outcome<Vec<f32>> {

@@ -12,7 +12,7 @@ use xlstm::marks::IGNORE;
 use xlstm::model::objective::Carry;
 use xlstm::model::{FeatureConfig, FeatureModel, Head, Logits, Model, ModelConfig, Pooling, Runner, SlstmAt};
 use xlstm::nn::Parameters;
-use xlstm::optim::{AdamWOptions, Decay, Schedule};
+use xlstm::optim::{Decay, OptimizerOptions, Schedule};
 use xlstm::rng::Rng;
 use xlstm::train::learner::{Task, learner};
 
@@ -22,8 +22,7 @@ const TRAINED: [usize; 2] = [3, 40];
 const TESTED: [usize; 2] = [40, 256];
 const SCHEDULE: Schedule =
     Schedule { max: 3e-3, min: 1e-5, warmup_steps: 100, decay_steps: STEPS, decay: Decay::Cosine };
-const OPTIONS: AdamWOptions =
-    AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.01, clip: Some(1.0) };
+const OPTIONS: OptimizerOptions = OptimizerOptions { weight_decay: 0.01, ..OptimizerOptions::DEFAULT };
 
 /// Symbols, classes, and what a word comes to after each of its symbols.
 type Language = (&'static str, usize, usize, fn(&[usize]) -> Vec<u32>);

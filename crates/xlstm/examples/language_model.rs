@@ -12,7 +12,6 @@ use xlstm::engine::Device;
 use xlstm::model::objective::Carry;
 use xlstm::model::{LanguageModel, ModelConfig};
 use xlstm::nn::Parameters;
-use xlstm::optim::AdamWOptions;
 use xlstm::train::learner::{Task, learner};
 use xlstm::train::{RunConfig, Texts};
 use xlstm::{Error, Result};
@@ -42,15 +41,9 @@ fn main() -> Result<()> {
     let parameters = Parameters::initialize(model.specs(), seed);
     println!("{} parameters, {vocab_size} token ids", model.parameter_count());
 
-    // AdamW, and the cross entropy as its objective: targets marked IGNORE, as those of padding
+    // The optimizer, and the cross entropy as its objective: targets marked IGNORE, as those of padding
     // are, count for nothing.
-    let adam = &config.optimizer;
-    let options = AdamWOptions {
-        betas: adam.betas,
-        eps: adam.eps,
-        weight_decay: adam.weight_decay,
-        clip: adam.clip_norm(),
-    };
+    let options = config.optimizer.options();
     let task = Task { shape: batches.shape(0), carry: Carry::Marked, options, seed, captured: true };
     let mut learner = learner(&model, parameters, task, &device)?;
 

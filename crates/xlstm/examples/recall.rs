@@ -13,7 +13,7 @@ use xlstm::marks::{IGNORE, PAD};
 use xlstm::model::objective::Carry;
 use xlstm::model::{LanguageModel, Logits, ModelConfig, Runner, SlstmAt};
 use xlstm::nn::Parameters;
-use xlstm::optim::{AdamWOptions, Decay, Schedule};
+use xlstm::optim::{Decay, OptimizerOptions, Schedule};
 use xlstm::rng::Rng;
 use xlstm::train::learner::{Task, learner};
 
@@ -25,8 +25,7 @@ const VOCABULARY: usize = 2 * KEYS;
 const PAIRS: usize = 32;
 const SCHEDULE: Schedule =
     Schedule { max: 3e-3, min: 1e-5, warmup_steps: 100, decay_steps: STEPS, decay: Decay::Cosine };
-const OPTIONS: AdamWOptions =
-    AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(1.0) };
+const OPTIONS: OptimizerOptions = OptimizerOptions::DEFAULT;
 
 /// k v k v … then the keys again, and the value that each of these asks for.
 fn episode(pairs: usize, rng: &mut Rng) -> (Vec<u32>, Vec<u32>) {

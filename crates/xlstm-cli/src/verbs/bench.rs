@@ -5,6 +5,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use xlstm::bench::{Floor, Measured, PRESETS, Preset, Storage, Trained, cells, decode, prefill, train_steps};
 use xlstm::engine::{Device, DeviceChoice, OperationTime};
+use xlstm::optim::MatrixUpdate;
 use xlstm::{Error, Result};
 
 use crate::device::DeviceArgs;
@@ -37,7 +38,7 @@ struct Common {
     json: bool,
 }
 
-/// Time whole training steps (forward, backward, clipping, AdamW) on random tokens.
+/// Time whole training steps (forward, backward, clipping, the optimizer) on random tokens.
 #[derive(Debug, Args)]
 struct TrainBenchArgs {
     #[command(flatten)]
@@ -53,6 +54,9 @@ struct TrainBenchArgs {
     /// Tokens of each of them
     #[arg(long, value_name = "N", value_parser = count)]
     length: Option<usize>,
+    /// Update weight matrices by Muon instead of AdamW
+    #[arg(long)]
+    muon: bool,
     /// Also show where the time goes, operation by operation
     #[arg(long)]
     profile: bool,
@@ -218,7 +222,8 @@ fn train(args: &TrainBenchArgs) -> Result<()> {
     preset.batch_size = args.batch.unwrap_or(preset.batch_size);
     preset.length = args.length.unwrap_or(preset.length);
     let device = args.device.choose()?;
-    let Trained { measured, plain, operations, .. } = train_steps(&preset, &device, args.steps)?;
+    let matrices = if args.muon { MatrixUpdate::Muon } else { MatrixUpdate::AdamW };
+    let Trained { measured, plain, operations, .. } = train_steps(&preset, &device, args.steps, matrices)?;
     let floor = Floor::measure(&device)?;
     let plain_ms = plain.map(|plain| plain.median() * 1e3);
     let report = Report { plain_ms, ..Report::new(&preset, &measured, &floor) };

@@ -1,5 +1,5 @@
 //! Whole training steps on random tokens, timed. A step is what training does for a batch: forward,
-//! backward, the gradients' global norm, clipping and AdamW.
+//! backward, the gradients' global norm, clipping and the optimizer.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::model::LanguageModel;
 use crate::model::objective::Carry;
 use crate::nn::Parameters;
-use crate::optim::AdamWOptions;
+use crate::optim::{MatrixUpdate, MuonOptions, OptimizerOptions};
 use crate::rng::Rng;
 use crate::train::learner::{Task, learner};
 
@@ -31,18 +31,25 @@ pub struct Trained {
 /// Steps before the clock starts: caches, work space, pages and graphs are there by then.
 const WARM_UP: usize = 3;
 
-/// Times `steps` training steps of a preset.
+/// Times `steps` training steps of a preset, by AdamW, its matrices by this update.
 ///
 /// # Errors
 /// When there is no step to time, the model does not fit together, or a GPU fails.
-pub fn train_steps(preset: &Preset, device: &Device, steps: usize) -> Result<Trained> {
+pub fn train_steps(
+    preset: &Preset,
+    device: &Device,
+    steps: usize,
+    matrices: MatrixUpdate,
+) -> Result<Trained> {
     check_repeats(steps)?;
     let model = Arc::new(LanguageModel::new(&preset.model)?);
-    let trained = time(preset, &model, device, steps, true)?;
+    let muon = (matrices == MatrixUpdate::Muon).then_some(MuonOptions::DEFAULT);
+    let options = OptimizerOptions { muon, ..OptimizerOptions::DEFAULT };
+    let trained = time(preset, &model, device, options, steps, true)?;
     let plain = match device {
         Device::Cpu(..) => None,
         #[cfg(feature = "cuda")]
-        Device::Cuda(..) => Some(time(preset, &model, device, steps, false)?.measured),
+        Device::Cuda(..) => Some(time(preset, &model, device, options, steps, false)?.measured),
     };
     Ok(Trained { plain, ..trained })
 }
@@ -51,11 +58,11 @@ fn time(
     preset: &Preset,
     model: &Arc<LanguageModel>,
     device: &Device,
+    options: OptimizerOptions,
     steps: usize,
     captured: bool,
 ) -> Result<Trained> {
     let parameters = Parameters::<f32>::initialize(model.specs(), 1);
-    let options = AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(1.0) };
     let shape = [preset.batch_size, preset.length];
     let task = Task { shape, carry: Carry::Fresh, options, seed: 1, captured };
     let mut learner = learner(model, parameters, task, device)?;
@@ -105,10 +112,13 @@ mod tests {
 
     #[test]
     fn steps_are_timed() {
-        let trained = train_steps(&tiny(), &Device::cpu(1).unwrap(), 3).unwrap();
-        assert_eq!(trained.measured.seconds.len(), 3);
-        assert!(trained.measured.tokens_per_second() > 0.0 && trained.measured.gigaflops() > 0.0);
-        assert!(trained.loss.is_finite() && !trained.operations.is_empty());
-        assert!(train_steps(&tiny(), &Device::cpu(1).unwrap(), 0).is_err());
+        let steps = |n, matrices| train_steps(&tiny(), &Device::cpu(1).unwrap(), n, matrices);
+        for matrices in [MatrixUpdate::AdamW, MatrixUpdate::Muon] {
+            let trained = steps(3, matrices).unwrap();
+            assert_eq!(trained.measured.seconds.len(), 3);
+            assert!(trained.measured.tokens_per_second() > 0.0 && trained.measured.gigaflops() > 0.0);
+            assert!(trained.loss.is_finite() && !trained.operations.is_empty());
+        }
+        assert!(steps(0, MatrixUpdate::AdamW).is_err());
     }
 }

@@ -63,9 +63,9 @@ impl Standing {
 pub struct Snapshot<'a> {
     /// The parameters.
     pub parameters: Cow<'a, Parameters<f32>>,
-    /// AdamW's first moments, one buffer a parameter.
+    /// AdamW's first moments and Muon's momenta, one buffer a parameter.
     pub first: Cow<'a, [Vec<f32>]>,
-    /// AdamW's second moments.
+    /// AdamW's second moments; of what Muon updates, zeros.
     pub second: Cow<'a, [Vec<f32>]>,
     /// The state carried from batch to batch, part by part; empty where none is.
     pub carried: Vec<Vec<f32>>,

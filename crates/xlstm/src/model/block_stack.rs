@@ -68,7 +68,8 @@ impl BlockStack {
     }
 }
 
-/// Asks for `name.weight` (rows, columns), small and normal, and `name.bias` (rows), zero.
+/// Asks for `name.weight` (rows, columns), small and normal, and `name.bias` (rows), zero, of the
+/// projection of the input or the head.
 pub(super) fn projection(
     builder: &mut Builder,
     name: &str,
@@ -77,7 +78,9 @@ pub(super) fn projection(
 ) -> (Parameter, Parameter) {
     let small = Init::Normal((2.0 / (5.0 * columns as f64)).sqrt());
     let weight = builder.parameter(&format!("{name}.weight"), &[rows, columns], small);
-    (weight, builder.parameter(&format!("{name}.bias"), &[rows], Init::Constant(0.0)))
+    let bias = builder.parameter(&format!("{name}.bias"), &[rows], Init::Constant(0.0));
+    [weight, bias].into_iter().for_each(|parameter| builder.at_border(parameter));
+    (weight, bias)
 }
 
 /// y = x W^T + b.

@@ -89,6 +89,7 @@ impl LanguageModel {
                 [embedding, head]
             }
         };
+        [Some(embedding), Some(head), head_bias].into_iter().flatten().for_each(|p| builder.at_border(p));
         let (specs, config) = (builder.finish(), config.clone());
         Ok(LanguageModel { config, specs, backbone, embedding, head, head_bias, logit_soft_cap })
     }

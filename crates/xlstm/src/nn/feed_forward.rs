@@ -24,13 +24,14 @@ impl FeedForward {
         let (dim, width) = (config.embedding_dim, config.feedforward_dim());
         let small = Init::Normal((2.0 / (5.0 * dim as f64)).sqrt());
         let wang = Init::Normal(2.0 / config.num_blocks as f64 / (dim as f64).sqrt());
-        let mut projection = |name: &str, rows: usize, columns: usize, init: Init| {
-            let weight = builder.parameter(&format!("{name}.weight"), &[rows, columns], init);
+        let mut projection = |name: &str, maps: &[usize], columns: usize, init: Init| {
+            let (rows, maps) = (maps.iter().sum(), maps.iter().copied());
+            let weight = builder.matrices(&format!("{name}.weight"), &[rows, columns], init, maps);
             let bias = config.feedforward.bias;
             (weight, bias.then(|| builder.parameter(&format!("{name}.bias"), &[rows], Init::Constant(0.0))))
         };
-        let proj_up = projection("proj_up", 2 * width, dim, small);
-        let proj_down = projection("proj_down", dim, width, wang);
+        let proj_up = projection("proj_up", &[width; 2], dim, small);
+        let proj_down = projection("proj_down", &[dim], width, wang);
         let options = &config.feedforward;
         FeedForward { width, activation: options.act_fn, dropout: options.dropout, proj_up, proj_down }
     }

@@ -52,12 +52,14 @@ impl MlstmLayer {
             config.bias.then(|| builder.parameter(name, &[size], Init::Constant(0.0)))
         };
         let projection = |builder: &mut Builder, name: &str| {
-            let weight =
-                builder.parameter(&format!("{name}.weight"), &[inner / block, block, block], small.clone());
+            let blocks = inner / block;
+            let rows = std::iter::repeat_n(block, blocks);
+            let shape = [blocks, block, block];
+            let weight = builder.matrices(&format!("{name}.weight"), &shape, small.clone(), rows);
             (weight, bias(builder, &format!("{name}.bias"), inner))
         };
         let learnable_skip = builder.parameter("learnable_skip", &[inner], Init::Constant(1.0));
-        let up = builder.parameter("proj_up.weight", &[2 * inner, dim], small.clone());
+        let up = builder.matrices("proj_up.weight", &[2 * inner, dim], small.clone(), [inner; 2]);
         let proj_up = (up, bias(builder, "proj_up.bias", 2 * inner));
         let q_proj = projection(builder, "q_proj");
         let k_proj = projection(builder, "k_proj");
@@ -72,7 +74,7 @@ impl MlstmLayer {
         let igate = gate("igate", Init::Normal(0.1));
         let fgate = gate("fgate", Init::steps(3.0, 6.0, heads));
         let outnorm = builder.parameter("mlstm_cell.outnorm.weight", &[inner], Init::Constant(0.0));
-        let down = builder.parameter("proj_down.weight", &[dim, inner], wang);
+        let down = builder.matrices("proj_down.weight", &[dim, inner], wang, [dim]);
         let proj_down = (down, bias(builder, "proj_down.bias", dim));
         let cell = MlstmConfig {
             heads,

@@ -16,7 +16,7 @@ pub mod weights;
 
 pub use block::Block;
 pub use config::{BlockKind, Family, ModelConfig};
-pub use parameters::{Builder, Init, Parameter, ParameterSpec, Parameters};
+pub use parameters::{Builder, Init, Parameter, ParameterSpec, Parameters, Role};
 pub use residual::Residual;
 pub use weights::Weights;
 

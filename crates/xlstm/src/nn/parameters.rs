@@ -1,4 +1,4 @@
-//! Parameters: their official names, shapes, first values and weight-decay groups.
+//! Parameters: their official names, shapes, first values, weight-decay groups and roles.
 //!
 //! A model is first described as a list of [`ParameterSpec`], in the order in which its
 //! layers ask for them; [`Parameters`] are the numbers to such a list.
@@ -52,6 +52,22 @@ impl Init {
     }
 }
 
+/// What a parameter is to an optimizer that treats matrices as such.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// Numbers one by one: norms, biases, convolutions, gates of a number a head, blocks of few features.
+    #[default]
+    Elements,
+    /// Of the embedding, the projection of the input or the head.
+    Border,
+    /// Linear maps from features to features, one after the other: rows and columns of each.
+    Matrices(Vec<[usize; 2]>),
+}
+
+/// Maps to or from fewer features than this are no matrices to an optimizer: all singular values the same
+/// means little there.
+const FEW: usize = 16;
+
 /// One parameter of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParameterSpec {
@@ -63,6 +79,8 @@ pub struct ParameterSpec {
     pub init: Init,
     /// Whether weight decay reaches it.
     pub decay: bool,
+    /// What it is to the optimizer.
+    pub role: Role,
 }
 
 impl ParameterSpec {
@@ -145,7 +163,7 @@ impl Builder {
     pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init) -> Parameter {
         let name = format!("{}{name}", self.prefix);
         let decay = name.contains("weight") && !name.contains("norm");
-        self.specs.push(ParameterSpec { name, shape: shape.to_vec(), init, decay });
+        self.specs.push(ParameterSpec { name, shape: shape.to_vec(), init, decay, role: Role::Elements });
         Parameter { index: self.specs.len() - 1, shape: shape.into() }
     }
 
@@ -160,6 +178,34 @@ impl Builder {
         let parameter = self.parameter(name, shape, init);
         self.specs[parameter.index].decay = decay;
         parameter
+    }
+
+    /// The next parameter: linear maps of so many rows each, one after the other, as wide as its last
+    /// dimension. Where one of them has fewer than 16 rows or columns, all are [`Role::Elements`].
+    pub fn matrices(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        init: Init,
+        rows: impl IntoIterator<Item = usize>,
+    ) -> Parameter {
+        let parameter = self.parameter(name, shape, init);
+        let columns = parameter.shape.last();
+        let sizes: Vec<[usize; 2]> = rows.into_iter().map(|rows| [rows, columns]).collect();
+        debug_assert_eq!(
+            sizes.iter().map(|[rows, _]| rows * columns).sum::<usize>(),
+            parameter.len(),
+            "{name}"
+        );
+        if sizes.iter().flatten().all(|&side| side >= FEW) {
+            self.specs[parameter.index].role = Role::Matrices(sizes);
+        }
+        parameter
+    }
+
+    /// Says that a parameter belongs to the embedding, the projection of the input or the head.
+    pub fn at_border(&mut self, parameter: Parameter) {
+        self.specs[parameter.index].role = Role::Border;
     }
 
     /// The finished list.

@@ -54,8 +54,10 @@ impl SlstmLayer {
         let small = Init::Normal((2.0 / (5.0 * dim as f64)).sqrt());
         let standard = Init::Uniform(1.0 / (dim as f64).sqrt());
         let conv = (kernel > 0).then(|| conv_parameters(builder, dim, kernel));
-        let mut gate =
-            |name: &str| builder.parameter(&format!("{name}.weight"), &[heads, size, size], small.clone());
+        let mut gate = |name: &str| {
+            let rows = std::iter::repeat_n(size, heads);
+            builder.matrices(&format!("{name}.weight"), &[heads, size, size], small.clone(), rows)
+        };
         let (fgate, igate) = (gate("fgate"), gate("igate"));
         let gates = [fgate, igate, gate("zgate"), gate("ogate")];
         let recurrent = match options.recurrent_weight_init {
@@ -72,7 +74,8 @@ impl SlstmLayer {
             }
         };
         let (recurrent, bias) = builder.scope("slstm_cell", |builder| {
-            let weight = builder.parameter("_recurrent_kernel_", &[heads, 4 * size, size], recurrent);
+            let rows = std::iter::repeat_n(size, 4 * heads);
+            let weight = builder.matrices("_recurrent_kernel_", &[heads, 4 * size, size], recurrent, rows);
             (weight, builder.parameter("_bias_", &[4 * dim], bias))
         });
         let group_norm = builder.parameter("group_norm.weight", &[dim], Init::Constant(0.0));

@@ -31,22 +31,30 @@ extern "C" __global__ void global_norm(const double *parts, float *outcome, int 
     outcome[2] = isfinite(norm) ? 1.0f : 0.0f;
 }
 
-/// One thread an element. decay: a flag a block of 64 elements; rates: rate / (1 - b1^t),
-/// 1 / sqrt(1 - b2^t), 1 - rate decay. copy: w in bf16, or null. Nothing changes where the norm is not
-/// finite.
+// What a parameter is, a number a block of 64 elements.
+#define DECAY 1u
+#define BORDER 2u
+#define MATRICES 4u
+
+/// One thread an element, but of matrices, which Muon updates. rates: rate / (1 - b1^t), 1 / sqrt(1 - b2^t),
+/// 1 - rate decay, rate, and the first and third at the border's rate. copy: w in bf16, or null. Nothing
+/// changes where the norm is not finite.
 extern "C" __global__ void adamw(
-    float *w, bf16_t *copy, const float *g, float *m, float *v, const float *decay, const float *rates, const float *outcome,
-    int total, float b1, float b2, float rest_1, float rest_2, float eps
+    float *w, bf16_t *copy, const float *g, float *m, float *v, const unsigned *kinds, const float *rates,
+    const float *outcome, int total, float b1, float b2, float rest_1, float rest_2, float eps
 ) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= total || outcome[2] == 0.0f) return;
+    unsigned kind = kinds[i / 64];
+    if (kind & MATRICES) return;
+    float rate = kind & BORDER ? rates[4] : rates[0];
+    float keep = kind & DECAY ? (kind & BORDER ? rates[5] : rates[2]) : 1.0f;
     float gradient = g[i] * outcome[1];
     float first = b1 * m[i] + rest_1 * gradient;
     float second = b2 * v[i] + rest_2 * gradient * gradient;
-    float keep = decay[i / 64] != 0.0f ? rates[2] : 1.0f;
     m[i] = first;
     v[i] = second;
-    float updated = w[i] * keep - rates[0] * first / (sqrtf(second) * rates[1] + eps);
+    float updated = w[i] * keep - rate * first / (sqrtf(second) * rates[1] + eps);
     w[i] = updated;
     if (copy) store(copy + i, updated);
 }

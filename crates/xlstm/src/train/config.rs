@@ -13,7 +13,7 @@ use crate::engine::{DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::nn::ModelConfig;
 use crate::nn::config::{at_least_one, positive, probability};
-use crate::optim::{Decay, Schedule};
+use crate::optim::{AdamWOptions, Decay, MatrixUpdate, MuonOptions, OptimizerOptions, Schedule};
 
 /// A training run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -32,7 +32,7 @@ pub struct RunConfig {
     pub model: ModelConfig,
     /// The text and how it is cut into batches.
     pub data: DataConfig,
-    /// AdamW.
+    /// AdamW, Muon and gradient clipping.
     pub optimizer: OptimizerConfig,
     /// The learning rate over time.
     pub schedule: ScheduleConfig,
@@ -93,14 +93,23 @@ pub struct StageConfig {
     pub length: usize,
 }
 
-/// AdamW and gradient clipping.
+/// AdamW, Muon and gradient clipping.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct OptimizerConfig {
     /// The highest learning rate, reached at the end of the warm-up. Default 1e-3.
     pub learning_rate: f64,
-    /// Decay of the first and the second moment. Default [0.9, 0.95].
+    /// The highest learning rate of embedding and head; the schedule scales it as the other, to its end.
+    /// null = `learning_rate`. Default null.
+    pub embedding_learning_rate: Option<f64>,
+    /// What updates the weight matrices between embedding and head: `adamw`, as all else, or `muon`, which
+    /// leaves to AdamW vectors, convolutions, the mLSTM's gates, and blocks of less than 16 features.
+    /// Default `adamw`.
+    pub matrices: MatrixUpdate,
+    /// Decay of Muon's momentum. Default 0.95.
+    pub muon_momentum: f64,
+    /// Decay of AdamW's first and second moment. Default [0.9, 0.95].
     pub betas: [f64; 2],
     /// Added to the root of the second moment. Default 1e-8.
     pub eps: f64,
@@ -211,6 +220,9 @@ impl Default for OptimizerConfig {
     fn default() -> Self {
         OptimizerConfig {
             learning_rate: 1e-3,
+            embedding_learning_rate: None,
+            matrices: MatrixUpdate::AdamW,
+            muon_momentum: MuonOptions::DEFAULT.momentum,
             betas: [0.9, 0.95],
             eps: 1e-8,
             weight_decay: 0.1,
@@ -346,8 +358,22 @@ impl OptimizerConfig {
         self.clip.filter(|&norm| norm > 0.0)
     }
 
+    /// What the optimizer is made of.
+    pub fn options(&self) -> OptimizerOptions {
+        let momentum = self.muon_momentum;
+        OptimizerOptions {
+            adamw: AdamWOptions { betas: self.betas, eps: self.eps },
+            muon: (self.matrices == MatrixUpdate::Muon).then_some(MuonOptions { momentum }),
+            weight_decay: self.weight_decay,
+            clip: self.clip_norm(),
+            border_rate: self.embedding_learning_rate.map_or(1.0, |rate| rate / self.learning_rate),
+        }
+    }
+
     fn validate(&self) -> Result<()> {
         positive("optimizer.learning_rate", self.learning_rate)?;
+        positive("optimizer.embedding_learning_rate", self.embedding_learning_rate.unwrap_or(1.0))?;
+        probability("optimizer.muon_momentum", self.muon_momentum)?;
         probability("optimizer.betas[0]", self.betas[0])?;
         probability("optimizer.betas[1]", self.betas[1])?;
         positive("optimizer.eps", self.eps)?;
@@ -427,7 +453,7 @@ mod tests {
     #[test]
     fn every_bad_number_is_named() {
         type Change = fn(&mut RunConfig);
-        let cases: [(Change, &str); 21] = [
+        let cases: [(Change, &str); 23] = [
             (|c| c.data.batch_size = 0, "data.batch_size is 0"),
             (|c| c.data.length = 0, "data.length is 0"),
             (
@@ -437,6 +463,8 @@ mod tests {
             (|c| c.data.validation_fraction = 1.0, "data.validation_fraction is 1"),
             (|c| c.optimizer.learning_rate = 0.0, "optimizer.learning_rate is 0"),
             (|c| c.optimizer.learning_rate = f64::NAN, "optimizer.learning_rate is NaN"),
+            (|c| c.optimizer.embedding_learning_rate = Some(0.0), "optimizer.embedding_learning_rate is 0"),
+            (|c| c.optimizer.muon_momentum = 1.0, "optimizer.muon_momentum is 1"),
             (|c| c.optimizer.betas = [0.9, 1.0], "optimizer.betas[1] is 1"),
             (|c| c.optimizer.weight_decay = -0.1, "optimizer.weight_decay is -0.1"),
             (|c| c.optimizer.clip = Some(-1.0), "optimizer.clip is -1"),

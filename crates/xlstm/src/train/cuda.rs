@@ -58,7 +58,7 @@ impl CudaLearner {
             gpu: gpu.clone(),
             parameters: Arc::new(placed),
             gradients: CudaTensors::zeros(gpu, &layout)?,
-            optimizer: CudaOptimizer::new(gpu, model.specs(), task.options)?,
+            optimizer: CudaOptimizer::new(gpu, model.specs(), task.options, precision)?,
             objective: Objective::new(&*model, Mode::Train, task.shape, task.carry, &device)?,
             device,
             model,

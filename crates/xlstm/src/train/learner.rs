@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::model::objective::Carry;
 use crate::model::{Model, Objective};
 use crate::nn::{Parameters, Weights};
-use crate::optim::{AdamW, AdamWOptions, global_norm};
+use crate::optim::{Optimizer, OptimizerOptions, global_norm};
 
 /// What a step came to. Where one of the two is not finite, it has changed nothing.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,7 +37,7 @@ pub struct Task {
     /// What the state does between batches.
     pub carry: Carry,
     /// The optimizer's constants.
-    pub options: AdamWOptions,
+    pub options: OptimizerOptions,
     /// Seed of dropout.
     pub seed: u64,
     /// On a GPU: replay a step as one graph, not kernel by kernel.
@@ -131,7 +131,7 @@ struct CpuLearner {
     model: Arc<dyn Model>,
     parameters: Arc<Parameters<f32>>,
     gradients: Vec<Vec<f32>>,
-    optimizer: AdamW<f32>,
+    optimizer: Optimizer<f32>,
     objective: Objective<f32>,
     seed: u64,
 }
@@ -146,7 +146,7 @@ impl CpuLearner {
         Ok(CpuLearner {
             device: device.clone(),
             gradients: parameters.zeros_like(),
-            optimizer: AdamW::new(task.options, &parameters),
+            optimizer: Optimizer::new(task.options, &parameters),
             objective: Objective::new(&*model, Mode::Train, task.shape, task.carry, device)?,
             parameters: Arc::new(parameters),
             model,

@@ -181,6 +181,7 @@ impl Original {
                 eps: 1e-8,
                 weight_decay: 0.0,
                 clip: Some(1.0),
+                ..OptimizerConfig::default()
             },
             schedule: ScheduleConfig {
                 warmup_steps: 0,
@@ -289,6 +290,7 @@ num_epochs: 10
             eps: 1e-8,
             weight_decay: 0.0,
             clip: Some(1.0),
+            ..OptimizerConfig::default()
         };
         assert_eq!(config.optimizer, adam);
         let rates = config.learning_rates();

@@ -19,7 +19,7 @@ use crate::data::Batching;
 use crate::engine::{DeviceChoice, Precision};
 use crate::model::SlstmAt;
 use crate::ops::activation::Activation;
-use crate::optim::Decay;
+use crate::optim::{Decay, MatrixUpdate};
 
 /// What a type that reads itself from YAML takes.
 macro_rules! schema {
@@ -47,6 +47,7 @@ schema!(Activation, one_of_words::<Activation>());
 schema!(Precision, one_of_words::<Precision>());
 schema!(Batching, one_of_words::<Batching>());
 schema!(Decay, one_of_words::<Decay>());
+schema!(MatrixUpdate, one_of_words::<MatrixUpdate>());
 schema!(DeviceChoice, json_schema!({ "type": "string", "pattern": "^(auto|cpu|cuda(:[0-9]+)?)$" }));
 schema!(TokenizerChoice, json_schema!({ "type": "string", "minLength": 1 }));
 schema!(Paths, one_or_more_paths());

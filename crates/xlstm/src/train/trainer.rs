@@ -28,7 +28,7 @@ use crate::generate::{Sampler, Sampling, Session};
 use crate::model::objective::Carry;
 use crate::model::{LanguageModel, Runner};
 use crate::nn::Parameters;
-use crate::optim::{AdamWOptions, Schedule};
+use crate::optim::Schedule;
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq)]
@@ -165,12 +165,6 @@ impl<'a> Run<'a> {
             }
         };
         let parameters = Parameters::initialize(model.specs(), config.seed);
-        let options = AdamWOptions {
-            betas: config.optimizer.betas,
-            eps: config.optimizer.eps,
-            weight_decay: config.optimizer.weight_decay,
-            clip: config.optimizer.clip_norm(),
-        };
         let mut run_standing = Standing::start(texts.fingerprint());
         let last = folder.join("last");
         let mut resumed = None;
@@ -187,6 +181,7 @@ impl<'a> Run<'a> {
         let first = run_standing.step * count as u64;
         // That of the batch before: the state in a checkpoint has its rows.
         let shape = batches.shape(first.saturating_sub(1));
+        let options = config.optimizer.options();
         let task = Task { shape, carry, options, seed: config.seed, captured: true };
         let mut learner = learner(&model, parameters, task, device)?;
         if let Some(snapshot) = resumed

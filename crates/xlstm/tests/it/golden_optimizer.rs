@@ -9,7 +9,7 @@ use xlstm::engine::operation::Element;
 use xlstm::model::objective::Carry;
 use xlstm::model::{LanguageModel, Objective};
 use xlstm::nn::Parameters;
-use xlstm::optim::{AdamW, AdamWOptions, Decay, Schedule, global_norm};
+use xlstm::optim::{AdamWOptions, Decay, Optimizer, OptimizerOptions, Schedule, global_norm};
 use xlstm::train::learner::{Task, learner};
 
 use crate::golden::{Golden, assert_close};
@@ -44,7 +44,7 @@ fn in_f64(
     batches: &[Batch],
     schedule: &Schedule,
 ) -> Trained {
-    let mut optimizer = AdamW::new(task.options, &parameters);
+    let mut optimizer = Optimizer::new(task.options, &parameters);
     let mut objective =
         Objective::new(&**model, Mode::Train, task.shape, task.carry, &device()).expect("a pass");
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
@@ -98,11 +98,12 @@ fn run<T: Element>(golden: &Golden, train: Train<T>, loss_tolerance: f64, parame
         decay_steps: number("decay_until") as u64,
         decay: Decay::Cosine,
     };
-    let options = AdamWOptions {
-        betas: serde_json::from_value(options["betas"].clone()).expect("two numbers"),
-        eps: number("eps"),
+    let betas = serde_json::from_value(options["betas"].clone()).expect("two numbers");
+    let options = OptimizerOptions {
+        adamw: AdamWOptions { betas, eps: number("eps") },
         weight_decay: number("weight_decay"),
         clip: Some(number("clip")),
+        ..OptimizerOptions::DEFAULT
     };
     let (shape, data) = golden.tensor("in.data");
     let (rows, length) = (shape[1], shape[2] - 1);

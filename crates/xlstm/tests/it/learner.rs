@@ -7,14 +7,13 @@ use xlstm::data::Batch;
 use xlstm::model::LanguageModel;
 use xlstm::model::objective::Carry;
 use xlstm::nn::Parameters;
-use xlstm::optim::AdamWOptions;
+use xlstm::optim::OptimizerOptions;
 use xlstm::train::learner::{Learner, Task, learner};
 
 use crate::pass::{device, on_gpu};
 use crate::threads::{SHAPE, batch, model};
 
-const OPTIONS: AdamWOptions =
-    AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(0.5) };
+const OPTIONS: OptimizerOptions = OptimizerOptions { clip: Some(0.5), ..OptimizerOptions::DEFAULT };
 const RATE: f64 = 1e-3;
 
 fn task(rows: usize, carry: Carry, captured: bool) -> Task {

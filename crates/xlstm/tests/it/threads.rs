@@ -8,7 +8,7 @@ use xlstm::engine::Device;
 use xlstm::model::objective::Carry;
 use xlstm::model::{LanguageModel, ModelConfig, SlstmAt};
 use xlstm::nn::Parameters;
-use xlstm::optim::AdamWOptions;
+use xlstm::optim::OptimizerOptions;
 use xlstm::rng::Rng;
 use xlstm::train::learner::{Learner, Task, learner};
 
@@ -48,7 +48,7 @@ pub struct Run {
 impl Run {
     pub fn new(model: &Arc<LanguageModel>, carry: Carry, seed: u64, device: &Device) -> Run {
         let parameters = Parameters::initialize(model.specs(), 1);
-        let options = AdamWOptions { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: Some(0.5) };
+        let options = OptimizerOptions { clip: Some(0.5), ..OptimizerOptions::DEFAULT };
         let task = Task { shape: SHAPE, carry, options, seed, captured: true };
         Run { learner: learner(model, parameters, task, device).expect("a learner"), steps: 0 }
     }

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use cudarc::cublaslt::sys as lt;
 use serde::{Deserialize, Serialize};
 
-use super::blas::{Blas, Key, Plan};
+use super::blas::{Blas, Combination, Key, Plan};
 use super::context::{Buffer, Gpu, lock};
 use super::event::milliseconds;
 use crate::error::{Error, Result};
@@ -138,6 +138,8 @@ pub(super) fn fastest(
         buffers.push(buffer);
     }
     let pointers = [0, 1, 2].map(|i: usize| buffers[i].pointer());
+    let combined = Combination::plain(key.accumulate, pointers[2]);
+    let stream = gpu.raw_stream();
     let mut times = vec![f32::INFINITY; candidates.len()];
     // The first round warms up. One after the other in every round, so that all see the same clock
     // rates.
@@ -145,7 +147,7 @@ pub(super) fn fastest(
         for (time, algorithm) in times.iter_mut().zip(candidates) {
             let spent = milliseconds(gpu, || {
                 (0..REPEATS)
-                    .try_for_each(|_| blas.multiply(gpu.raw_stream(), workspace, plan, algorithm, pointers))
+                    .try_for_each(|_| blas.multiply(stream, workspace, plan, algorithm, pointers, combined))
             })?;
             if round > 0 {
                 *time = time.min(spent);

@@ -73,6 +73,22 @@ pub(crate) struct Product {
     pub(crate) accumulate: bool,
 }
 
+/// What a product is multiplied by and added to: C = alpha A B + beta D, where D is stored as C is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Combination {
+    pub(crate) alpha: f32,
+    pub(crate) beta: f32,
+    /// Where D lies.
+    pub(crate) addend: u64,
+}
+
+impl Combination {
+    /// A B itself, or C + A B.
+    pub(super) fn plain(accumulate: bool, c: u64) -> Combination {
+        Combination { alpha: 1.0, beta: f32::from(u8::from(accumulate)), addend: c }
+    }
+}
+
 /// All of an operand but where it lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Layout {
@@ -108,7 +124,7 @@ pub(super) struct Key {
     /// Of A, B, C.
     operands: [Layout; 3],
     batch: usize,
-    accumulate: bool,
+    pub(super) accumulate: bool,
 }
 
 impl Key {
@@ -155,7 +171,6 @@ pub(super) struct Plan {
     operation: sys::cublasLtMatmulDesc_t,
     /// Of cuBLASLt's A, B and C.
     layouts: [sys::cublasLtMatrixLayout_t; 3],
-    accumulate: bool,
     algorithm: Algorithm,
 }
 
@@ -199,7 +214,7 @@ impl Blas {
         Ok(Blas { handle, plans: Mutex::default(), search: AtomicBool::new(false), known: Mutex::default() })
     }
 
-    /// Queues a product on a stream.
+    /// Queues a product on a stream. One that is combined with what is added to it has to accumulate.
     pub(super) fn product(
         &self,
         gpu: &Arc<Gpu>,
@@ -207,7 +222,9 @@ impl Blas {
         workspace: &Buffer,
         precision: Precision,
         p: &Product,
+        combined: Option<Combination>,
     ) -> Result<()> {
+        debug_assert!(combined.is_none_or(|with| p.accumulate && (with.addend ^ p.c.pointer) % 256 == 0));
         if p.size[0] * p.size[1] * p.batch == 0 {
             return Ok(());
         }
@@ -217,10 +234,12 @@ impl Blas {
             Entry::Occupied(found) => found.into_mut(),
             Entry::Vacant(place) => place.insert(self.plan(gpu, workspace, &key)?),
         };
-        self.multiply(stream, workspace, plan, &plan.algorithm, [&p.a, &p.b, &p.c].map(|o| o.pointer))
+        let pointers = [&p.a, &p.b, &p.c].map(|operand| operand.pointer);
+        let combined = combined.unwrap_or(Combination::plain(p.accumulate, p.c.pointer));
+        self.multiply(stream, workspace, plan, &plan.algorithm, pointers, combined)
     }
 
-    /// Queues a plan's product of A and B to C by `algorithm`.
+    /// Queues a plan's product of A and B to C, combined, by `algorithm`.
     pub(super) fn multiply(
         &self,
         stream: CUstream,
@@ -228,8 +247,8 @@ impl Blas {
         plan: &Plan,
         algorithm: &Algorithm,
         pointers: [u64; 3],
+        Combination { alpha, beta, addend }: Combination,
     ) -> Result<()> {
-        let (alpha, beta) = (1.0f32, if plan.accumulate { 1.0f32 } else { 0.0 });
         let [a, b, c] = plan.layouts;
         let algorithm = sys::cublasLtMatmulAlgo_t { data: *algorithm };
         // SAFETY: the pointers are of device buffers of the sizes that the layouts say.
@@ -243,7 +262,7 @@ impl Blas {
                 a,
                 pointers[0] as *const c_void,
                 b,
-                pointers[2] as *const c_void,
+                addend as *const c_void,
                 c,
                 pointers[2] as *mut c_void,
                 c,
@@ -370,7 +389,7 @@ impl Plan {
                 .map_err(|e| failed("lay out a matrix", e))
         };
         let layouts = [layout(1)?, layout(0)?, layout(2)?];
-        let plan = Plan { operation, layouts, accumulate: key.accumulate, algorithm: [0; 8] };
+        let plan = Plan { operation, layouts, algorithm: [0; 8] };
         let [a, b, c] = &key.operands;
         // SAFETY: every attribute gets a value of its documented type and size.
         unsafe {

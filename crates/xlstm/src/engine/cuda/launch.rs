@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Precision;
-use super::blas::{Product, WORKSPACE};
+use super::blas::{Combination, Product, WORKSPACE};
 use super::compiler::Source;
 use super::context::{Argument, Blocks, Buffer, Gpu, NAN, arguments};
 use super::event::Event;
@@ -186,7 +186,13 @@ impl Queue {
     /// Queues a matrix product.
     pub(crate) fn product(&self, product: &Product) -> Result<()> {
         let stream = self.gpu.raw_stream();
-        self.gpu.blas.product(&self.gpu, stream, &self.workspace, self.precision, product)
+        self.gpu.blas.product(&self.gpu, stream, &self.workspace, self.precision, product, None)
+    }
+
+    /// Queues a matrix product that accumulates: scaled, and added to something else than C.
+    pub(crate) fn combine(&self, product: &Product, combined: Combination) -> Result<()> {
+        let stream = self.gpu.raw_stream();
+        self.gpu.blas.product(&self.gpu, stream, &self.workspace, self.precision, product, Some(combined))
     }
 
     /// From here to [`join`](Self::join), products may be queued on the side: they run beside what is
@@ -205,7 +211,7 @@ impl Queue {
     /// Queues a matrix product on the side, after [`fork`](Self::fork).
     pub(crate) fn product_aside(&self, product: &Product) -> Result<()> {
         let Some((workspace, _)) = &self.aside else { return self.product(product) };
-        self.gpu.blas.product(&self.gpu, self.gpu.raw_side(), workspace, self.precision, product)
+        self.gpu.blas.product(&self.gpu, self.gpu.raw_side(), workspace, self.precision, product, None)
     }
 
     /// Lets what is queued from now on wait for the products on the side.

@@ -94,6 +94,8 @@ struct Wanted<'a> {
     name: &'a str,
     rows: usize,
     start: Start,
+    /// A matrix to the optimizer; not so gates, whose rows are a head's each.
+    is_matrix: bool,
 }
 
 /// Projections of one input of this width: a matrix each, or one matrix called `fused`.
@@ -104,23 +106,28 @@ fn projections<const N: usize>(
     (inputs, bias): (usize, bool),
     wanted: [Wanted<'_>; N],
 ) -> [Projection; N] {
-    let matrix = |builder: &mut Builder, name: &str, rows: usize, start: Start| {
+    let are_matrices = wanted.iter().all(|w| w.is_matrix);
+    let matrix = |builder: &mut Builder, name: &str, rows: &[usize], start: Start| {
+        let all = rows.iter().sum();
         builder.scope(name, |builder| {
-            let weight = builder.parameter("weight", &[rows, inputs], start.weight);
-            (weight, bias.then(|| builder.parameter("bias", &[rows], start.bias)))
+            let weight = match are_matrices {
+                true => builder.matrices("weight", &[all, inputs], start.weight, rows.iter().copied()),
+                false => builder.parameter("weight", &[all, inputs], start.weight),
+            };
+            (weight, bias.then(|| builder.parameter("bias", &[all], start.bias)))
         })
     };
     match mode {
-        WeightMode::Single => wanted.map(|Wanted { name, rows, start }| {
-            let (weight, bias) = matrix(builder, name, rows, start);
+        WeightMode::Single => wanted.map(|Wanted { name, rows, start, .. }| {
+            let (weight, bias) = matrix(builder, name, &[rows], start);
             Projection { weight, bias, first: 0, rows }
         }),
         WeightMode::Fused => {
-            let all = wanted.iter().map(|w| w.rows).sum();
+            let rows = wanted.each_ref().map(|w| w.rows);
             let weight = Init::rows(wanted.iter().map(|w| (w.rows * inputs, w.start.weight.clone())));
             let start =
                 Start { weight, bias: Init::rows(wanted.iter().map(|w| (w.rows, w.start.bias.clone()))) };
-            let (weight, bias) = matrix(builder, fused, all, start);
+            let (weight, bias) = matrix(builder, fused, &rows, start);
             let mut first = 0;
             wanted.map(|Wanted { rows, .. }| {
                 first += rows;
@@ -168,10 +175,10 @@ impl LargeBlock {
             let deviation = 2.0 / config.num_blocks as f64 / (width as f64).sqrt();
             start(inputs, Init::Normal(deviation), zeros.clone())
         };
-        let gate = |bias: Init| start(dim, zeros.clone(), bias);
-        let input_gate = gate(Init::Constant(-10.0));
-        let forget_gate = gate(Init::steps(3.0, 6.0, heads));
-        let wanted = |name, rows, start| Wanted { name, rows, start };
+        let input_gate = start(dim, zeros.clone(), Init::Constant(-10.0));
+        let forget_gate = start(dim, zeros.clone(), Init::steps(3.0, 6.0, heads));
+        let wanted = |name, rows, start| Wanted { name, rows, start, is_matrix: true };
+        let gate = |name, start| Wanted { name, rows: heads, start, is_matrix: false };
 
         let rms = NormKind::RootMeanSquare;
         let norm_mlstm = ScaledNorm::new(options, ("norm_mlstm", dim), rms, 1, builder);
@@ -183,7 +190,7 @@ impl LargeBlock {
                 wanted("ogate_preact", v, small()),
             ];
             let qkvo = projections(builder, mode, "qkv_opreact", (dim, bias), four);
-            let two = [wanted("igate_preact", heads, input_gate), wanted("fgate_preact", heads, forget_gate)];
+            let two = [gate("igate_preact", input_gate), gate("fgate_preact", forget_gate)];
             let gates = projections(builder, mode, "ifgate_preact", (dim, true), two);
             let norm = ScaledNorm::new(options, ("multihead_norm", v), NormKind::Layer, heads, builder);
             let out = [wanted("out_proj", dim, wang(v, dim))];

@@ -39,15 +39,18 @@ impl LstmLayer {
             None => start.clone(),
         };
         let forget = config.lstm.forget_bias;
-        let mut parameter = |name: &str, shape: &[usize], init: Init| {
-            builder.parameter(&format!("{name}_l{index}"), shape, init)
+        let name = |name: &str| format!("{name}_l{index}");
+        let mut weight = |name: &str, inputs: usize| {
+            builder.matrices(name, &[4 * hidden, inputs], start.clone(), [hidden; 4])
         };
+        let (weight_ih, weight_hh) = (weight(&name("weight_ih"), inputs), weight(&name("weight_hh"), hidden));
+        let mut parameter = |name: &str, init: Init| builder.parameter(name, &[4 * hidden], init);
         LstmLayer {
             hidden,
-            weight_ih: parameter("weight_ih", &[4 * hidden, inputs], start.clone()),
-            weight_hh: parameter("weight_hh", &[4 * hidden, hidden], start.clone()),
-            bias_ih: parameter("bias_ih", &[4 * hidden], bias(forget)),
-            bias_hh: parameter("bias_hh", &[4 * hidden], bias(forget.map(|_| 0.0))),
+            weight_ih,
+            weight_hh,
+            bias_ih: parameter(&name("bias_ih"), bias(forget)),
+            bias_hh: parameter(&name("bias_hh"), bias(forget.map(|_| 0.0))),
         }
     }
 

@@ -33,7 +33,7 @@ impl Linear {
     pub(super) fn new(builder: &mut Builder, name: &str, outputs: usize, inputs: usize) -> Linear {
         let init = Init::Uniform(1.0 / (inputs as f64).sqrt());
         builder.scope(name, |builder| {
-            let weight = builder.parameter("weight", &[outputs, inputs], init.clone());
+            let weight = builder.matrices("weight", &[outputs, inputs], init.clone(), [outputs]);
             Linear { weight, bias: builder.parameter("bias", &[outputs], init) }
         })
     }
@@ -69,9 +69,11 @@ impl Cell {
         match config.lstm_type {
             LstmType::Slstm => {
                 let dim = hidden / heads;
-                let weight_ih =
-                    builder.parameter("weight_ih", &[4 * hidden, inputs], xavier(4 * hidden, inputs));
-                let weight_hh = builder.parameter("weight_hh", &[heads, 4 * dim, dim], xavier(4 * dim, dim));
+                let (shape, start) = ([4 * hidden, inputs], xavier(4 * hidden, inputs));
+                let weight_ih = builder.matrices("weight_ih", &shape, start, [hidden; 4]);
+                let (shape, start) = ([heads, 4 * dim, dim], xavier(4 * dim, dim));
+                let rows = std::iter::repeat_n(dim, 4 * heads);
+                let weight_hh = builder.matrices("weight_hh", &shape, start, rows);
                 let forget = (0..heads).map(|_| (dim, Init::steps(3.0, 6.0, dim)));
                 let runs = [zeros(hidden)].into_iter().chain(forget).chain([zeros(2 * hidden)]);
                 let bias = builder.parameter("bias", &[4 * hidden], Init::rows(runs));
@@ -89,6 +91,7 @@ impl Cell {
                 let rows = 2 * heads + hidden;
                 let output = (hidden * inputs, xavier(hidden, inputs));
                 let runs = [zeros(2 * heads * inputs), output].into_iter();
+                // No matrices to the optimizer: it begins with gates, a row a head.
                 let weight_ih = builder.parameter("weight_ih", &[rows, inputs], Init::rows(runs));
                 let runs = [zeros(heads), (heads, Init::steps(3.0, 6.0, heads)), zeros(hidden)];
                 let bias = builder.parameter("bias", &[rows], Init::rows(runs.into_iter()));

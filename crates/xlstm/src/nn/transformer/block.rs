@@ -54,17 +54,23 @@ struct Projection {
 }
 
 impl Projection {
-    /// The projection called `name`, from `inputs` to `outputs`.
+    /// The projection called `name`, from `inputs` to `parts` maps of so many outputs each.
     fn new(
         name: &str,
+        parts: usize,
         [outputs, inputs]: [usize; 2],
         bias: bool,
         deviation: f64,
         builder: &mut Builder,
     ) -> Self {
         builder.scope(name, |b| Projection {
-            weight: b.parameter("weight", &[outputs, inputs], Init::Normal(deviation)),
-            bias: bias.then(|| b.parameter("bias", &[outputs], Init::Constant(0.0))),
+            weight: b.matrices(
+                "weight",
+                &[parts * outputs, inputs],
+                Init::Normal(deviation),
+                std::iter::repeat_n(outputs, parts),
+            ),
+            bias: bias.then(|| b.parameter("bias", &[parts * outputs], Init::Constant(0.0))),
         })
     }
 
@@ -117,13 +123,13 @@ impl TransformerBlock {
         let last = GPT_DEVIATION / (2.0 * config.num_blocks as f64).sqrt();
         let ln_1 = BiasedNorm::new("ln_1", dim, builder);
         let (c_attn, c_proj) = builder.scope("attn", |b| {
-            let c_attn = Projection::new("c_attn", [3 * dim, dim], bias, GPT_DEVIATION, b);
-            (c_attn, Projection::new("c_proj", [dim, dim], bias, last, b))
+            let c_attn = Projection::new("c_attn", 3, [dim, dim], bias, GPT_DEVIATION, b);
+            (c_attn, Projection::new("c_proj", 1, [dim, dim], bias, last, b))
         });
         let ln_2 = BiasedNorm::new("ln_2", dim, builder);
         let (c_fc, mlp_proj) = builder.scope("mlp", |b| {
-            let c_fc = Projection::new("c_fc", [inner, dim], bias, GPT_DEVIATION, b);
-            (c_fc, Projection::new("c_proj", [dim, inner], bias, last, b))
+            let c_fc = Projection::new("c_fc", 1, [inner, dim], bias, GPT_DEVIATION, b);
+            (c_fc, Projection::new("c_proj", 1, [dim, inner], bias, last, b))
         });
         TransformerBlock {
             dim,
