@@ -316,7 +316,9 @@ fn an_encoder_classifies_whole_sequences() {
                 let alone = runner.read(sequence, Logits::All).expect("outputs");
                 assert_eq!(alone.len(), if pooling == Pooling::None { 3 * sequence.len() / 4 } else { 3 });
                 for (a, b) in alone.iter().zip(together) {
-                    assert!((a - b).abs() < 1e-4, "{cell:?} {form:?} {pooling:?}: {a} and {b}");
+                    // On a GPU other shapes take other products: 5e-5 of a value was seen.
+                    let bound = 1e-4 * b.abs().max(1.0);
+                    assert!((a - b).abs() < bound, "{cell:?} {form:?} {pooling:?}: {a} and {b}");
                 }
             }
             // The first output hears of the last row.
