@@ -27,6 +27,8 @@ mod streams;
 mod threads;
 // Accumulation, steps that are not finite, snapshots, graphs.
 mod learner;
+// Steps of the optimizer, matrices by Muon, against f64.
+mod optimizer;
 // A step, once taken, is taken again without keeping new memory.
 mod memory;
 // Training runs, checkpoints, sessions and model folders.
