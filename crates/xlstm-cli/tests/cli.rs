@@ -424,6 +424,22 @@ fn benches() {
     let (text, _) = folder.ok(&["bench", "cell", "--preset", "lstm-128", "--repeats", "1"]);
     assert!(text.contains("LSTM cell, 1 head of 160") && text.contains("floor "), "{text}");
     folder.fails(&["bench", "cell", "--preset", "gpt-128"], &["gpt-128", "no recurrent cell"]);
+    // A training configuration in place of a preset.
+    let config =
+        ["--config", "shakespeare", "--set", "data.length=16", "--threads", "1", "--device", "cpu", "--json"];
+    folder.fails(&[&["bench", "train", "--steps", "1"], &config[..]].concat(), &["model.vocab_size is 0"]);
+    let sized = [&config[..], &["--set", "model.vocab_size=65"]].concat();
+    let (line, _) = folder.ok(&[&["bench", "train", "--steps", "1"], &sized[..]].concat());
+    let report: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+    assert_eq!(report["preset"], "shakespeare");
+    assert!(report["state_mb"].is_null(), "{line}");
+    let (line, _) = folder.ok(&[&["bench", "decode", "--repeats", "1"], &sized[..]].concat());
+    let report: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+    assert!(report["prompt"] == 16 && report["state_mb"].as_f64().is_some_and(|mb| mb > 0.0), "{line}");
+    folder.fails(
+        &["bench", "train", "--config", "shakespeare", "--preset", "lstm-128"],
+        &["cannot be used with"],
+    );
 }
 
 /// The Python original's configuration, as it stands.

@@ -5,9 +5,10 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use xlstm::bench::{Floor, Measured, PRESETS, Preset, Storage, Trained, cells, decode, prefill, train_steps};
 use xlstm::engine::{Device, DeviceChoice, OperationTime};
-use xlstm::optim::MatrixUpdate;
+use xlstm::optim::MuonOptions;
 use xlstm::{Error, Result};
 
+use crate::builtin::load_config;
 use crate::device::DeviceArgs;
 use crate::output;
 
@@ -31,11 +32,27 @@ enum Kind {
 #[derive(Debug, Args)]
 struct Common {
     /// The model and its shapes
-    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(PRESETS))]
-    preset: String,
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(PRESETS), required_unless_present = "config")]
+    preset: Option<String>,
+    /// In place of a preset: the model, batches and optimizer of a training configuration, which gives vocab_size
+    #[arg(long, value_name = "CONFIG", conflicts_with = "preset")]
+    config: Option<String>,
+    /// Change one key of the configuration; may be given several times
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
+    sets: Vec<String>,
     /// Print JSON, one object a line, instead of lines for people
     #[arg(long)]
     json: bool,
+}
+
+impl Common {
+    fn preset(&self) -> Result<Preset> {
+        match (&self.preset, &self.config) {
+            (Some(name), _) => Preset::named(name),
+            (None, Some(config)) => Preset::of_run(config, &load_config(config, &self.sets)?),
+            (None, None) => Err(Error::config("there is neither a preset nor a configuration to time")),
+        }
+    }
 }
 
 /// Time whole training steps (forward, backward, clipping, the optimizer) on random tokens.
@@ -155,6 +172,11 @@ struct Report<'a> {
     dtype: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     sessions: Option<usize>,
+    /// Of decoding: a session's state after the prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    state_mb: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt: Option<usize>,
     peak_memory_mb: Option<f64>,
     gflops: f64,
     floor_share: f64,
@@ -165,10 +187,11 @@ struct Report<'a> {
 impl<'a> Report<'a> {
     fn new(preset: &'a Preset, measured: &Measured, floor: &Floor) -> Report<'a> {
         Report {
-            preset: preset.name,
+            preset: &preset.name,
             params: measured.parameters,
             tokens_per_s: measured.tokens_per_second(),
             ms: measured.median() * 1e3,
+            state_mb: Some(measured.state_bytes / 1e6).filter(|&megabytes| megabytes > 0.0),
             peak_memory_mb: measured.peak_megabytes,
             gflops: measured.gigaflops(),
             floor_share: measured.floor_share(floor),
@@ -218,12 +241,14 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 }
 
 fn train(args: &TrainBenchArgs) -> Result<()> {
-    let mut preset = Preset::named(&args.common.preset)?;
+    let mut preset = args.common.preset()?;
     preset.batch_size = args.batch.unwrap_or(preset.batch_size);
     preset.length = args.length.unwrap_or(preset.length);
     let device = args.device.choose()?;
-    let matrices = if args.muon { MatrixUpdate::Muon } else { MatrixUpdate::AdamW };
-    let Trained { measured, plain, operations, .. } = train_steps(&preset, &device, args.steps, matrices)?;
+    if args.muon {
+        preset.options.muon = Some(MuonOptions::DEFAULT);
+    }
+    let Trained { measured, plain, operations, .. } = train_steps(&preset, &device, args.steps)?;
     let floor = Floor::measure(&device)?;
     let plain_ms = plain.map(|plain| plain.median() * 1e3);
     let report = Report { plain_ms, ..Report::new(&preset, &measured, &floor) };
@@ -246,7 +271,7 @@ fn table(operations: &[OperationTime]) -> String {
 
 /// Prefill, or decoding by so many sessions.
 fn read(common: &Common, args: &ReadingArgs, sessions: Option<usize>) -> Result<()> {
-    let mut preset = Preset::named(&common.preset)?;
+    let mut preset = common.preset()?;
     preset.prompt = args.prompt.unwrap_or(preset.prompt);
     let device = args.choose()?;
     let (dtype, (prompt, drawn)) = (args.dtype.name(), (preset.prompt, preset.drawn));
@@ -263,12 +288,17 @@ fn read(common: &Common, args: &ReadingArgs, sessions: Option<usize>) -> Result<
         }
     };
     let floor = Floor::measure(&device)?;
-    let report = Report { dtype: Some(dtype), sessions, ..Report::new(&preset, &measured, &floor) };
+    let report = Report {
+        dtype: Some(dtype),
+        prompt: Some(prompt),
+        sessions,
+        ..Report::new(&preset, &measured, &floor)
+    };
     report.print(common.json, &what, (unit, measured.seconds.len()), "")
 }
 
 fn time_cells(args: &CellBenchArgs) -> Result<()> {
-    let mut preset = Preset::named(&args.common.preset)?;
+    let mut preset = args.common.preset()?;
     preset.batch_size = args.batch.unwrap_or(preset.batch_size);
     preset.length = args.length.unwrap_or(preset.length);
     let device = args.device.choose()?;

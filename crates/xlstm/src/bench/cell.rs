@@ -307,6 +307,7 @@ fn time(cell: &Cell, preset: &Preset, device: &Device, repeats: usize) -> Result
             tokens,
             operations: (2 * times * tokens * cell.products()) as f64,
             bytes: 0.0,
+            state_bytes: 0.0,
             seconds,
             peak_megabytes: peak_megabytes(device),
         })

@@ -76,6 +76,7 @@ pub fn prefill(preset: &Preset, device: &Device, storage: Storage, repeats: usiz
         tokens: prompt.len(),
         operations: (tokens * (model.flops_per_token() - head) + head) as f64,
         bytes: opened.weight_bytes as f64,
+        state_bytes: 0.0,
         seconds,
         peak_megabytes: peak_megabytes(device),
     })
@@ -135,6 +136,7 @@ pub fn decode(
         tokens: preset.drawn * sessions,
         operations: drawn * (2 * model.weight_products()) as f64 * sessions as f64,
         bytes: drawn * (opened.weight_bytes + 2 * after.bytes()) as f64,
+        state_bytes: after.bytes() as f64 / sessions as f64,
         seconds,
         peak_megabytes: peak_megabytes(device),
     })

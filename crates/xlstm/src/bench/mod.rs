@@ -39,6 +39,8 @@ pub struct Measured {
     /// Bytes of weights and states that one repetition reads and writes; 0 where they are not what
     /// limits it, and are not counted.
     pub bytes: f64,
+    /// Of decoding: bytes of a session's state after the prompt; elsewhere 0.
+    pub state_bytes: f64,
     /// Seconds of each repetition that counts.
     pub seconds: Vec<f64>,
     /// 10^6 bytes of memory: the most that this process has held, where the system tells; on a

@@ -1,23 +1,30 @@
 //! Models and batch shapes with names: the sizes at which public implementations are timed.
 
-use crate::error::Result;
+use crate::data::Batching;
+use crate::error::{Error, Result};
+use crate::model::objective::Carry;
 use crate::model::{BlockForm, Family, LstmType, ModelConfig, OriginalConfig, SlstmAt};
 use crate::nn::large::LargeConfig;
 use crate::nn::lstm::LstmConfig;
 use crate::nn::transformer::{PositionKind, TransformerConfig};
-use crate::train::unknown_name;
+use crate::optim::OptimizerOptions;
+use crate::train::{RunConfig, unknown_name};
 
 /// A model, a batch and a prompt with a name.
 #[derive(Clone, Debug)]
 pub struct Preset {
     /// Its name on the command line.
-    pub name: &'static str,
+    pub name: String,
     /// The model.
     pub model: ModelConfig,
     /// Sequences of a training batch.
     pub batch_size: usize,
     /// Tokens of each of them.
     pub length: usize,
+    /// What the state does between training batches.
+    pub carry: Carry,
+    /// What follows the gradients.
+    pub options: OptimizerOptions,
     /// Tokens of the prompt that prefill reads.
     pub prompt: usize,
     /// Tokens that decode draws after it.
@@ -116,7 +123,34 @@ impl Preset {
             _ if model.family == Family::Transformer => 128,
             _ => 512,
         };
-        Ok(Preset { name, model, batch_size, length, prompt, drawn: 128 })
+        let (carry, options) = (Carry::Fresh, OptimizerOptions::DEFAULT);
+        Ok(Preset { name: name.into(), model, batch_size, length, carry, options, prompt, drawn: 128 })
+    }
+
+    /// The model, the batches and the optimizer of a training run, under this name; generation after a
+    /// prompt as long as a sequence.
+    ///
+    /// # Errors
+    /// When the configuration leaves the vocabulary to the tokenizer.
+    pub fn of_run(name: &str, config: &RunConfig) -> Result<Preset> {
+        if config.model.vocab_size == 0 {
+            return Err(Error::config("model.vocab_size is 0, which takes it from the tokenizer")
+                .hint("a benchmark reads no text: set model.vocab_size"));
+        }
+        let carry = match config.data.batching {
+            Batching::Stream => Carry::Carried,
+            Batching::Documents | Batching::Windows => Carry::Marked,
+        };
+        Ok(Preset {
+            name: name.into(),
+            model: config.model.clone(),
+            batch_size: config.data.batch_size,
+            length: config.data.length,
+            carry,
+            options: config.optimizer.options(),
+            prompt: config.data.length,
+            drawn: 128,
+        })
     }
 }
 
@@ -186,7 +220,8 @@ pub(super) mod tests {
             slstm_at: SlstmAt::Positions(vec![1]),
             ..ModelConfig::default()
         };
-        Preset { name: "tiny", model, batch_size: 2, length: 9, prompt: 7, drawn: 3 }
+        let (carry, options) = (Carry::Fresh, OptimizerOptions::DEFAULT);
+        Preset { name: "tiny".into(), model, batch_size: 2, length: 9, carry, options, prompt: 7, drawn: 3 }
     }
 
     fn count(name: &str) -> usize {
@@ -201,6 +236,11 @@ pub(super) mod tests {
             let model = LanguageModel::new(&preset.model).unwrap();
             assert!(model.most_tokens().is_none_or(|most| preset.prompt + preset.drawn <= most), "{name}");
         }
+        let mut run = RunConfig::default();
+        assert!(Preset::of_run("run", &run).unwrap_err().to_string().contains("model.vocab_size"));
+        (run.model.vocab_size, run.data.batching, run.data.length) = (11, Batching::Stream, 40);
+        let preset = Preset::of_run("run", &run).unwrap();
+        assert_eq!((preset.length, preset.prompt, preset.carry), (40, 40, Carry::Carried));
         let error = Preset::named("lm-mlstm-12").unwrap_err();
         assert!(error.hint_text().unwrap_or_default().contains("lm-mlstm-128"), "{error}");
     }

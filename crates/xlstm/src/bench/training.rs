@@ -9,9 +9,7 @@ use crate::data::Batch;
 use crate::engine::{Device, OperationTime};
 use crate::error::Result;
 use crate::model::LanguageModel;
-use crate::model::objective::Carry;
 use crate::nn::Parameters;
-use crate::optim::{MatrixUpdate, MuonOptions, OptimizerOptions};
 use crate::rng::Rng;
 use crate::train::learner::{Task, learner};
 
@@ -31,25 +29,18 @@ pub struct Trained {
 /// Steps before the clock starts: caches, work space, pages and graphs are there by then.
 const WARM_UP: usize = 3;
 
-/// Times `steps` training steps of a preset, by AdamW, its matrices by this update.
+/// Times `steps` training steps of a preset.
 ///
 /// # Errors
 /// When there is no step to time, the model does not fit together, or a GPU fails.
-pub fn train_steps(
-    preset: &Preset,
-    device: &Device,
-    steps: usize,
-    matrices: MatrixUpdate,
-) -> Result<Trained> {
+pub fn train_steps(preset: &Preset, device: &Device, steps: usize) -> Result<Trained> {
     check_repeats(steps)?;
     let model = Arc::new(LanguageModel::new(&preset.model)?);
-    let muon = (matrices == MatrixUpdate::Muon).then_some(MuonOptions::DEFAULT);
-    let options = OptimizerOptions { muon, ..OptimizerOptions::DEFAULT };
-    let trained = time(preset, &model, device, options, steps, true)?;
+    let trained = time(preset, &model, device, steps, true)?;
     let plain = match device {
         Device::Cpu(..) => None,
         #[cfg(feature = "cuda")]
-        Device::Cuda(..) => Some(time(preset, &model, device, options, steps, false)?.measured),
+        Device::Cuda(..) => Some(time(preset, &model, device, steps, false)?.measured),
     };
     Ok(Trained { plain, ..trained })
 }
@@ -58,13 +49,12 @@ fn time(
     preset: &Preset,
     model: &Arc<LanguageModel>,
     device: &Device,
-    options: OptimizerOptions,
     steps: usize,
     captured: bool,
 ) -> Result<Trained> {
     let parameters = Parameters::<f32>::initialize(model.specs(), 1);
     let shape = [preset.batch_size, preset.length];
-    let task = Task { shape, carry: Carry::Fresh, options, seed: 1, captured };
+    let task = Task { shape, carry: preset.carry, options: preset.options, seed: 1, captured };
     let mut learner = learner(model, parameters, task, device)?;
     let batches = [random_batch(preset)];
     let (mut seconds, mut loss) = (Vec::with_capacity(steps), f64::NAN);
@@ -84,6 +74,7 @@ fn time(
         tokens,
         operations: 3.0 * (tokens as u64 * model.flops_per_token()) as f64,
         bytes: 0.0,
+        state_bytes: 0.0,
         seconds,
         peak_megabytes: peak_megabytes(device),
     };
@@ -109,16 +100,20 @@ fn random_batch(preset: &Preset) -> Batch {
 mod tests {
     use super::*;
     use crate::bench::presets::tests::tiny;
+    use crate::model::objective::Carry;
+    use crate::optim::{MuonOptions, OptimizerOptions};
 
     #[test]
     fn steps_are_timed() {
-        let steps = |n, matrices| train_steps(&tiny(), &Device::cpu(1).unwrap(), n, matrices);
-        for matrices in [MatrixUpdate::AdamW, MatrixUpdate::Muon] {
-            let trained = steps(3, matrices).unwrap();
+        let steps = |preset: &Preset, n| train_steps(preset, &Device::cpu(1).unwrap(), n);
+        let muon = OptimizerOptions { muon: Some(MuonOptions::DEFAULT), ..OptimizerOptions::DEFAULT };
+        let carried = Preset { options: muon, carry: Carry::Carried, ..tiny() };
+        for preset in [tiny(), carried] {
+            let trained = steps(&preset, 3).unwrap();
             assert_eq!(trained.measured.seconds.len(), 3);
             assert!(trained.measured.tokens_per_second() > 0.0 && trained.measured.gigaflops() > 0.0);
             assert!(trained.loss.is_finite() && !trained.operations.is_empty());
         }
-        assert!(steps(0, MatrixUpdate::AdamW).is_err());
+        assert!(steps(&tiny(), 0).is_err());
     }
 }
