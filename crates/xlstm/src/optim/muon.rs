@@ -113,7 +113,7 @@ pub fn orthogonalized<T: Scalar>(mut x: Vec<T>, [rows, columns]: [usize; 2]) -> 
 }
 
 fn scale<T: Scalar>(x: &mut [T], by: T) {
-    x.par_chunks_mut(TILE).for_each(|x| vectorize!(|| x.iter_mut().for_each(|x| *x = *x * by)));
+    x.par_chunks_mut(TILE).for_each(|x| vectorize!(|| x.iter_mut().for_each(|x| *x *= by)));
 }
 
 #[cfg(test)]

@@ -1,7 +1,9 @@
 //! Steps of the optimizer on the device under test, matrices by Muon, against the processor in f64: the
 //! gradients of each step are random.
 
-use xlstm::nn::{Builder, Init, Parameters};
+use serde_json::json;
+use xlstm::model::LanguageModel;
+use xlstm::nn::{Builder, Init, Parameters, Role};
 use xlstm::optim::{MuonOptions, Optimizer, OptimizerOptions, global_norm};
 use xlstm::rng::Rng;
 
@@ -93,6 +95,98 @@ fn steps_are_those_of_f64() {
         }
         for (got, want) in moments[i].iter().zip(&optimizer.first[i]) {
             assert!((f64::from(*got) - want).abs() < 1e-5, "{}: {got} and {want}", spec.name);
+        }
+    }
+}
+
+/// What the parameters of a family are to the optimizer, by the ends of their names.
+#[test]
+fn every_family_says_what_its_matrices_are() {
+    let square = |n: usize, side: usize| Role::Matrices(vec![[side, side]; n]);
+    let halves = Role::Matrices(vec![[192, 64]; 2]);
+    let border = || Role::Border;
+    let elements = || Role::Elements;
+    let cases = [
+        (
+            json!({"family": "small", "slstm_at": [1], "num_blocks": 2, "bias": true}),
+            vec![
+                ("token_embedding.weight", border()),
+                ("lm_head.weight", border()),
+                ("proj_up.weight", Role::Matrices(vec![[128, 64]; 2])),
+                ("proj_up.bias", elements()),
+                ("proj_down.weight", Role::Matrices(vec![[64, 128]])),
+                ("q_proj.weight", elements()),
+                ("conv1d.conv.weight", elements()),
+                ("mlstm_cell.igate.weight", elements()),
+                ("xlstm_norm.weight", elements()),
+                ("xlstm.zgate.weight", square(4, 16)),
+                ("_recurrent_kernel_", square(16, 16)),
+            ],
+        ),
+        (
+            json!({"family": "large", "num_blocks": 1}),
+            vec![
+                ("embedding.weight", border()),
+                ("lm_head.weight", border()),
+                ("mlstm_layer.v.weight", square(1, 64)),
+                ("igate_preact.weight", elements()),
+                ("ffn.proj_down.weight", Role::Matrices(vec![[64, 192]])),
+                ("norm_ffn.weight", elements()),
+            ],
+        ),
+        (
+            json!({"family": "large", "num_blocks": 1, "large": {"weight_mode": "fused"}}),
+            vec![
+                ("qkv_opreact.weight", Role::Matrices(vec![[32, 64], [32, 64], [64, 64], [64, 64]])),
+                ("ifgate_preact.weight", elements()),
+                ("proj_up_gate_z.weight", halves),
+            ],
+        ),
+        (
+            json!({"family": "lstm", "num_blocks": 1}),
+            vec![
+                ("weight_ih_l0", square(4, 64)),
+                ("weight_hh_l0", square(4, 64)),
+                ("bias_hh_l0", elements()),
+            ],
+        ),
+        (
+            json!({"family": "transformer", "num_blocks": 1}),
+            vec![
+                ("wte.weight", border()),
+                ("c_attn.weight", square(3, 64)),
+                ("c_fc.weight", Role::Matrices(vec![[256, 64]])),
+            ],
+        ),
+        (
+            json!({"family": "original", "num_blocks": 1, "original": {"hidden_size": 64, "lstm_type": "slstm"}}),
+            vec![
+                ("output_layer.weight", border()),
+                ("output_layer.bias", border()),
+                ("weight_ih", square(4, 64)),
+                ("norm.bias", elements()),
+            ],
+        ),
+        (
+            json!({"family": "original", "num_blocks": 1, "original": {"hidden_size": 64, "lstm_type": "mlstm"}}),
+            vec![("weight_ih", elements()), ("W_q.weight", square(1, 64))],
+        ),
+    ];
+    for (mut config, wanted) in cases {
+        config["vocab_size"] = 50.into();
+        config["embedding_dim"] = 64.into();
+        let parsed = serde_json::from_value(config.clone()).expect("a configuration");
+        let model = LanguageModel::new(&parsed).expect("a model");
+        for (end, role) in wanted {
+            let named: Vec<_> = model.specs().iter().filter(|spec| spec.name.ends_with(end)).collect();
+            let first = named.first();
+            assert_eq!(first.map(|spec| &spec.role), Some(&role), "{config}: {end} in {first:?}");
+        }
+        for spec in model.specs().iter() {
+            if let Role::Matrices(sizes) = &spec.role {
+                let count: usize = sizes.iter().map(|[rows, columns]| rows * columns).sum();
+                assert_eq!(count, spec.count(), "{config}: {}", spec.name);
+            }
         }
     }
 }

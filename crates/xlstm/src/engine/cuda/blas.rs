@@ -224,7 +224,9 @@ impl Blas {
         p: &Product,
         combined: Option<Combination>,
     ) -> Result<()> {
-        debug_assert!(combined.is_none_or(|with| p.accumulate && (with.addend ^ p.c.pointer) % 256 == 0));
+        debug_assert!(
+            combined.is_none_or(|with| p.accumulate && (with.addend ^ p.c.pointer).is_multiple_of(256))
+        );
         if p.size[0] * p.size[1] * p.batch == 0 {
             return Ok(());
         }
