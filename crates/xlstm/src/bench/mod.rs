@@ -132,6 +132,7 @@ mod tests {
             tokens: 6,
             operations,
             bytes,
+            state_bytes: 0.0,
             seconds: vec![9.0, 2.0, 1.0],
             peak_megabytes: None,
         };

@@ -106,7 +106,7 @@ fn lives(tape: &Tape, size: impl Fn(usize) -> usize, linger: usize) -> Vec<Life>
     let mut lives = Vec::new();
     for (var, value) in tape.values.iter().enumerate() {
         let birth = match value.source {
-            Source::Parameter { .. } => continue,
+            Source::Parameter { .. } | Source::Nothing => continue,
             Source::Input => 0,
             Source::Node(node) => node,
         };

@@ -94,11 +94,13 @@ fn elsewhere() -> Error {
 }
 
 impl<T: Element> Program<T> {
-    /// Plans and allocates the buffers of `tape` on `device`.
+    /// Plans and allocates the buffers of `tape` on `device`, for what leads to values that are kept or
+    /// seeded.
     ///
     /// # Errors
     /// When a GPU's memory runs out.
-    pub fn new(tape: Tape, device: &Device) -> Result<Program<T>> {
+    pub fn new(mut tape: Tape, device: &Device) -> Result<Program<T>> {
+        tape.prune();
         match device {
             Device::Cpu(_, precision) => Ok(Program::Cpu(Executor::with_precision(tape, *precision))),
             #[cfg(feature = "cuda")]

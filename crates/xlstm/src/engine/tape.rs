@@ -47,6 +47,8 @@ pub(super) enum Source {
     Parameter { index: usize, offset: usize },
     /// Written by a node.
     Node(usize),
+    /// Written by a node that was left out.
+    Nothing,
 }
 
 /// A value: its shape, origin, and what is to be kept of it.
@@ -211,5 +213,64 @@ impl Tape {
     /// Lets backward start from a gradient of `var` that the caller sets.
     pub fn seed_gradient(&mut self, var: Var) {
         self.values[var.index()].seeded = true;
+    }
+
+    /// Leaves out the nodes of whose outputs none is kept, seeded or read on the way to one that is, such
+    /// as those of a state that nobody carries on.
+    pub(super) fn prune(&mut self) {
+        let mut wanted: Vec<bool> = self.values.iter().map(|value| value.kept || value.seeded).collect();
+        let mut stays = vec![false; self.nodes.len()];
+        for (node, stays) in self.nodes.iter().zip(&mut stays).rev() {
+            *stays = node.outputs.iter().any(|var| wanted[var.index()]);
+            if *stays {
+                node.inputs.iter().flatten().for_each(|var| wanted[var.index()] = true);
+            }
+        }
+        let mut places = stays.iter();
+        self.nodes.retain(|_| places.next() == Some(&true));
+        let mut after = 0;
+        let places: Vec<Source> = stays
+            .iter()
+            .map(|&stays| {
+                after += usize::from(stays);
+                if stays { Source::Node(after - 1) } else { Source::Nothing }
+            })
+            .collect();
+        for value in &mut self.values {
+            if let Source::Node(node) = value.source {
+                value.source = places[node];
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{Device, Program};
+    use crate::ops::activation::{Activation, activated};
+
+    /// x -> a -> b kept, a -> c -> d read by nobody, and e seeded.
+    #[test]
+    fn what_leads_nowhere_is_left_out() {
+        let mut tape = Tape::new(Mode::Train);
+        let x = tape.input_with_gradient([3]);
+        let of = |tape: &mut Tape, x| activated(tape, x, Activation::Relu).unwrap();
+        let a = of(&mut tape, x);
+        let c = of(&mut tape, a);
+        let d = of(&mut tape, c);
+        let b = of(&mut tape, a);
+        let e = of(&mut tape, b);
+        tape.keep(b);
+        tape.seed_gradient(e);
+        tape.prune();
+        let sources = [x, a, b, c, d, e].map(|var| tape.values[var.index()].source);
+        let [nodes @ .., last] = [0, 1, 2].map(Source::Node);
+        assert_eq!(sources, [Source::Input, nodes[0], nodes[1], Source::Nothing, Source::Nothing, last]);
+        assert_eq!(tape.nodes.iter().map(|node| node.outputs[0]).collect::<Vec<_>>(), [a, b, e]);
+        let mut program = Program::<f64>::new(tape, &Device::cpu(1).unwrap()).unwrap();
+        program.set_input(x, &[1.0, -2.0, 3.0]).unwrap();
+        program.forward(&[][..]).unwrap();
+        assert_eq!(program.value(b).unwrap()[..], [1.0, 0.0, 3.0]);
     }
 }
