@@ -144,6 +144,18 @@ fn from_text_to_text() {
     let tokens: u64 = positions.iter().filter_map(|bucket| bucket["tokens"].as_u64()).sum();
     assert_eq!((positions.len(), tokens), (11, 43 * 40 - 1), "up to position 1,719: {json}");
     assert!(report["positions"].is_null(), "only where they are asked for");
+    // " not" is read and not predicted; it is a word of ten.
+    let (json, _) =
+        folder.ok(&["eval", "--model", "out/1", "--data", "text.txt", "--unscored", "not", "--json"]);
+    let rest: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
+    assert_eq!((&rest["unscored"], &rest["words"]), (&40.into(), &(9 * 40).into()));
+    assert_eq!((&rest["tokens"], &rest["bytes"]), (&(39 * 40 - 1).into(), &(40 * 40).into()));
+    let nats = |report: &serde_json::Value| {
+        report["loss"].as_f64().unwrap_or_default() * report["tokens"].as_f64().unwrap_or_default()
+    };
+    assert!(nats(&rest) < nats(&report), "{json}");
+    folder
+        .fails(&["eval", "--model", "out/1", "--data", "text.txt", "--unscored", ""], &["not to be scored"]);
     let table =
         folder.ok(&["eval", "--model", "out/1", "--data", "text.txt", "--positions", "--window", "8"]).0;
     let last = table.lines().last().expect("a line").split_whitespace().collect::<Vec<_>>();

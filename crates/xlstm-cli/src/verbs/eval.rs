@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use clap::Args;
-use xlstm::data::{Corpus, Origin, Split};
+use xlstm::data::{Corpus, Origin, Split, Unscored};
 use xlstm::eval::{PASS, Reading, evaluate};
 use xlstm::text::Tokenizer;
 use xlstm::{Error, Result};
@@ -38,6 +38,10 @@ pub struct EvalArgs {
     /// window, with --window) before the one that it predicts; 1, 2 to 3, 4 to 7, ...
     #[arg(long)]
     pub positions: bool,
+    /// Read this text but do not score it, such as WikiText's '<unk>': its tokens are not predicted, and it
+    /// counts as no word
+    #[arg(long, value_name = "TEXT")]
+    pub unscored: Option<String>,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -53,6 +57,10 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     announce(&folder);
     let weights = folder.weights(&device)?;
     note_skipped(corpus.skipped());
+    let unscored = match &args.unscored {
+        Some(text) => Unscored::find(&corpus, folder.tokenizer()?, text)?,
+        None => Unscored::default(),
+    };
     let tokens = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
     let reading = match (args.window, args.stride) {
         (Some(window), Some(stride)) => Reading::Strided { length: tokens(window), stride: tokens(stride) },
@@ -60,7 +68,8 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         (None, _) => Reading::Whole(args.pass.map_or(PASS, tokens)),
     };
     let mut meter = Meter::new("evaluating");
-    let mut report = evaluate(&folder.model, &weights, &corpus, reading, &device, |share| meter.set(share))?;
+    let mut report =
+        evaluate(&folder.model, &weights, &corpus, reading, unscored, &device, |share| meter.set(share))?;
     drop(meter);
     if !args.positions {
         report.positions.clear();
@@ -85,6 +94,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         report.words,
         report.bytes
     );
+    if args.unscored.is_some() {
+        text += &format!("not scored        {} words\n", report.unscored);
+    }
     if args.positions {
         text += "\nposition             tokens  nats a token  perplexity\n";
     }

@@ -4,6 +4,8 @@
 //! All arrays are row-major, (batch, length). A row is cut from the corpus; it does not
 //! matter to the model where, since the marks tell what to do with the state.
 
+use std::ops::Range;
+
 use super::corpus::Corpus;
 use crate::marks::{IGNORE, PAD, RESET};
 use crate::{Error, Result};
@@ -67,10 +69,10 @@ impl Batch {
         }
     }
 
-    /// Forgets the targets of the first `count` of the last `length` places.
-    pub(super) fn ignore(&mut self, length: usize, count: usize) {
+    /// Forgets the targets of these of the last `length` places.
+    pub(super) fn ignore(&mut self, length: usize, places: Range<usize>) {
         let start = self.targets.len() - length;
-        for target in &mut self.targets[start..start + count] {
+        for target in &mut self.targets[start..][places] {
             self.target_count -= usize::from(*target != IGNORE);
             *target = IGNORE;
         }

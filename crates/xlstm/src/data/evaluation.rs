@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::batch::{Batch, check_shape};
 use super::corpus::Corpus;
+use super::unscored::Unscored;
 use crate::{Error, Result};
 
 /// Batches that together hold each target of a corpus once, the last one padded.
@@ -21,6 +22,7 @@ pub struct Evaluation {
     /// Tokens from the beginning of a window to that of the next.
     stride: usize,
     carries_state: bool,
+    unscored: Unscored,
 }
 
 /// One row that walks through `corpus` in chunks of `length`; the state is carried from
@@ -76,7 +78,14 @@ impl Evaluation {
             ))
             .hint("evaluate on more text"));
         }
-        Ok(Evaluation { corpus, batch_size, length, stride, carries_state })
+        let unscored = Unscored::default();
+        Ok(Evaluation { corpus, batch_size, length, stride, carries_state, unscored })
+    }
+
+    /// The same walk, with these tokens read and not predicted.
+    #[must_use]
+    pub fn without(self, unscored: Unscored) -> Evaluation {
+        Evaluation { unscored, ..self }
     }
 
     /// The number of batches.
@@ -88,7 +97,7 @@ impl Evaluation {
 
     /// The number of targets in all batches together.
     pub fn target_count(&self) -> usize {
-        self.corpus.target_count()
+        self.corpus.target_count() - self.unscored.target_count(&self.corpus)
     }
 
     /// Whether the state is carried from each batch to the next ([`sequential`]); if
@@ -125,7 +134,10 @@ impl Evaluation {
             let end = if scored < inputs { self.scored(window) } else { start };
             if start < end {
                 batch.push_tokens(&self.corpus, start, end, !self.carries_state);
-                batch.ignore(end - start, scored.saturating_sub(start));
+                batch.ignore(end - start, 0..scored.saturating_sub(start));
+                for &place in self.unscored.within(start + 1, end + 1) {
+                    batch.ignore(end - start, place - 1 - start..place - start);
+                }
             }
             batch.push_padding(self.length - (end - start));
         }
@@ -214,6 +226,31 @@ mod tests {
             assert!(seen[1..].iter().all(|&times| times == 1), "{seen:?}");
         }
         assert!(strided_batches(corpus(9, &[0]), 1, 4, 5).is_err());
+    }
+
+    /// Each target but the unscored ones is predicted once, whatever the walk; those are read all the same.
+    #[test]
+    fn what_is_not_scored_is_read() {
+        let tokenizer = crate::text::Tokenizer::bytes();
+        let texts = ["one <unk> two <unk>", "<unk> three"];
+        let corpus = Arc::new(Corpus::from_texts(&texts, &tokenizer).unwrap());
+        let unscored = Unscored::find(&corpus, &tokenizer, "<unk>").unwrap();
+        for walk in [
+            sequential(corpus.clone(), 4).unwrap(),
+            validation_batches(corpus.clone(), 2, 7).unwrap(),
+            strided_batches(corpus.clone(), 2, 8, 3).unwrap(),
+        ] {
+            let walk = walk.without(unscored.clone());
+            let (mut predicted, mut count, mut batch) = (Vec::new(), 0, Batch::default());
+            for index in 0..walk.batch_count() {
+                walk.fill(index, &mut batch);
+                count += batch.target_count;
+                predicted.extend(batch.targets.iter().filter(|&&t| t != IGNORE).map(|&t| t as u8));
+            }
+            // The first token of a document is never predicted.
+            assert_eq!(String::from_utf8(predicted).unwrap(), "ne two three");
+            assert_eq!((count, walk.target_count()), (12, 12));
+        }
     }
 
     #[test]

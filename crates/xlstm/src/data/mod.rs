@@ -23,6 +23,7 @@ mod shard;
 mod source;
 mod stages;
 mod tokenize;
+mod unscored;
 mod vocabulary;
 mod wikitext;
 
@@ -40,5 +41,6 @@ pub use shard::Width;
 pub use source::{Format, Source, Split};
 pub use stages::{Stage, Stages};
 pub use tokenize::Progress;
+pub use unscored::Unscored;
 pub use vocabulary::{distinct_characters, train_bpe};
 pub use wikitext::detokenize;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::data::{Batch, Corpus, Evaluation, sequential, strided_batches, validation_batches};
+use crate::data::{Batch, Corpus, Evaluation, Unscored, sequential, strided_batches, validation_batches};
 use crate::engine::operation::Element;
 use crate::engine::{Device, Mode};
 use crate::error::Result;
@@ -49,34 +49,40 @@ pub struct Report {
     pub word_perplexity: f64,
     /// Bits a byte of the text.
     pub bits_per_byte: f64,
-    /// Tokens predicted: all but the first of each document.
+    /// Tokens predicted: all but the first of each document, and what is not scored.
     pub tokens: u64,
-    /// Words of the text.
+    /// Words of the text that are scored.
     pub words: u64,
-    /// Bytes of the text.
+    /// Bytes of the text that are scored.
     pub bytes: u64,
+    /// Words that are not scored.
+    pub unscored: u64,
     /// The loss by position in the document or window.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub positions: Vec<Bucket>,
 }
 
 impl Report {
-    fn new(nats: f64, tokens: u64, corpus: &Corpus, positions: &Positions) -> Report {
+    fn new(nats: f64, tokens: u64, corpus: &Corpus, unscored: [u64; 2], positions: &Positions) -> Report {
         let loss = nats / tokens as f64;
+        let [occurrences, length] = unscored;
+        let words = corpus.words().saturating_sub(occurrences);
+        let bytes = corpus.bytes().saturating_sub(occurrences * length);
         Report {
             loss,
             token_perplexity: loss.exp(),
-            word_perplexity: (nats / corpus.words() as f64).exp(),
-            bits_per_byte: nats / std::f64::consts::LN_2 / corpus.bytes() as f64,
+            word_perplexity: (nats / words as f64).exp(),
+            bits_per_byte: nats / std::f64::consts::LN_2 / bytes as f64,
             tokens,
-            words: corpus.words(),
-            bytes: corpus.bytes(),
+            words,
+            bytes,
+            unscored: occurrences,
             positions: positions.buckets(),
         }
     }
 }
 
-/// Scores every token of `corpus`; `progress` hears the share done, from 0 to 1.
+/// Scores every token of `corpus` but those that are `unscored`; `progress` hears the share done, from 0 to 1.
 ///
 /// # Errors
 /// When the corpus is too short, or its tokens do not fit the model.
@@ -85,6 +91,7 @@ pub fn evaluate<T: Element>(
     weights: &Weights<T>,
     corpus: &Arc<Corpus>,
     reading: Reading,
+    unscored: Unscored,
     device: &Device,
     mut progress: impl FnMut(f64),
 ) -> Result<Report> {
@@ -95,12 +102,13 @@ pub fn evaluate<T: Element>(
         }
         Reading::Windows(length) => validation_batches(corpus.clone(), (4096 / length).clamp(1, 64), length)?,
     };
-    let mut scorer = Scorer::new(model, batches, 0, device)?;
+    let left_out = [unscored.occurrences, unscored.bytes];
+    let mut scorer = Scorer::new(model, batches.without(unscored), 0, device)?;
     let mut positions = Positions::default();
     let (nats, tokens) = scorer.score_each(weights, device, &mut progress, &mut |batch, losses| {
         positions.add(batch, losses);
     })?;
-    Ok(Report::new(nats, tokens, corpus, &positions))
+    Ok(Report::new(nats, tokens, corpus, left_out, &positions))
 }
 
 /// A recorded evaluation that can be repeated as training goes on.

@@ -74,7 +74,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::data::{Corpus, Evaluation, sequential, strided_batches, validation_batches};
+    use crate::data::{Corpus, Evaluation, Unscored, sequential, strided_batches, validation_batches};
     use crate::engine::Device;
     use crate::eval::{PASS, Reading, evaluate};
     use crate::model::{LanguageModel, Logits, ModelConfig, Runner};
@@ -143,7 +143,9 @@ mod tests {
                 (*nats, *tokens) = (*nats + loss, *tokens + 1);
             }
         }
-        let report = evaluate(&model, &weights, &corpus, Reading::Whole(PASS), &device, |_| {}).unwrap();
+        let report =
+            evaluate(&model, &weights, &corpus, Reading::Whole(PASS), Unscored::default(), &device, |_| {})
+                .unwrap();
         assert_eq!(report.positions.len(), 9, "up to position 256 to 511");
         for (bucket, (first, (nats, tokens))) in report.positions.iter().zip(&sums) {
             assert_eq!((bucket.first, bucket.last, bucket.tokens), (*first, 2 * first - 1, *tokens));
