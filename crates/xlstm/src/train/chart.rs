@@ -62,7 +62,7 @@ pub struct Chart {
     pub top: Option<f64>,
     /// Whether each point has a dot.
     pub dotted: bool,
-    /// The lines, the first at the back.
+    /// The lines, the first at the back; one without points keeps its colour and is not in the legend.
     pub lines: Vec<Line>,
 }
 
@@ -89,25 +89,27 @@ impl Chart {
             Scale::Logarithmic if low <= top => Axis::logarithmic(low / 1.15, top * 1.15),
             _ => Axis::around(low, top),
         };
-        let entries: Vec<_> = (self.lines.iter().zip(COLOURS.into_iter().cycle()))
-            .map(|(line, colour)| (line.name.clone(), colour, self.dotted))
+        let coloured = || lines.iter().zip(COLOURS.into_iter().cycle());
+        let entries: Vec<_> = (self.lines.iter().zip(coloured()))
+            .filter(|(_, (points, _))| !points.is_empty())
+            .map(|(line, (_, colour))| (line.name.clone(), colour, self.dotted))
             .collect();
         let frame = Frame::below(&entries);
         let mut svg = Svg::new(&self.title, frame);
         svg.axes((&x, &self.labels[0]), (&y, &self.labels[1]));
         svg.open_clip();
-        let placed: Vec<Vec<(f64, f64)>> = lines
-            .iter()
-            .map(|points| points.iter().map(|point| frame.place(&x, &y, *point)).collect())
-            .collect();
-        for (points, (_, colour, _)) in placed.iter().zip(&entries) {
-            svg.line(points, colour, 1.6);
+        let places = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
+            points.iter().map(|point| frame.place(&x, &y, *point)).collect()
+        };
+        for (points, colour) in coloured() {
+            svg.line(&places(points), colour, 1.6);
         }
         svg.close_clip();
         if self.dotted {
             // None is cut in half: above the plot's edge there is none.
-            for (points, (_, colour, _)) in placed.iter().zip(&entries) {
-                points.iter().filter(|(_, at)| *at >= frame.top).for_each(|point| svg.dot(*point, colour));
+            for (points, colour) in coloured() {
+                let inside = places(points).into_iter().filter(|(_, at)| *at >= frame.top);
+                inside.for_each(|point| svg.dot(point, colour));
             }
         }
         svg.legend(&entries);
@@ -410,8 +412,9 @@ mod tests {
         for colour in &COLOURS[..2] {
             assert_eq!(svg.matches(&format!("stroke=\"{colour}\"")).count(), 2, "a line and its legend");
         }
-        let empty = Chart { title: "t".into(), labels, ..Chart::default() }.to_svg();
-        assert!(!empty.contains("NaN") && !empty.contains("inf"));
+        let none = Line { name: "nothing".into(), points: Vec::new() };
+        let empty = Chart { title: "t".into(), labels, lines: vec![none], ..Chart::default() }.to_svg();
+        assert!(!empty.contains("NaN") && !empty.contains("inf") && !empty.contains("nothing"));
     }
 
     #[test]
