@@ -8,7 +8,7 @@ use xlstm::engine::Device;
 use xlstm::model::objective::Carry;
 use xlstm::model::{LanguageModel, ModelConfig, SlstmAt};
 use xlstm::nn::Parameters;
-use xlstm::optim::OptimizerOptions;
+use xlstm::optim::{MuonOptions, OptimizerOptions};
 use xlstm::rng::Rng;
 use xlstm::train::learner::{Learner, Task, learner};
 
@@ -46,9 +46,11 @@ pub struct Run {
 }
 
 impl Run {
+    /// Muon updates its matrices, AdamW all else.
     pub fn new(model: &Arc<LanguageModel>, carry: Carry, seed: u64, device: &Device) -> Run {
         let parameters = Parameters::initialize(model.specs(), 1);
-        let options = OptimizerOptions { clip: Some(0.5), ..OptimizerOptions::DEFAULT };
+        let muon = Some(MuonOptions::DEFAULT);
+        let options = OptimizerOptions { clip: Some(0.5), muon, ..OptimizerOptions::DEFAULT };
         let task = Task { shape: SHAPE, carry, options, seed, captured: true };
         Run { learner: learner(model, parameters, task, device).expect("a learner"), steps: 0 }
     }
