@@ -162,6 +162,22 @@ fn from_text_to_text() {
     assert_eq!((last[0], last[1], last.len()), ("8-15", "214", 4), "{table}");
     assert!(folder.ok(&["inspect", "--model", "out/1"]).0.contains("bytes a sequence"));
     assert!(folder.ok(&["inspect", "tiny.yaml"]).0.contains("embedding_dim: 16"));
+    let text = folder.ok(&["inspect", "--model", "out/1"]).0;
+    let figures = |arguments: &[&str]| -> serde_json::Value {
+        let (line, _) = folder.ok(&[&["inspect", "--json"], arguments].concat());
+        serde_json::from_str(&line).expect("one JSON object")
+    };
+    let trained = figures(&["--model", "out/1"]);
+    let shown = |name: &str, key: &str| format!("{name:<14}{}", trained[key].as_u64().expect("a number"));
+    assert!(
+        text.contains(&shown("parameters", "params")) && text.contains(&shown("state", "state_bytes")),
+        "{text}"
+    );
+    let config = ["tiny.yaml", "--set", "model.vocab_size=11"];
+    let untrained = figures(&config);
+    assert_eq!(untrained["state_bytes"], trained["state_bytes"]);
+    assert!(untrained["params"].as_u64() < trained["params"].as_u64(), "{untrained} {trained}");
+    folder.fails(&["inspect", "tiny.yaml", "--json"], &["model.vocab_size is 0"]);
     assert!(folder.ok(&["doctor"]).0.contains("threads"));
     folder.ok(&["train", "--resume", "out/1", "--set", "training.steps=5"]);
 }

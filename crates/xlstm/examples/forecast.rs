@@ -168,7 +168,7 @@ fn main() -> Outcome<()> {
         line("last value repeated", series(&repeated, INPUT)),
     ];
     let labels = ["hours".into(), "oil temperature, standardised".into()];
-    let chart = Chart { title: "ETTh1: a forecast of 96 hours".into(), labels, lines };
+    let chart = Chart { title: "ETTh1: a forecast of 96 hours".into(), labels, lines, ..Chart::default() };
     std::fs::write("forecast.svg", chart.to_svg())?;
     Ok(())
 }

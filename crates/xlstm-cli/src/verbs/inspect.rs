@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use serde::Serialize;
 use xlstm::data::Prepared;
 use xlstm::engine::Device;
 use xlstm::folder::ModelFolder;
-use xlstm::model::{BlockKind, Family};
+use xlstm::model::{BlockKind, Family, LanguageModel};
 use xlstm::state::State;
 use xlstm::{Error, Result};
 
@@ -31,6 +32,20 @@ pub struct InspectArgs {
     /// Change one key of the configuration; may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with_all = ["model", "data"])]
     pub sets: Vec<String>,
+    /// Print the model's figures as one JSON object; a configuration has to give model.vocab_size
+    #[arg(long, conflicts_with = "data")]
+    pub json: bool,
+}
+
+/// The `--json` object.
+#[derive(Serialize)]
+struct Figures {
+    /// Parameters, shared ones counted once.
+    params: usize,
+    /// Bytes of the state of a sequence in f32.
+    state_bytes: usize,
+    /// 10^6 operations a token, forward.
+    forward_mflop: f64,
 }
 
 /// Runs the verb.
@@ -39,10 +54,30 @@ pub struct InspectArgs {
 /// Those of the configuration or of reading the model or the data.
 pub fn run(args: &InspectArgs) -> Result<()> {
     match (&args.config, &args.model) {
+        (Some(config), _) if args.json => {
+            let config = load_config(config, &args.sets)?.model;
+            if config.vocab_size == 0 {
+                return Err(Error::config("model.vocab_size is 0: the training text decides")
+                    .hint("no text is read here; add --set model.vocab_size=N"));
+            }
+            figures(&LanguageModel::new(&config)?)
+        }
+        (None, Some(path)) if args.json => figures(&model::open(path)?.model),
         (Some(config), _) => output::data(&load_config(config, &args.sets)?.to_yaml()?),
         (None, Some(path)) => output::data(&describe(&model::open(path)?)?),
         (None, None) => inspect_data(&args.data),
     }
+}
+
+/// Prints a model's figures as JSON.
+fn figures(model: &LanguageModel) -> Result<()> {
+    let figures = Figures {
+        params: model.parameter_count(),
+        state_bytes: State::<f32>::empty(&model.state_layout(1)).bytes(),
+        forward_mflop: model.flops_per_token() as f64 / 1e6,
+    };
+    let line = serde_json::to_string(&figures).map_err(|e| Error::config(e.to_string()))?;
+    output::data(&(line + "\n"))
 }
 
 /// The counts of prepared data, each folder once it has been checked.

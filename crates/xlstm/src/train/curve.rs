@@ -3,7 +3,7 @@
 //! Training loss is drawn raw in a pale tone and smoothed above it, validation loss as dots
 //! joined by a line.
 
-use super::chart::{Axis, HEIGHT, SOFT_INK, Svg, WIDTH, finite, place};
+use super::chart::{Axis, Frame, HEIGHT, SOFT_INK, Svg, WIDTH, finite};
 use super::metrics::Row;
 
 const TRAINING: &str = "#2f6fde";
@@ -44,10 +44,10 @@ impl Curve {
         let smooth = smoothed(&training);
         let x = Axis::between(0.0, training.iter().chain(&validation).map(|p| p.0).fold(0.0, f64::max));
         let y = losses(&training, &smooth, &validation);
-        let place = |point: &(f64, f64)| place(&x, &y, *point);
+        let place = |point: &(f64, f64)| Frame::PLAIN.place(&x, &y, *point);
         let places = |points: &[(f64, f64)]| points.iter().map(place).collect::<Vec<_>>();
 
-        let mut svg = Svg::new(&self.title);
+        let mut svg = Svg::new(&self.title, Frame::PLAIN);
         svg.axes((&x, "steps"), (&y, "loss, nats a token"));
         svg.open_clip();
         svg.line(&places(&training), TRAINING_PALE, 1.0);

@@ -15,7 +15,7 @@ pub mod sources;
 pub mod texts;
 pub mod trainer;
 
-pub use chart::{Chart, Line};
+pub use chart::{Chart, Line, Scale};
 pub use config::{
     DataConfig, OptimizerConfig, RunConfig, SampleConfig, ScheduleConfig, StageConfig, TrainingConfig,
 };
