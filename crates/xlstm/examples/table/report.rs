@@ -27,6 +27,7 @@ struct Record<'a> {
     test_token_perplexity: Option<f64>,
     test_bits_per_byte: Option<f64>,
     wikitext103_word_perplexity: Option<f64>,
+    wikitext103_word_perplexity_with_unk: Option<f64>,
     tokens_per_s: Option<f64>,
     peak_memory_mb: Option<f64>,
     card: Option<&'a str>,
@@ -55,7 +56,8 @@ impl Record<'_> {
             tokens: row.tokens(),
             test_token_perplexity: test.token_perplexity,
             test_bits_per_byte: test.bits_per_byte,
-            wikitext103_word_perplexity: wikitext.word_perplexity,
+            wikitext103_word_perplexity: wikitext[0].word_perplexity,
+            wikitext103_word_perplexity_with_unk: wikitext[1].word_perplexity,
             tokens_per_s: row.tokens_per_s(),
             peak_memory_mb: *peak_memory_mb,
             card: facts.card.as_deref(),
@@ -111,10 +113,10 @@ pub fn markdown(rows: &[Row], protocol: Option<&str>, name: &str) -> String {
         let _ = writeln!(text, "# {folder}{note}\n{command}");
     }
     text + "```\n\n## Where the figures come from\n\n\
-            Minutes and tokens: the last training row of the folder's `run/metrics.jsonl`; tokens/s: the median of \
+            Minutes and tokens: the last training row of the folder's `run/1/metrics.jsonl`; tokens/s: the median of \
             its training rows; losses of the curves: its validation rows. Test perplexity and bits a byte: \
-            `enwiki.json`; words of WikiText-103: `wikitext.json`; positions: `positions.json`, all printed by \
-            `xlstm eval --json`. Generation: `generation.jsonl`; memory: `memory.json`; parameters: `params.json`. \
+            `test.json`; words of WikiText-103: `wikitext.json`, with `<unk>` `wikitext-all.json`; positions: `positions.json`, all printed by \
+            `xlstm eval --json`. Generation: `generation.jsonl`; parameters and memory: `pace.json`. \
             Of each model the row of the largest budget is shown, of several seeds the lowest; all rows are in the \
             JSON file beside this one. `-` is what was not measured.\n"
 }
@@ -132,6 +134,7 @@ fn main_table(rows: &[&Row]) -> String {
         "test token perplexity",
         "bits a byte",
         "WikiText-103 word perplexity",
+        "with `<unk>`",
         "the article's",
         "tokens/s",
         "peak memory, MB",
@@ -148,7 +151,8 @@ fn main_table(rows: &[&Row]) -> String {
             number(row.tokens().map(|count| count as f64 / 1e6), 1),
             shown,
             number(test.bits_per_byte, 4),
-            number(wikitext.word_perplexity, 2),
+            number(wikitext[0].word_perplexity, 2),
+            number(wikitext[1].word_perplexity, 2),
             number(row.model().article, 1),
             number(row.tokens_per_s(), 0),
             number(*peak_memory_mb, 0),

@@ -71,13 +71,10 @@ pub struct Generated {
     pub state_mb: Option<f64>,
 }
 
-#[derive(Deserialize)]
-struct Parameters {
-    params: u64,
-}
-
-#[derive(Deserialize)]
-struct Memory {
+/// `pace.json`: what `xlstm bench train --json` printed of a trial.
+#[derive(Debug, Default, Deserialize)]
+struct Pace {
+    params: Option<u64>,
     peak_memory_mb: Option<f64>,
 }
 
@@ -90,9 +87,10 @@ pub struct Row {
     pub params: Option<u64>,
     pub training: Vec<TrainingRow>,
     pub validation: Vec<ValidationRow>,
-    /// On its own test text, and on WikiText-103's.
+    /// On its own test text.
     pub test: Score,
-    pub wikitext: Score,
+    /// On WikiText-103's without `<unk>`, and on all of it.
+    pub wikitext: [Score; 2],
     pub positions: Vec<Bucket>,
     pub generation: Vec<Generated>,
     pub sample: Option<String>,
@@ -111,7 +109,7 @@ impl Row {
             let known = MODELS.map(|model| model.row).join(", ");
             format!("{}: there is no row {:?}; there are {known}", facts_path.display(), facts.row)
         })?;
-        let metrics = path.join("run/metrics.jsonl");
+        let metrics = path.join("run/1/metrics.jsonl");
         let (mut training, mut validation) = (Vec::new(), Vec::new());
         if metrics.exists() {
             for row in MetricsLog::read(&metrics)? {
@@ -127,18 +125,19 @@ impl Row {
         let score = |name: &str| -> Outcome<Score> {
             Ok(if failure.is_some() { None } else { json(&path.join(name))? }.unwrap_or_default())
         };
+        let pace: Pace = json(&path.join("pace.json"))?.unwrap_or_default();
         Ok(Row {
             folder: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             order,
-            params: json(&path.join("params.json"))?.map(|parameters: Parameters| parameters.params),
+            params: pace.params,
             training,
             validation,
-            test: score("enwiki.json")?,
-            wikitext: score("wikitext.json")?,
+            test: score("test.json")?,
+            wikitext: [score("wikitext.json")?, score("wikitext-all.json")?],
             positions: score("positions.json")?.positions,
             generation: json_lines(&path.join("generation.jsonl"))?,
             sample: text(&path.join("sample.txt"))?.filter(|sample| !sample.trim().is_empty()),
-            peak_memory_mb: json(&path.join("memory.json"))?.and_then(|memory: Memory| memory.peak_memory_mb),
+            peak_memory_mb: pace.peak_memory_mb,
             failure,
             facts,
         })

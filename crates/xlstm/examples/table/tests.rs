@@ -57,8 +57,7 @@ impl Folder {
             training(25_250_000, 291.0, 100.0),
             validation(25_250_000, 291.0, perplexity.ln()),
         ];
-        self.write(&format!("{folder}/run/metrics.jsonl"), &(metrics.join("\n") + "\n"));
-        self.write(&format!("{folder}/params.json"), r#"{"params": 46900000}"#);
+        self.write(&format!("{folder}/run/1/metrics.jsonl"), &(metrics.join("\n") + "\n"));
         let score = |token: f64, word: f64| {
             format!(
                 r#"{{"loss":1.0,"token_perplexity":{token},"word_perplexity":{word},"bits_per_byte":{bits},"tokens":9,"words":9,"bytes":9,
@@ -66,14 +65,18 @@ impl Folder {
                 {{"first":8192,"last":16383,"tokens":1,"loss":1.0,"token_perplexity":{token}}}]}}"#
             )
         };
-        self.write(&format!("{folder}/enwiki.json"), &score(perplexity, 7777.0));
+        self.write(&format!("{folder}/test.json"), &score(perplexity, 7777.0));
         self.write(&format!("{folder}/wikitext.json"), &score(8888.0, 2.0 * perplexity));
+        self.write(&format!("{folder}/wikitext-all.json"), &score(9999.0, 3.0 * perplexity));
         self.write(&format!("{folder}/positions.json"), &score(1234.5, 1.0));
         self.write(
             &format!("{folder}/sample.txt"),
             &format!("= {} <unk> =\n{}", names[1], "word ".repeat(300)),
         );
-        self.write(&format!("{folder}/memory.json"), r#"{"peak_memory_mb": 12345.6}"#);
+        self.write(
+            &format!("{folder}/pace.json"),
+            r#"{"preset": "x.yaml", "params": 46900000, "peak_memory_mb": 12345.6}"#,
+        );
         let lines = r#"{"position":1024,"ms":0.9,"state_mb":12.3}"#.to_owned()
             + "\n"
             + r#"{"position":16384,"ms":1.8,"state_mb":null}"#
@@ -110,33 +113,34 @@ fn figures_are_those_of_the_files() {
     folder.row(["slstm", "sLSTM"], 1, 5.0);
     let failed = folder.row(["pyxlstm", "PyxLSTM's cells"], 1, 5.0);
     folder.write(&format!("{failed}/failure.txt"), "not finite at step 7\nmore of it\n");
-    folder.write(&format!("{failed}/enwiki.json"), r#"{"token_perplexity": 3.0, "bits_per_byte": 0.5}"#);
+    folder.write(&format!("{failed}/test.json"), r#"{"token_perplexity": 3.0, "bits_per_byte": 0.5}"#);
     folder.write("runs/protocol.md", "All rows *alike*.\n");
     let (text, json) = folder.report();
     assert!(text.contains("\n\nAll rows *alike*.\n\n"), "{text}");
     let article = |mut cells: Vec<String>, figure: &str| {
-        cells[7] = figure.into();
+        cells[8] = figure.into();
         cells
     };
     let whole = [
-        "46.9", "4.85", "25.2", "39.00", "1.2000", "78.00", "78.3", "150,000", "12,346", "a card", "abc1234",
+        "46.9", "4.85", "25.2", "39.00", "1.2000", "78.00", "117.00", "78.3", "150,000", "12,346", "a card",
+        "abc1234",
     ];
     assert_eq!(cells(&text, "Transformer")[1..], whole);
     let bold: Vec<String> = [
-        "mLSTM", "46.9", "4.85", "25.2", "40.50", "1.2500", "81.00", "", "150,000", "12,346", "a card",
-        "abc1234",
+        "mLSTM", "46.9", "4.85", "25.2", "40.50", "1.2500", "81.00", "121.50", "", "150,000", "12,346",
+        "a card", "abc1234",
     ]
     .map(|cell| format!("**{cell}**"))
     .into();
     assert_eq!(cells(&text, "**mLSTM**"), article(bold, "**82.7**"), "the best xLSTM is bold");
     assert_eq!(
         cells(&text, "sLSTM")[1..],
-        ["-", "-", "-", "-", "-", "-", "89.4", "-", "-", "a card", "abc1234"]
+        ["-", "-", "-", "-", "-", "-", "-", "89.4", "-", "-", "a card", "abc1234"]
     );
     let failed = cells(&text, "PyxLSTM's cells");
     assert_eq!(
         failed[1..],
-        ["-", "-", "-", "not finite at step 7", "-", "-", "-", "-", "-", "a card", "abc1234"]
+        ["-", "-", "-", "not finite at step 7", "-", "-", "-", "-", "-", "-", "a card", "abc1234"]
     );
     assert!(!text.contains("more of it"));
     let place = |title: &str| text.find(title).unwrap();
@@ -162,6 +166,7 @@ fn figures_are_those_of_the_files() {
         ("test_token_perplexity", 40.5),
         ("test_bits_per_byte", 1.25),
         ("wikitext103_word_perplexity", 81.0),
+        ("wikitext103_word_perplexity_with_unk", 121.5),
         ("tokens_per_s", 150_000.0),
         ("peak_memory_mb", 12345.6),
     ] {
