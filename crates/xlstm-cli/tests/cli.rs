@@ -464,10 +464,14 @@ fn benches() {
     let (line, _) = folder.ok(&[&["bench", "decode", "--repeats", "1"], &sized[..]].concat());
     let report: serde_json::Value = serde_json::from_str(&line).expect("JSON");
     assert!(report["prompt"] == 16 && report["state_mb"].as_f64().is_some_and(|mb| mb > 0.0), "{line}");
-    folder.fails(
-        &["bench", "train", "--config", "shakespeare", "--preset", "lstm-128"],
-        &["cannot be used with"],
-    );
+    // Both of them, or neither, is wrong usage.
+    for (arguments, wanted) in
+        [(&["--config", "shakespeare", "--preset", "lstm-128"][..], "cannot be used"), (&[], "--preset")]
+    {
+        let output = folder.xlstm(&[&["bench", "train"], arguments].concat());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && stderr.contains(wanted), "{stderr}");
+    }
 }
 
 /// The Python original's configuration, as it stands.
