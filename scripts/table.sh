@@ -29,9 +29,10 @@ tokens=${TOKENS:-$runs/tokens}
 scores=${SCORES:-all}
 positions=${POSITIONS:-512 2048 8192 16384} context=${CONTEXT:-16384}
 if [[ -z ${XLSTM:-} ]]; then
-    features=()
-    [[ $device == cpu ]] || features=(--features cuda)
-    cargo build --release -p xlstm-cli "${features[@]}"
+    features=
+    [[ $device == cpu ]] || features=cuda
+    ! compgen -G "$data/*.parquet" >/dev/null || features+=,parquet
+    cargo build --release -p xlstm-cli --features "$features"
 fi
 xlstm=${XLSTM:-target/release/xlstm}
 mkdir -p "$runs"
@@ -76,7 +77,7 @@ train() {
         --set "seed=$seed" --set "data.train=$tokens/train" --set "data.validation=$tokens/validation"
         --set "training.steps=$count" --set "training.validate_every=$((count / 5 + 1))"
         --set "training.checkpoint_every=$((count / 3 + 1))" --set training.log_every=20)
-    printf '%s ' "${command[@]}" | sed 's/ $//' >"$folder/command.txt"
+    printf '%s ' xlstm "${command[@]:1}" | sed 's/ $//' >"$folder/command.txt"
     "${command[@]}"
 }
 
