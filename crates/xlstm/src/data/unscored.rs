@@ -2,6 +2,7 @@
 //! a model makes of it says nothing of its language.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use super::corpus::Corpus;
 use crate::text::Tokenizer;
@@ -39,10 +40,10 @@ impl Unscored {
             let (mut ids, mut document, mut cuts) = (Vec::new(), String::new(), vec![0]);
             corpus.tokens(start..end, &mut ids);
             for id in ids {
-                if !known.contains_key(&id) {
-                    known.insert(id, tokenizer.decode(&[id])?);
-                }
-                document += &known[&id];
+                document += match known.entry(id) {
+                    Entry::Occupied(entry) => entry.into_mut(),
+                    Entry::Vacant(entry) => entry.insert(tokenizer.decode(&[id])?),
+                };
                 cuts.push(document.len());
             }
             for (found, _) in document.match_indices(text) {
