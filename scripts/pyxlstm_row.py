@@ -20,6 +20,8 @@ import argparse
 import datetime
 import json
 import pathlib
+import platform
+import re
 import time
 
 import numpy
@@ -76,6 +78,13 @@ def train(cell, tokens, vocabulary, options, device, log):
     return row
 
 
+def processor():
+    """The processor's name, where the system tells."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found.group(1) if found else platform.processor()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokens", type=pathlib.Path)
@@ -92,11 +101,12 @@ def main():
     for cell in ("slstm", "mlstm"):
         with open(options.folder / "run" / f"{cell}.jsonl", "w", encoding="utf-8") as log:
             ends[cell] = train(cell, tokens, vocabulary, options, device, log)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "a processor"
+    card = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     parameters = ends["slstm"]["parameters"]
     facts = {"row": "pyxlstm", "title": "PyxLSTM's cells", "seed": options.seed, "budget_minutes": options.minutes, "card": card,
              "date": datetime.date.today().isoformat(), "commit": "",
-             "train_command": f"python3 scripts/pyxlstm_row.py --seed {options.seed} --minutes {options.minutes:g}"}
+             "train_command": f"python3 scripts/pyxlstm_row.py {options.tokens} {options.folder} --seed {options.seed} "
+             f"--minutes {options.minutes:g}"}
     (options.folder / "row.json").write_text(json.dumps(facts) + "\n")
     (options.folder / "pace.json").write_text(json.dumps({"params": parameters}) + "\n")
     said = []

@@ -252,7 +252,8 @@ fn train(args: &TrainBenchArgs) -> Result<()> {
     let floor = Floor::measure(&device)?;
     let plain_ms = plain.map(|plain| plain.median() * 1e3);
     let report = Report { plain_ms, ..Report::new(&preset, &measured, &floor) };
-    let what = format!("batch {} x {}, {device}", preset.batch_size, preset.length);
+    let times = if preset.accumulation == 1 { String::new() } else { format!("{} x ", preset.accumulation) };
+    let what = format!("batch {times}{} x {}, {device}", preset.batch_size, preset.length);
     let table = if args.profile { table(&operations) } else { String::new() };
     report.print(args.common.json, &what, ("step", measured.seconds.len()), &table)
 }

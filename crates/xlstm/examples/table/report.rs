@@ -121,26 +121,32 @@ pub fn markdown(rows: &[Row], protocol: Option<&str>, name: &str) -> String {
             JSON file beside this one. `-` is what was not measured.\n"
 }
 
+/// Columns of the main table before those of WikiText-103.
+const WIKITEXT: usize = 6;
+
 fn main_table(rows: &[&Row]) -> String {
     let perplexity = |row: &&&Row| row.test.token_perplexity.filter(|_| row.model().xlstm);
     let best = rows.iter().filter(|row| perplexity(row).is_some());
     let best =
         best.min_by(|a, b| perplexity(a).unwrap_or(f64::NAN).total_cmp(&perplexity(b).unwrap_or(f64::NAN)));
-    let mut text = table_head(&[
+    // The article's figures are of WikiText-103: where nothing was scored on it they say nothing.
+    let scored = rows.iter().any(|row| row.wikitext.iter().any(|score| score.word_perplexity.is_some()));
+    let mut heads = vec![
         "model",
         "parameters, M",
         "minutes",
         "tokens, M",
         "test token perplexity",
         "bits a byte",
-        "WikiText-103 word perplexity",
-        "with `<unk>`",
-        "the article's",
         "tokens/s",
         "peak memory, MB",
         "card",
         "commit",
-    ]);
+    ];
+    if scored {
+        heads.splice(WIKITEXT..WIKITEXT, ["WikiText-103 word perplexity", "with `<unk>`", "the article's"]);
+    }
+    let mut text = table_head(&heads);
     for row in rows {
         let Row { facts, params, test, wikitext, peak_memory_mb, failure, .. } = row;
         let shown = failure.as_deref().map_or_else(|| number(test.token_perplexity, 2), escaped);
@@ -151,14 +157,15 @@ fn main_table(rows: &[&Row]) -> String {
             number(row.tokens().map(|count| count as f64 / 1e6), 1),
             shown,
             number(test.bits_per_byte, 4),
-            number(wikitext[0].word_perplexity, 2),
-            number(wikitext[1].word_perplexity, 2),
-            number(row.model().article, 1),
             number(row.tokens_per_s(), 0),
             number(*peak_memory_mb, 0),
             facts.card.as_deref().map_or_else(|| MISSING.into(), escaped),
             facts.commit.as_deref().map_or_else(|| MISSING.into(), escaped),
         ];
+        if scored {
+            let [without, whole] = wikitext.each_ref().map(|score| number(score.word_perplexity, 2));
+            cells.splice(WIKITEXT..WIKITEXT, [without, whole, number(row.model().article, 1)]);
+        }
         if best.is_some_and(|best| std::ptr::eq(*best, *row)) {
             cells.iter_mut().filter(|cell| *cell != MISSING).for_each(|cell| *cell = format!("**{cell}**"));
         }

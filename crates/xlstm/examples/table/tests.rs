@@ -192,6 +192,17 @@ fn seeds_have_a_spread() {
     }
     folder.whole(lstm, 1, 5.0, [50.0, 1.3]);
     let (text, json) = folder.report();
+    assert_eq!(cells(&text, "LSTM")[8], "103.2");
+    let shown = folder.0.join("runs/lstm-s1-5min");
+    fs::remove_file(shown.join("wikitext.json")).unwrap();
+    fs::remove_file(shown.join("wikitext-all.json")).unwrap();
+    for seed in 1..=3 {
+        for file in ["wikitext.json", "wikitext-all.json"] {
+            fs::remove_file(folder.0.join(format!("runs/xlstm-large-s{seed}-1min/{file}"))).unwrap();
+        }
+    }
+    let without = folder.report().0;
+    assert_eq!(cells(&without, "LSTM")[6], "150,000", "no column of what nobody was scored on");
     assert_eq!(json["rows"].as_array().unwrap().len(), 7);
     assert_eq!(cells(&text, "LSTM")[4], "50.00", "the largest budget is in the table");
     let seeds = text.split("\n## Seeds\n").nth(1).unwrap();

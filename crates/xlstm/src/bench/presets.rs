@@ -21,6 +21,8 @@ pub struct Preset {
     pub batch_size: usize,
     /// Tokens of each of them.
     pub length: usize,
+    /// Batches of a training step.
+    pub accumulation: usize,
     /// What the state does between training batches.
     pub carry: Carry,
     /// What follows the gradients.
@@ -123,8 +125,17 @@ impl Preset {
             _ if model.family == Family::Transformer => 128,
             _ => 512,
         };
-        let (carry, options) = (Carry::Fresh, OptimizerOptions::DEFAULT);
-        Ok(Preset { name: name.into(), model, batch_size, length, carry, options, prompt, drawn: 128 })
+        Ok(Preset {
+            name: name.into(),
+            model,
+            batch_size,
+            length,
+            accumulation: 1,
+            carry: Carry::Fresh,
+            options: OptimizerOptions::DEFAULT,
+            prompt,
+            drawn: 128,
+        })
     }
 
     /// The model, the batches and the optimizer of a training run, under this name; generation after a
@@ -146,6 +157,7 @@ impl Preset {
             model: config.model.clone(),
             batch_size: config.data.batch_size,
             length: config.data.length,
+            accumulation: config.training.accumulation,
             carry,
             options: config.optimizer.options(),
             prompt: config.data.length,
@@ -220,8 +232,17 @@ pub(super) mod tests {
             slstm_at: SlstmAt::Positions(vec![1]),
             ..ModelConfig::default()
         };
-        let (carry, options) = (Carry::Fresh, OptimizerOptions::DEFAULT);
-        Preset { name: "tiny".into(), model, batch_size: 2, length: 9, carry, options, prompt: 7, drawn: 3 }
+        Preset {
+            name: "tiny".into(),
+            model,
+            batch_size: 2,
+            length: 9,
+            accumulation: 1,
+            carry: Carry::Fresh,
+            options: OptimizerOptions::DEFAULT,
+            prompt: 7,
+            drawn: 3,
+        }
     }
 
     fn count(name: &str) -> usize {

@@ -56,7 +56,7 @@ fn time(
     let shape = [preset.batch_size, preset.length];
     let task = Task { shape, carry: preset.carry, options: preset.options, seed: 1, captured };
     let mut learner = learner(model, parameters, task, device)?;
-    let batches = [random_batch(preset)];
+    let batches = vec![random_batch(preset); preset.accumulation];
     let (mut seconds, mut loss) = (Vec::with_capacity(steps), f64::NAN);
     for step in 0..WARM_UP + steps {
         if step == WARM_UP {
@@ -68,7 +68,7 @@ fn time(
             seconds.push(start.elapsed().as_secs_f64());
         }
     }
-    let tokens = preset.batch_size * preset.length;
+    let tokens = preset.batch_size * preset.length * preset.accumulation;
     let measured = Measured {
         parameters: model.parameter_count(),
         tokens,
@@ -107,10 +107,13 @@ mod tests {
     fn steps_are_timed() {
         let steps = |preset: &Preset, n| train_steps(preset, &Device::cpu(1).unwrap(), n);
         let muon = OptimizerOptions { muon: Some(MuonOptions::DEFAULT), ..OptimizerOptions::DEFAULT };
-        let carried = Preset { options: muon, carry: Carry::Carried, ..tiny() };
+        let carried = Preset { options: muon, carry: Carry::Carried, accumulation: 3, ..tiny() };
         for preset in [tiny(), carried] {
             let trained = steps(&preset, 3).unwrap();
-            assert_eq!(trained.measured.seconds.len(), 3);
+            assert_eq!(
+                (trained.measured.seconds.len(), trained.measured.tokens),
+                (3, 18 * preset.accumulation)
+            );
             assert!(trained.measured.tokens_per_second() > 0.0 && trained.measured.gigaflops() > 0.0);
             assert!(trained.loss.is_finite() && !trained.operations.is_empty());
         }
