@@ -29,7 +29,7 @@ pub mod norm;
 pub mod positions;
 pub mod reverse;
 pub mod rotary;
-pub mod skip_gate;
+pub mod skip_norm;
 pub mod soft_cap;
 pub mod squared_error;
 pub mod window;
