@@ -252,7 +252,7 @@ impl LargeBlock {
         let (x, u) = self.norm_mlstm.forward(tape, x)?;
         let [q, k, v, o] = forward(&self.qkvo, tape, u)?;
         let maps = self.gates.map(|gate| gate.vars(tape));
-        let gates = gates(tape, &[u], maps, self.gate_soft_cap)?;
+        let gates = gates(tape, u, maps, self.gate_soft_cap)?;
         let before = state.map(|s| MlstmState { c: s[0], n: s[1], m: s[2] });
         let (h, after) = mlstm(tape, &self.cell, q, k, v, gates.into(), before, context.marks)?;
         let h = self.multihead_norm.gated(tape, h, o)?;
