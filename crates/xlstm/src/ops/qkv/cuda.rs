@@ -96,46 +96,59 @@ pub(super) fn backward(io: &mut CudaBackward<'_>) -> Result<()> {
     let Sizes { rows, width, heads } = sizes;
     let [c, a, wq, bq, wk, bk, wv, bv, wi, _, wf, _] = io.inputs;
     let [dq, dk, dv, di, df, ..] = io.output_gradients;
-    let [dc, da, gradients @ ..] = io.input_gradients;
+    let [dc, da, dwq, dbq, dwk, dbk, dwv, dbv, dwi, dbi, dwf, dbf] = io.input_gradients;
     let tile_rows = rows.div_ceil(TILES).next_multiple_of(16).max(TILES);
-    let (tiles, gate_tiles, slope_tiles) =
-        (rows.div_ceil(tile_rows), (2 * heads).div_ceil(8), rows.div_ceil(ROWS));
+    let (tiles, slope_tiles) = (rows.div_ceil(tile_rows), rows.div_ceil(ROWS));
+    let (outputs, biased) = (2 * heads, [bq, bk, bv] != [None; 3]);
+    let pieces = outputs.div_ceil(8);
 
-    // What is added up over tiles for each parameter: W and b of q, k, v, ~i and ~f.
-    let mut parts = [None; MAX_SLOTS - 2];
-    let counts = |i: usize| match (i < 6, i % 2 == 0) {
-        (true, true) => (tiles, BLOCK * width),
-        (true, false) => (tiles, width),
-        (false, true) => (tiles, 3 * heads * width),
-        (false, false) => (slope_tiles, heads),
-    };
-    for (i, part) in parts.iter_mut().enumerate().filter(|(i, _)| gradients[*i].is_some()) {
-        let (count, each) = counts(i);
-        *part = Some(io.queue.scratch(count * each)?);
-    }
-    let [pq, pbq, pk, pbk, pv, pbv, pi, pbi, pf, pbf] = parts;
-    let fragments = io.queue.scratch(rows.div_ceil(16) * gate_tiles * 32 * 4)?;
-    let arguments = arguments![di, df, fragments, pbi, pbf, rows, heads, gate_tiles];
+    // The gradients of the gates, as operands; their sums, for the biases.
+    let fragments = io.queue.scratch(rows.div_ceil(16) * pieces * 32 * 4)?;
+    let [slopes, sums] = [slope_tiles * outputs, outputs].map(|n| io.queue.scratch(n));
+    let (slopes, sums) = (slopes?, sums?);
+    let arguments = arguments![di, df, fragments, slopes, rows, heads, pieces];
     io.queue.launch(&BACKWARD, "qkv_slopes", [slope_tiles, 1, 1], 128, arguments)?;
-    let name = match (gate_tiles, [bq, bk, bv]) {
-        (0..=1, [None, None, None]) => "qkv_backward_8",
-        (0..=1, _) => "qkv_backward_8_biased",
-        (_, [None, None, None]) => "qkv_backward_16",
-        _ => "qkv_backward_16_biased",
+    io.queue.give_parts(slopes, slope_tiles, outputs, (sums, true))?;
+
+    // What is added up of a tile of rows: for W of q, k and v, of both gates, and the biases of q, k and v.
+    let count = width * (3 * BLOCK + 3 * outputs + if biased { 3 } else { 0 });
+    let parts = io.queue.scratch(tiles * count)?;
+    let name = match (pieces, biased) {
+        (0..=1, false) => "qkv_backward_8",
+        (0..=1, true) => "qkv_backward_8_biased",
+        (_, false) => "qkv_backward_16",
+        (_, true) => "qkv_backward_16_biased",
     };
-    let fresh = u32::from(io.is_fresh(0)) | u32::from(io.is_fresh(1)) << 1;
+    let fresh = |slots: std::ops::Range<usize>| {
+        (0..).zip(slots).map(|(bit, slot)| u32::from(io.is_fresh(slot)) << bit).sum::<u32>()
+    };
+    let of_inputs = fresh(0..2);
     let arguments = arguments![
-        c, a, wq, bq, wk, bk, wv, bv, wi, wf, dq, dk, dv, fragments, dc, da, pq, pbq, pk, pbk, pv, pbv, pi,
-        pf, rows, width, heads, tile_rows, fresh
+        c, a, wq, bq, wk, bk, wv, bv, wi, wf, dq, dk, dv, fragments, dc, da, parts, rows, width, heads,
+        tile_rows, count, of_inputs
     ];
     io.queue.launch(&BACKWARD, name, [tiles, width.div_ceil(BACKWARD_COLUMNS), 2], 128, arguments)?;
-    for (i, (part, gradient)) in parts.into_iter().zip(gradients).enumerate() {
-        if let (Some(part), Some(gradient)) = (part, gradient) {
-            let (count, each) = counts(i);
-            io.queue.give_parts(part, count, each, (gradient, io.is_fresh(2 + i)))?;
-        }
-    }
-    Ok(())
+    let of_parameters = fresh(2..MAX_SLOTS);
+    let arguments = arguments![
+        parts,
+        sums,
+        dwq,
+        dbq,
+        dwk,
+        dbk,
+        dwv,
+        dbv,
+        dwi,
+        dbi,
+        dwf,
+        dbf,
+        width,
+        heads,
+        tiles,
+        count,
+        of_parameters
+    ];
+    io.queue.launch(&BACKWARD, "qkv_sums", [(count / 4 + outputs).div_ceil(128), 1, 1], 128, arguments)
 }
 
 /// The maps and the gates, one after the other.

@@ -13,11 +13,10 @@
 
 /// dz as operands, 16 bytes a lane: of 16 rows and 8 outputs, as the columns of a product over outputs (rows g and
 /// g + 8, outputs 2 t and 2 t + 1), then as those of a product over rows (output g, rows 2 t, 2 t + 1, then 2 t + 8,
-/// 2 t + 9). fragments (ceil(R / 16), TILES, 32); zero where there is no row or output. And parts_i, parts_f
-/// (ceil(R / 64), H) = the sums of 64 rows of the gradients, which are not rounded. Gradients and parts may be null.
-/// grid (ceil(R / 64)), block 128.
+/// 2 t + 9). fragments (ceil(R / 16), TILES, 32); zero where there is no row or output. And parts (ceil(R / 64), 2 H)
+/// = the sums of 64 rows of the gradients, which are not rounded. Gradients may be null. grid (ceil(R / 64)), block 128.
 extern "C" __global__ void __launch_bounds__(128) qkv_slopes(
-    const float *dyi, const float *dyf, uint4 *fragments, float *parts_i, float *parts_f, int R, int H, int tiles
+    const float *dyi, const float *dyf, uint4 *fragments, float *parts, int R, int H, int tiles
 ) {
     int g = LANE / 4, t = LANE % 4, tile = blockIdx.x * 4 + WARP, first = tile * 16;
     auto at = [&](int row, int o) {
@@ -32,12 +31,11 @@ extern "C" __global__ void __launch_bounds__(128) qkv_slopes(
         );
     }
     int o = threadIdx.x;
-    float *parts = o < H ? parts_i : parts_f;
-    if (o >= 2 * H || !parts) return;
+    if (o >= 2 * H) return;
     float sum = 0.0f;
 #pragma unroll 16
     for (int row = 0; row < 64; row++) sum += at(blockIdx.x * 64 + row, o);
-    parts[(long long)blockIdx.x * H + o % H] = sum;
+    parts[(long long)blockIdx.x * 2 * H + o] = sum;
 }
 
 /// 8 bytes, asynchronously; zero where `has` is not, and nothing is read.
@@ -63,7 +61,6 @@ template <int MAPS> struct Side {
     const float *bias[MAPS];
     const bf16_t *dy[MAPS];
     bf16_t *dx;
-    float *parts[MAPS], *bias_parts[MAPS];
     bool adds;
 };
 
@@ -74,11 +71,16 @@ template <int MAPS, int TILES> struct Stage {
     uint4 slopes[TILES][32];
 };
 
-/// MAPS from column `part` of W_g on; there are biases only where it is BIASED.
+/// Of what is summed for the parameters in a tile of rows: where the sums of W_g begin, behind those of W_q, W_k and
+/// W_v, and where those of b_q, b_k and b_v, which are there only where it is BIASED.
+__device__ __forceinline__ int gates_at(int D) { return 12 * D; }
+__device__ __forceinline__ int biases_at(int D, int H) { return 12 * D + 6 * H * D; }
+
+/// MAPS from `map` on; parts: of this tile.
 template <int MAPS, int TILES, bool BIASED>
 __device__ __forceinline__ void backward(
-    const Side<MAPS> &side, const uint4 *fragments, const bf16_t *wi, const bf16_t *wf, float *parts_i, float *parts_f,
-    int part, int R, int D, int H, int tile_rows, Stage<MAPS, TILES> (&stages)[STAGES]
+    const Side<MAPS> &side, const uint4 *fragments, const bf16_t *wi, const bf16_t *wf, float *parts, int map,
+    int R, int D, int H, int tile_rows, Stage<MAPS, TILES> (&stages)[STAGES]
 ) {
     int g = LANE / 4, t = LANE % 4, column = (blockIdx.y * WARPS + WARP) * 32 + 4 * g;
     int first = blockIdx.x * tile_rows, end = min(R, first + tile_rows);
@@ -116,7 +118,7 @@ __device__ __forceinline__ void backward(
             uint2 rows[2];
             EACH(i, 2) {
                 const bf16_t *row = gate_row(wi, wf, 8 * n + 2 * t + i, H, D);
-                rows[i] = row ? *(const uint2 *)(row + part + m * D + column) : make_uint2(0, 0);
+                rows[i] = row ? *(const uint2 *)(row + (map + m) * D + column) : make_uint2(0, 0);
             }
             EACH(p, 2) {
                 unsigned low = p ? rows[0].y : rows[0].x, high = p ? rows[1].y : rows[1].x;
@@ -178,55 +180,92 @@ __device__ __forceinline__ void backward(
     }
 
     EACH(m, MAPS) {
-        long long at = (long long)blockIdx.x * D + column;
         EACH_FOUR(o) {
             Four sum;
             EACH_FOUR(i) sum.x[i] = quad_sum(sums[m][o][i]);
             float bias_sum = BIASED ? quad_sum(bias_sums[m][o]) : 0.0f;
-            if (side.parts[m] && has && t == o) store_four(side.parts[m] + at * 4 + 4 * o, sum);
-            if (BIASED && side.bias_parts[m] && has && t == o) side.bias_parts[m][at + o] = bias_sum;
+            if (!has || t != o) continue;
+            store_four(parts + (map + m) * 4 * D + column * 4 + 4 * o, sum);
+            if (BIASED) parts[biases_at(D, H) + (map + m) * D + column + o] = bias_sum;
         }
-        if (has) EACH(n, TILES) EACH(i, 2) {
+        EACH(n, TILES) EACH(i, 2) {
             int o = 8 * n + 2 * t + i;
-            float *to = o < H ? parts_i : parts_f;
-            if (o >= 2 * H || !to) continue;
             auto &sum = gate_sums[m][n];
-            to += ((long long)blockIdx.x * H + o % H) * 3 * D + part + m * D + column;
-            store_four(to, {{sum[0][i], sum[0][i + 2], sum[1][i], sum[1][i + 2]}});
+            if (has && o < 2 * H)
+                store_four(
+                    parts + gates_at(D) + (o * 3 + map + m) * D + column,
+                    {{sum[0][i], sum[0][i + 2], sum[1][i], sum[1][i + 2]}}
+                );
         }
     }
 }
 
-/// dc and da are added to where bit 0 and 1 of `fresh` are not set. parts_q, parts_k, parts_v (tiles, 4 D), parts_bq,
-/// parts_bk, parts_bv (tiles, D) and parts_i, parts_f (tiles, 3 H D) = the sums for dW and db of each tile of `tile_rows`
-/// rows, a multiple of 16. Biases, gradients and parts may be null. grid (tiles, ceil(D / 128), 2), block 128.
-/// BLOCKS of a multiprocessor, as registers allow.
+/// dc and da are added to where bit 0 and 1 of `fresh` are not set. parts (tiles, count) = the sums for dW_q, dW_k, dW_v
+/// (4 D each), dW_i, dW_f (3 H D each) and, where it is BIASED, db_q, db_k, db_v (D each) of each tile of `tile_rows`
+/// rows, a multiple of 16. Biases and gradients may be null. grid (tiles, ceil(D / 128), 2), block 128. BLOCKS of a
+/// multiprocessor, as registers allow.
 #define BACKWARD(NAME, TILES, BIASED, BLOCKS)                                                                          \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(                                             \
         const bf16_t *c, const bf16_t *a, const bf16_t *wq, const float *bq, const bf16_t *wk, const float *bk,        \
         const bf16_t *wv, const float *bv, const bf16_t *wi, const bf16_t *wf, const bf16_t *dq, const bf16_t *dk,     \
-        const bf16_t *dv, const uint4 *fragments, bf16_t *dc, bf16_t *da, float *parts_q, float *parts_bq,             \
-        float *parts_k, float *parts_bk, float *parts_v, float *parts_bv, float *parts_i, float *parts_f, int R,       \
-        int D, int H, int tile_rows, unsigned fresh                                                                    \
+        const bf16_t *dv, const uint4 *fragments, bf16_t *dc, bf16_t *da, float *parts, int R, int D, int H,           \
+        int tile_rows, int count, unsigned fresh                                                                       \
     ) {                                                                                                                \
         __shared__ union {                                                                                             \
             Stage<2, TILES> two[WARPS][STAGES];                                                                        \
             Stage<1, TILES> one[WARPS][STAGES];                                                                        \
         } shared;                                                                                                      \
-        bool adds_c = dc && !(fresh & 1), adds_a = da && !(fresh & 2);                                                 \
+        parts += (long long)blockIdx.x * count;                                                                        \
         if (blockIdx.z == 0)                                                                                           \
             backward<2, TILES, BIASED>(                                                                                \
-                {c, {wq, wk}, {bq, bk}, {dq, dk}, dc, {parts_q, parts_k}, {parts_bq, parts_bk}, adds_c}, fragments,    \
-                wi, wf, parts_i, parts_f, 0, R, D, H, tile_rows, shared.two[WARP]                                      \
+                {c, {wq, wk}, {bq, bk}, {dq, dk}, dc, dc && !(fresh & 1)}, fragments, wi, wf, parts, 0, R, D, H,       \
+                tile_rows, shared.two[WARP]                                                                            \
             );                                                                                                         \
         else                                                                                                           \
             backward<1, TILES, BIASED>(                                                                                \
-                {a, {wv}, {bv}, {dv}, da, {parts_v}, {parts_bv}, adds_a}, fragments, wi, wf, parts_i, parts_f, 2 * D,  \
-                R, D, H, tile_rows, shared.one[WARP]                                                                   \
+                {a, {wv}, {bv}, {dv}, da, da && !(fresh & 2)}, fragments, wi, wf, parts, 2, R, D, H, tile_rows,        \
+                shared.one[WARP]                                                                                       \
             );                                                                                                         \
     }
 BACKWARD(qkv_backward_8, 1, false, 3)
 BACKWARD(qkv_backward_8_biased, 1, true, 2)
 BACKWARD(qkv_backward_16, 2, false, 2)
 BACKWARD(qkv_backward_16_biased, 2, true, 2)
+
+/// The parameters' gradients, of which any may be null: += the sums over parts (tiles, count) in order, and db_i, db_f +=
+/// the sums (2 H) of the slopes; or = where bit i of `fresh` is set, for the i-th of them in the order of the arguments.
+/// A thread four numbers of count, then one of 2 H.
+extern "C" __global__ void __launch_bounds__(128) qkv_sums(
+    const float *parts, const float *sums, float *dwq, float *dbq, float *dwk, float *dbk, float *dwv, float *dbv,
+    float *dwi, float *dbi, float *dwf, float *dbf, int D, int H, int tiles, int count, unsigned fresh
+) {
+    int thread = blockIdx.x * 128 + threadIdx.x, at = 4 * thread;
+    auto give = [&](float *to, int place, float sum, int bit) {
+        if (to) to[place] = fresh >> bit & 1 ? sum : to[place] + sum;
+    };
+    if (at >= count) {
+        int o = thread - count / 4;
+        if (o < 2 * H) give(o < H ? dbi : dbf, o % H, sums[o], o < H ? 7 : 9);
+        return;
+    }
+    Four sum = {};
+#pragma unroll 16
+    for (int tile = 0; tile < tiles; tile++) {
+        Four other = unpack(*(const float4 *)(parts + (long long)tile * count + at));
+        EACH_FOUR(i) sum.x[i] += other.x[i];
+    }
+    float *to;
+    int bit;
+    if (at < gates_at(D)) {
+        int map = at / (4 * D);
+        to = map == 0 ? dwq : map == 1 ? dwk : dwv, bit = 2 * map, at -= map * 4 * D;
+    } else if (at < biases_at(D, H)) {
+        int gate = (at -= gates_at(D)) / (3 * H * D);
+        to = gate ? dwf : dwi, bit = gate ? 8 : 6, at -= gate * 3 * H * D;
+    } else {
+        int map = (at -= biases_at(D, H)) / D;
+        to = map == 0 ? dbq : map == 1 ? dbk : dbv, bit = 2 * map + 1, at -= map * D;
+    }
+    EACH_FOUR(i) give(to, at + i, sum.x[i], bit);
+}
 #endif
