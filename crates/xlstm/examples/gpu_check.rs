@@ -28,6 +28,7 @@ use xlstm::ops::linear::{linear, linears};
 use xlstm::ops::mean_tokens::mean_tokens;
 use xlstm::ops::norm::{Norm, NormKind, add_norm, gated_norm, norm};
 use xlstm::ops::positions::positions;
+use xlstm::ops::qkv::{Fed, qkv};
 use xlstm::ops::reverse::reverse;
 use xlstm::ops::rotary::{angles, rotary};
 use xlstm::ops::skip_norm::skip_norm;
@@ -325,7 +326,7 @@ fn generation(table: &mut Table<'_>) {
         let name = format!("generation {rows} of {width}, {kind:?} {groups}");
         table.compare(&name, &case, 1e-4, &|t, v, _| {
             let (sum, u) = add_norm(t, [v[0], v[1]], v[2], Some(v[3]), options)?;
-            let [i, f] = gates(t, &[u], [(v[6], Some(v[5])), (v[7], None)], Some(15.0))?;
+            let [i, f] = gates(t, u, [(v[6], Some(v[5])), (v[7], None)], Some(15.0))?;
             let [few, gate, up] = linears(t, u, [(v[8], Some(v[4])), (v[9], None), (v[10], None)])?;
             let product = gated(t, gate, up, Activation::Swish)?;
             let y = linear(t, product, v[10], None)?;
@@ -373,20 +374,55 @@ fn operations(table: &mut Table<'_>) {
             Ok(headwises(t, v[0], maps)?.to_vec())
         });
     }
-    for (widths, outer) in
-        [(&[64, 33, 64][..], 4), (&[96, 96, 96], 4), (&[40, 8, 16, 24], 12), (&[600], 8), (&[3, 1, 2], 1)]
-    {
-        let case = widths.iter().fold(new(), |case, width| case.input(&[2, 70, *width]));
-        let shape = [outer, widths.iter().sum()];
-        let case = case.input(&[outer]).input(&[outer]).weight(&shape).weight(&shape);
-        let parts = widths.len();
+    for (width, outer) in [(96, 4), (88, 12), (600, 8), (6, 1)] {
+        let shape = [outer, width];
+        let case = new().input(&[2, 70, width]).input(&[outer]).input(&[outer]).weight(&shape).weight(&shape);
         for cap in [None, Some(5.0)] {
             let capped = if cap.is_some() { " capped" } else { "" };
-            table.compare(&format!("gates {widths:?} {outer}{capped}"), &case, T, &|t, v, _| {
-                let maps = [0, 1].map(|gate| (v[parts + 2 + gate], Some(v[parts + gate])));
-                Ok(gates(t, &v[..parts], maps, cap)?.to_vec())
+            table.compare(&format!("gates {width} {outer}{capped}"), &case, T, &|t, v, _| {
+                let maps = [0, 1].map(|gate| (v[3 + gate], Some(v[1 + gate])));
+                Ok(gates(t, v[0], maps, cap)?.to_vec())
             });
         }
+    }
+    // Blocks, their size, heads and rows; the last ones leave the kernels for blocks of 4 x 4.
+    for (blocks, size, heads, rows) in [
+        (256, 4, 4, 130),
+        (384, 4, 4, 67),
+        (256, 4, 8, 1500),
+        (384, 4, 7, 33),
+        (21, 4, 3, 65),
+        (22, 4, 5, 1),
+        (6, 4, 9, 70),
+        (10, 4, 16, 5),
+        (6, 4, 20, 70),
+        (5, 32, 4, 70),
+        (7, 5, 2, 9),
+    ] {
+        let width = blocks * size;
+        let x = [2, rows, width];
+        let mut case = new().input(&x).input(&x).input(&[width]).input(&[width]).input(&[width]);
+        case = case.input(&[heads]).input(&[heads]);
+        case = [(); 3].iter().fold(case, |case, ()| case.weight(&[blocks, size, size]));
+        case = [(); 2].iter().fold(case, |case, ()| case.weight(&[heads, 3 * width]));
+        let record = |t: &mut Tape, v: &[Var], biased: bool| {
+            let map = |i: usize| (v[7 + i], biased.then_some(v[2 + i]));
+            let Fed { q, k, v, gates: [i, f] } = qkv(t, [v[0], v[1]], [0, 1, 2].map(map), [3, 4].map(map))?;
+            Ok(vec![q, k, v, i, f])
+        };
+        let name = format!("qkv {rows} of {blocks}x{size}, {heads} heads");
+        table.compare(&name, &case, T, &|t, v, _| record(t, v, true));
+        table.compare(&format!("{name}, no biases"), &case, T, &|t, v, _| record(t, v, false));
+        // The gradients of one are added to those of the other, of which some are not there.
+        table.compare(&format!("{name}, twice"), &case, T, &|t, v, _| {
+            let mut first = record(t, v, true)?;
+            let second = record(t, v, false)?;
+            first.extend([second[1], second[4]]);
+            Ok(first)
+        });
+        let mut evaluated = case.clone();
+        evaluated.evaluated = true;
+        table.compare(&format!("{name}, evaluated"), &evaluated, T, &|t, v, _| record(t, v, true));
     }
     generation(table);
     for (kind, groups, width) in [

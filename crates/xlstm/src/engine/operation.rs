@@ -159,7 +159,7 @@ pub struct Gradient<'a, T> {
 
 impl<'a, T: Scalar> Gradient<'a, T> {
     /// A buffer with earlier contributions in it, or the place of the `first`.
-    pub(super) fn new(data: &'a mut [T], first: bool) -> Gradient<'a, T> {
+    pub(crate) fn new(data: &'a mut [T], first: bool) -> Gradient<'a, T> {
         Gradient { data, first }
     }
 

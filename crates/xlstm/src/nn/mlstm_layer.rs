@@ -15,10 +15,9 @@ use crate::cell::mlstm::{Form, MlstmConfig, MlstmState, mlstm};
 use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
 use crate::ops::causal_conv::causal_conv;
-use crate::ops::gates::gates;
-use crate::ops::headwise::{headwise, headwises};
 use crate::ops::linear::{linear, linears};
 use crate::ops::norm::{Norm, NormKind};
+use crate::ops::qkv::{Fed, qkv};
 use crate::ops::skip_norm::skip_norm;
 
 /// The layer's parameters and options.
@@ -134,12 +133,9 @@ impl MlstmLayer {
         let map = |tape: &mut Tape, (weight, bias): (Parameter, Option<Parameter>)| {
             (weight.var(tape), bias.map(|b| b.var(tape)))
         };
-        let maps = [self.q_proj, self.k_proj].map(|projection| map(tape, projection));
-        let [q, k] = headwises(tape, c, maps)?;
-        let (weight, bias) = map(tape, self.v_proj);
-        let v = headwise(tape, a, weight, bias)?;
-        let maps = [self.igate, self.fgate].map(|(weight, bias)| (weight.var(tape), Some(bias.var(tape))));
-        let gates = gates(tape, &[q, k, v], maps, None)?;
+        let maps = [self.q_proj, self.k_proj, self.v_proj].map(|projection| map(tape, projection));
+        let gates = [self.igate, self.fgate].map(|(weight, bias)| (weight.var(tape), Some(bias.var(tape))));
+        let Fed { q, k, v, gates } = qkv(tape, [c, a], maps, gates)?;
         let before = state.map(|s| MlstmState { c: s[0], n: s[1], m: s[2] });
         let (h, after) = mlstm(tape, &self.cell, q, k, v, gates.into(), before, context.marks)?;
         let (weight, skip) = (self.outnorm.var(tape), self.learnable_skip.var(tape));

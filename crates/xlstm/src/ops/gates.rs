@@ -1,8 +1,8 @@
 //! The pre-activations of both gates of the mLSTM: y_g = cap([x_1; x_2; …] W_g^T + b_g) for the input gate
 //! and the forget gate, without building the concatenation; cap(z) = c tanh(z / c) where there is a cap c.
 //!
-//! The parts are q, k and v side by side, or the input of the layer alone; an output is one number a
-//! head. Each part is multiplied with its columns of the weights. Backward with so few outputs goes row
+//! The parts are the input of the layer alone, or q, k and v side by side (`ops/qkv.rs`); an output is one
+//! number a head. Each part is multiplied with its columns of the weights. Backward with so few outputs goes row
 //! by row, straight from the cache: a matrix product would pack all of x (or write all of dx)
 //! to use each number a few times, and takes up to twice as long. Forward the product wins.
 
@@ -10,7 +10,10 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{
-    CudaBackward, CudaForward, Source, blas::Operand, blas::Product, context::arguments, few_rows::Map,
+    CudaBackward, CudaForward, Source,
+    blas::{Combination, Operand, Product},
+    context::arguments,
+    few_rows::Map,
     launch::Queue,
 };
 use crate::engine::matrix::{MatMut, MatRef, Threads, product};
@@ -26,34 +29,26 @@ use crate::ops::{TILE, gradient_tiles};
 
 /// x_i (…, w_i), then W_g (heads, Σ w_i) and optional b_g (heads) of both gates -> y_g (…, heads).
 #[derive(Debug)]
-struct Gates {
-    parts: usize,
-    cap: Option<f64>,
+pub(super) struct Gates {
+    /// 1 to [`MAX_PARTS`].
+    pub(super) parts: usize,
+    pub(super) cap: Option<f64>,
 }
 
-/// Records the pre-activations of both gates, each a linear map of the parts side by side, within ±cap
-/// where there is a cap; the parts are different values.
+/// Records the pre-activations of both gates, each a linear map of x, within ±cap where there is a cap.
 ///
 /// # Errors
-/// When the parts differ in all but their last dimension, the gates in their number of heads, or a weight
-/// does not have a column for each of the parts' features.
-pub fn gates(
-    tape: &mut Tape,
-    parts: &[Var],
-    maps: [(Var, Option<Var>); 2],
-    cap: Option<f64>,
-) -> Result<[Var; 2]> {
-    if parts.is_empty() || parts.len() > MAX_PARTS {
-        return Err(Error::shape(format!("gates take 1 to {MAX_PARTS} parts")));
-    }
-    let maps = maps.into_iter().flat_map(|(weight, bias)| [Some(weight), bias]);
-    let inputs: Vec<Option<Var>> = parts.iter().copied().map(Some).chain(maps).collect();
-    let outputs = tape.record(Gates { parts: parts.len(), cap }, &inputs, &[])?;
+/// When the gates differ in their number of heads, or a weight does not have a column for each of x's
+/// features.
+pub fn gates(tape: &mut Tape, x: Var, maps: [(Var, Option<Var>); 2], cap: Option<f64>) -> Result<[Var; 2]> {
+    let [(weight, bias), (other, other_bias)] = maps;
+    let inputs = [Some(x), Some(weight), bias, Some(other), other_bias];
+    let outputs = tape.record(Gates { parts: 1, cap }, &inputs, &[])?;
     Ok([outputs[0], outputs[1]])
 }
 
-/// More parts than anybody has.
-const MAX_PARTS: usize = 4;
+/// q, k and v.
+pub(super) const MAX_PARTS: usize = 3;
 
 #[cfg(feature = "cuda")]
 const SOURCE: Source = Source::new("gates", include_str!("gates.cu"));
@@ -324,6 +319,19 @@ impl Kernel for Gates {
 
     #[cfg(feature = "cuda")]
     fn backward_cuda(&self, io: &mut CudaBackward<'_>) -> Result<()> {
+        self.backward_with(io, [None; MAX_PARTS])
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Gates {
+    /// [`Kernel::backward_cuda`], where the gradient of a part that has an addend is written whole, with that
+    /// added.
+    pub(super) fn backward_with(
+        &self,
+        io: &mut CudaBackward<'_>,
+        addends: [Option<u64>; MAX_PARTS],
+    ) -> Result<()> {
         let (rows, heads) = (io.shapes.outputs[0].rows(), io.shapes.outputs[0].last());
         let (w, total, padded) = self.both_weights(&io.inputs, io.shapes, io.queue)?;
         let bytes = io.queue.precision().bytes();
@@ -341,14 +349,20 @@ impl Kernel for Gates {
                 continue;
             }
             if let Some(dx) = io.input_gradients[part] {
-                io.queue.product(&Product {
+                let product = Product {
                     size: [rows, width, padded],
                     a: Operand::new(dz, padded),
                     b: Operand::new(w + (first * bytes) as u64, total),
                     c: Operand::new(dx, width),
                     batch: 1,
-                    accumulate: !io.is_fresh(part),
-                })?;
+                    accumulate: addends[part].is_some() || !io.is_fresh(part),
+                };
+                match addends[part] {
+                    Some(addend) => {
+                        io.queue.combine(&product, Combination { alpha: 1.0, beta: 1.0, addend })?;
+                    }
+                    None => io.queue.product(&product)?,
+                }
             }
             io.queue.product(&Product {
                 size: [padded, width, rows],
@@ -366,10 +380,7 @@ impl Kernel for Gates {
         let arguments = arguments![dw, db, dw0, dw1, db0, db1, heads, total, fresh];
         io.queue.launch_each(&SOURCE, "gates_gradients", 2 * heads * (total + 1), arguments)
     }
-}
 
-#[cfg(feature = "cuda")]
-impl Gates {
     /// The weights of both gates below each other in work space, its columns and its rows.
     fn both_weights(
         &self,
@@ -438,19 +449,17 @@ mod tests {
         for (heads, cap) in [(1, None), (4, Some(1.5)), (7, None), (9, Some(0.7))] {
             let wide = |seed: u64, n: usize| noise(seed, n).iter().map(|x| 2.0 * x).collect();
             Check::new()
-                .input([2, 35, 5])
                 .input_of([2, 35, 34], wide(7, 2 * 35 * 34))
-                .input([2, 35, 16])
-                .input([heads, 55])
+                .input([heads, 34])
                 .input([heads])
-                .input([heads, 55])
+                .input([heads, 34])
                 .input([heads])
                 .run(|tape, v, _| {
-                    Ok(gates(tape, &v[..3], [(v[3], Some(v[4])), (v[5], Some(v[6]))], cap)?.to_vec())
+                    Ok(gates(tape, v[0], [(v[1], Some(v[2])), (v[3], Some(v[4]))], cap)?.to_vec())
                 });
         }
         Check::new().input([3, 6]).input([4, 6]).input([4, 6]).run(|tape, v, _| {
-            let [_, forget] = gates(tape, &v[..1], [(v[1], None), (v[2], None)], Some(15.0))?;
+            let [_, forget] = gates(tape, v[0], [(v[1], None), (v[2], None)], Some(15.0))?;
             Ok(vec![forget])
         });
     }
@@ -458,15 +467,10 @@ mod tests {
     #[test]
     fn shapes_that_do_not_fit_are_named() {
         let mut tape = Tape::new(Mode::Train);
-        let (a, b, w) = (tape.input([2, 3]), tape.input([2, 4]), tape.input([4, 6]));
-        let other = tape.input([4, 6]);
-        let maps = [(w, None), (other, None)];
-        let message = gates(&mut tape, &[a, b], maps, None).unwrap_err().to_string();
+        let (x, w, other) = (tape.input([2, 7]), tape.input([4, 6]), tape.input([4, 6]));
+        let message = gates(&mut tape, x, [(w, None), (other, None)], None).unwrap_err().to_string();
         assert!(message.contains("[4, 6]") && message.contains("7 columns"), "{message}");
-        let c = tape.input([3, 3]);
-        assert!(gates(&mut tape, &[a, c], maps, None).is_err());
-        let d = tape.input([2, 3]);
-        let few = tape.input([3, 6]);
-        assert!(gates(&mut tape, &[a, d], [(w, None), (few, None)], None).is_err(), "other heads");
+        let (x, few) = (tape.input([2, 6]), tape.input([3, 6]));
+        assert!(gates(&mut tape, x, [(w, None), (few, None)], None).is_err(), "other heads");
     }
 }

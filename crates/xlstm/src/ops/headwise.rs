@@ -19,10 +19,10 @@ use crate::ops::linear::{reduce_tiles, sum_rows};
 
 /// x (…, NH·I), then W_i (NH, O, I) and optional b_i (NH·O) for each i -> y_i (…, NH·O).
 #[derive(Debug)]
-struct Headwise {
-    maps: usize,
+pub(super) struct Headwise {
+    pub(super) maps: usize,
     /// y is f32 on a GPU whatever the precision.
-    full: bool,
+    pub(super) full: bool,
 }
 
 /// Records the linear map of each head's features by that head's weight.

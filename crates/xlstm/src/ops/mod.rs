@@ -27,6 +27,7 @@ pub mod linear;
 pub mod mean_tokens;
 pub mod norm;
 pub mod positions;
+pub mod qkv;
 pub mod reverse;
 pub mod rotary;
 pub mod skip_norm;

@@ -641,8 +641,8 @@ mod tests {
         let (x, unread) = (tape.input([6, 8]), tape.input([3]));
         let weight = tape.parameter(0, 0, [8, 8].into());
         let y = linear(&mut tape, x, weight, None)?;
-        let maps = [1, 2].map(|index| (tape.parameter(index, 0, [4, 16].into()), None));
-        let [gate, _] = gates(&mut tape, &[x, y], maps, None)?;
+        let maps = [1, 2].map(|index| (tape.parameter(index, 0, [4, 8].into()), None));
+        let [gate, _] = gates(&mut tape, y, maps, None)?;
         let found = types(&tape, Precision::Bf16)?;
         let of = |var: Var| found[var.index()];
         assert_eq!([x, y].map(of), [Precision::Bf16; 2]);

@@ -330,7 +330,7 @@ pub struct CudaBackward<'a> {
     /// Gradients of the inputs; None where nobody asks.
     pub input_gradients: [Option<u64>; MAX_SLOTS],
     /// See [`is_fresh`](Self::is_fresh).
-    pub(super) fresh: u32,
+    pub(crate) fresh: u32,
     /// Integer inputs.
     pub ids: [u64; 3],
     /// Shapes of all of them.

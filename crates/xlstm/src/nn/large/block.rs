@@ -265,7 +265,7 @@ impl LargeBlock {
         let (u, mlstm_window) = convolved(tape, self.conv_mlstm, u, state.and_then(|s| s.get(3)), context)?;
         let [q, k, v, o] = forward(&self.qkvo, tape, u)?;
         let maps = self.gates.map(|gate| gate.vars(tape));
-        let gates = gates(tape, &[u], maps, self.gate_soft_cap)?;
+        let gates = gates(tape, u, maps, self.gate_soft_cap)?;
         let before = state.map(|s| MlstmState { c: s[0], n: s[1], m: s[2] });
         let (h, after) = mlstm(tape, &self.cell, q, k, v, gates.into(), before, context.marks)?;
         let h = self.multihead_norm.gated(tape, h, o)?;

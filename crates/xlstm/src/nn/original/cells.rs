@@ -134,7 +134,7 @@ impl Cell {
                 let heads = options.heads;
                 let maps = [0, heads]
                     .map(|first| (weight_ih.rows(tape, first, heads), Some(bias.rows(tape, first, heads))));
-                let gates = gates(tape, &[x], maps, None)?;
+                let gates = gates(tape, x, maps, None)?;
                 let hidden = bias.len() - 2 * heads;
                 let weight = weight_ih.rows(tape, 2 * heads, hidden);
                 let bias = bias.rows(tape, 2 * heads, hidden);
