@@ -3,7 +3,7 @@
 # the test text and, zero-shot, on WikiText-103's, and reports over all rows that are there
 # -> docs/results/table.md, table.json and pictures.
 #
-#   scripts/table.sh ROW...      lstm transformer slstm mlstm xlstm-7-1 xlstm-large pyxlstm
+#   scripts/table.sh ROW...      lstm transformer slstm mlstm xlstm-7-1 xlstm-large xlstm-large-conv pyxlstm
 #   scripts/table.sh prepare     the tokens alone, before several rows at once on as many GPUs
 #   scripts/table.sh report      the report alone
 #
@@ -28,6 +28,14 @@ runs=${RUNS:-out/table} configs=${CONFIGS:-configs/table}
 tokens=${TOKENS:-$runs/tokens}
 scores=${SCORES:-all}
 positions=${POSITIONS:-512 2048 8192 16384} context=${CONTEXT:-16384}
+say() { printf '%s  %s\n' "$(date -u +%H:%M:%S)" "$*" >&2; }
+
+for row in "$@"; do
+    [[ $row == report || $row == prepare || $row == pyxlstm || -f $configs/$row.yaml ]] || {
+        say "no row $row: there are $(cd "$configs" && printf '%s ' *.yaml | sed 's/\.yaml//g')pyxlstm"
+        exit 2
+    }
+done
 if [[ -z ${XLSTM:-} ]]; then
     features=
     [[ $device == cpu ]] || features=cuda
@@ -36,8 +44,6 @@ if [[ -z ${XLSTM:-} ]]; then
 fi
 xlstm=${XLSTM:-target/release/xlstm}
 mkdir -p "$runs"
-
-say() { printf '%s  %s\n' "$(date -u +%H:%M:%S)" "$*" >&2; }
 
 # The number of a key in a line of JSON.
 number() { sed -n "s/.*\"$1\":\([-0-9.e]*\).*/\1/p"; }
@@ -144,6 +150,8 @@ title() {
     mlstm) echo mLSTM ;;
     xlstm-7-1) echo 'xLSTM[7:1]' ;;
     xlstm-large) echo xLSTMLarge ;;
+    xlstm-large-conv) echo 'xLSTMLarge + conv' ;;
+    *) echo "$1" ;;
     esac
 }
 
@@ -165,10 +173,6 @@ for row in "$@"; do
         "${PYXLSTM:-python3}" scripts/pyxlstm_row.py "$tokens" "$folder" --seed "$seed" --minutes "$minutes"
         continue
     fi
-    [[ -f $configs/$row.yaml ]] || {
-        say "no row $row: there are $(cd "$configs" && printf '%s ' *.yaml | sed 's/\.yaml//g')pyxlstm"
-        exit 2
-    }
     say "$row: training"
     train "$row" "$folder"
     facts "$row" "$folder"

@@ -7,7 +7,7 @@
 #
 #   RATES    to try (2e-3 4e-3 8e-3)       MINUTES  of each (0.5)
 #   RUNS     where runs are kept (out/table-rates)
-#   SETS     further keys to change, as KEY=VALUE KEY=VALUE, and NAME, what the report calls it
+#   SETS     further keys to change, as KEY=VALUE KEY=VALUE, and NAME, what their folder is called
 # The rest is told as to scripts/table.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,9 +20,22 @@ for row in "$@"; do
     done
 done
 python3 - "$runs" <<'PYTHON'
-import json, pathlib, sys
+import json, pathlib, re, sys
 
-lines = {}
+# What all runs set, and what the other columns say.
+COMMON = re.compile(r"seed|optimizer\.learning_rate|data\.(train|validation)|training\..*")
+
+
+def changed(command):
+    keys = re.findall(r"--set (\S+?)=(\S+)", command)
+    return ", ".join(f"`{key}: {value}`" for key, value in keys if not COMMON.fullmatch(key))
+
+
+def rate(command):
+    return re.search(r"optimizer\.learning_rate=(\S+)", command)[1]
+
+
+lines = []
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*/*/run/1/metrics.jsonl")):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     facts = path.parents[2] / "row.json"
@@ -32,18 +45,16 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*/*/run/1/metrics.jsonl")):
     losses = [row for row in rows if "val_loss" in row]
     training = [row for row in rows if "loss" in row]
     if losses:
-        lines[(facts["row"], facts["budget_minutes"], path.parents[3].name)] = (
-            losses[-1]["val_loss"], training[-1]["tokens"], training[-1]["seconds"], facts["card"], facts["date"], facts["train_command"])
+        command, last = facts["train_command"], training[-1]
+        lines.append((facts["row"], facts["budget_minutes"], losses[-1]["val_loss"], rate(command), changed(command),
+                      last["tokens"], last["tokens_per_s"], facts["card"], facts["date"], facts["commit"]))
 text = ["# Learning rates of the table", "",
         "Short runs of each row, each with its whole schedule, and their loss on the validation text at the end, in nats a",
-        "token. The lowest of a row decides.", "",
-        "| row | minutes | rate | validation loss | tokens, M | seconds | card | date |", "|---|---|---|---|---|---|---|---|"]
-best = {}
-for (row, minutes, _), (loss, *_) in lines.items():
-    best[row, minutes] = min(loss, best.get((row, minutes), loss))
-for (row, minutes, name), (loss, tokens, seconds, card, date, _) in sorted(lines.items()):
-    shown = f"**{loss:.4f}**" if loss == best[row, minutes] else f"{loss:.4f}"
-    text.append(f"| {row} | {minutes:g} | {name} | {shown} | {tokens / 1e6:.1f} | {seconds:.0f} | {card} | {date} |")
+        "token; the best of a row first. What is changed is so against the configuration of that commit, `configs/table/ROW.yaml`.", "",
+        "| row | minutes | rate | changed | validation loss | tokens, M | tokens/s | card | date | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|"]
+for row, minutes, loss, rate_of, keys, tokens, speed, *where in sorted(lines):
+    text.append(f"| {row} | {minutes:g} | {rate_of} | {keys} | {loss:.4f} | {tokens / 1e6:.1f} | {speed:,.0f} | {' | '.join(where)} |")
 text += ["", "Made by `scripts/table_rates.sh`."]
 pathlib.Path("docs/results/table-rates.md").write_text("\n".join(text) + "\n")
 PYTHON

@@ -31,7 +31,7 @@ use xlstm::ops::positions::positions;
 use xlstm::ops::qkv::{Fed, qkv};
 use xlstm::ops::reverse::reverse;
 use xlstm::ops::rotary::{angles, rotary};
-use xlstm::ops::skip_gate::skip_gate;
+use xlstm::ops::skip_norm::skip_norm;
 use xlstm::ops::soft_cap::soft_cap;
 use xlstm::ops::squared_error::squared_error;
 use xlstm::ops::window::window;
@@ -468,16 +468,34 @@ fn operations(table: &mut Table<'_>) {
         let case = new().between(&[999], -40.0, 40.0);
         table.compare(&format!("soft_cap {cap}"), &case, T, &|t, v, _| Ok(vec![soft_cap(t, v[0], cap)?]));
     }
-    for (rows, width) in [(67, 150), (50, 264), (3, 2100)] {
+    // Rows enough for a block to take several, heads that fill their lanes, that do not, and that have none.
+    for (rows, groups, width) in [
+        (67, 8, 512),
+        (67, 8, 1024),
+        (601, 4, 1024),
+        (301, 4, 1536),
+        (50, 2, 1024),
+        (67, 3, 300),
+        (9, 5, 60),
+        (67, 3, 99),
+        (50, 1, 1536),
+        (3, 2, 2100),
+    ] {
         let shape = [2, rows, width];
-        let case = new().input(&shape).input(&[width]).input(&shape).input(&shape);
-        let name = format!("skip_gate {rows} of {width}");
-        table.compare(&name, &case, T, &|t, v, _| Ok(vec![skip_gate(t, v[0], v[1], v[2], v[3])?]));
-        // The gradients of one are added to those of the other.
-        table.compare(&format!("{name} twice"), &case, T, &|t, v, _| {
-            let other = skip_gate(t, v[2], v[1], v[0], v[3])?;
-            Ok(vec![skip_gate(t, v[0], v[1], v[2], v[3])?, other])
-        });
+        let case =
+            new().between(&shape, -1.0, 3.0).input(&[width]).input(&[width]).input(&shape).input(&shape);
+        for kind in [NormKind::Layer, NormKind::RootMeanSquare] {
+            let options = Norm { kind, groups, eps: 1e-5, unit_offset: kind == NormKind::Layer };
+            let name = format!("skip_norm {kind:?} {rows} of {groups} in {width}");
+            table.compare(&name, &case, T, &|t, v, _| {
+                Ok(vec![skip_norm(t, v[0], v[1], v[2], [v[3], v[4]], options)?])
+            });
+            // The gradients of one are added to those of the other.
+            table.compare(&format!("{name} twice"), &case, T, &|t, v, _| {
+                let other = skip_norm(t, v[3], v[2], v[1], [v[4], v[0]], options)?;
+                Ok(vec![skip_norm(t, v[0], v[1], v[2], [v[3], v[4]], options)?, other])
+            });
+        }
     }
     use Activation::{Gelu, Relu, ReluSquared, Selu, Sigmoid, Swish};
     let case = new().between(&[3, 17, 60], -3.0, 3.0);

@@ -4,8 +4,8 @@
 //! [a, z] = W_up x                 c = SiLU(conv(a))
 //! q, k = blockdiag(c)             v = blockdiag(a)
 //! ~i, ~f = W_i [q; k; v] + b_i, W_f [q; k; v] + b_f
-//! h = norm(mLSTM(q, k, v, ~i, ~f))            (a layer norm a head)
-//! y = W_down ((h + skip ∘ c) ∘ SiLU(z))
+//! h = mLSTM(q, k, v, ~i, ~f)
+//! y = W_down ((norm(h) + skip ∘ c) ∘ SiLU(z))         (a layer norm a head)
 //! ```
 
 use super::config::ModelConfig;
@@ -16,9 +16,9 @@ use crate::engine::{Shape, Tape, Var};
 use crate::error::Result;
 use crate::ops::causal_conv::causal_conv;
 use crate::ops::linear::{linear, linears};
-use crate::ops::norm::{Norm, NormKind, norm};
+use crate::ops::norm::{Norm, NormKind};
 use crate::ops::qkv::{Fed, qkv};
-use crate::ops::skip_gate::skip_gate;
+use crate::ops::skip_norm::skip_norm;
 
 /// The layer's parameters and options.
 #[derive(Debug)]
@@ -138,11 +138,9 @@ impl MlstmLayer {
         let Fed { q, k, v, gates } = qkv(tape, [c, a], maps, gates)?;
         let before = state.map(|s| MlstmState { c: s[0], n: s[1], m: s[2] });
         let (h, after) = mlstm(tape, &self.cell, q, k, v, gates.into(), before, context.marks)?;
-        let weight = self.outnorm.var(tape);
+        let (weight, skip) = (self.outnorm.var(tape), self.learnable_skip.var(tape));
         let options = Norm { kind: NormKind::Layer, groups: self.cell.heads, eps: 1e-5, unit_offset: true };
-        let h = norm(tape, h, weight, None, options)?;
-        let skip = self.learnable_skip.var(tape);
-        let gated = skip_gate(tape, h, skip, c, z)?;
+        let gated = skip_norm(tape, h, weight, skip, [c, z], options)?;
         let (weight, bias) = (self.proj_down.0.var(tape), self.proj_down.1.map(|b| b.var(tape)));
         let y = linear(tape, gated, weight, bias)?;
         let y = context.dropout(tape, y, self.dropout)?;

@@ -30,7 +30,7 @@ pub mod positions;
 pub mod qkv;
 pub mod reverse;
 pub mod rotary;
-pub mod skip_gate;
+pub mod skip_norm;
 pub mod soft_cap;
 pub mod squared_error;
 pub mod window;

@@ -99,7 +99,8 @@ pub fn gated_norm(
 }
 
 impl Norm {
-    fn offset<T: Scalar>(&self) -> T {
+    /// What is added to the weight.
+    pub(super) fn offset<T: Scalar>(&self) -> T {
         if self.unit_offset { T::ONE } else { T::ZERO }
     }
 }
@@ -154,10 +155,8 @@ impl Kernel for Normed {
         let sums = self.added.then(|| io.output(1));
         let (x, w, b) = (io.input(0), io.input(1), io.inputs[2]);
         let (added, gate) = (io.inputs[ADDED], io.inputs[GATE]);
-        let Norm { kind, groups, eps, .. } = self.norm;
+        let (groups, offset) = (self.norm.groups, self.norm.offset::<T>());
         let (width, size) = (w.len(), w.len() / groups);
-        let (offset, eps) = (self.norm.offset::<T>(), T::from_f64(eps));
-        let share = T::from_f64(1.0 / size as f64);
         let (tile, count) = (width * TILE, y.len().div_ceil(width * TILE));
         let sums = optional_tiles(sums, tile, count);
         let tiles = y.par_chunks_mut(tile).zip(saved.par_chunks_mut(2 * groups * TILE)).zip(sums);
@@ -174,11 +173,7 @@ impl Kernel for Normed {
                 let rows = y.chunks_exact_mut(size).zip(x.chunks_exact(size));
                 for (i, ((y, x), saved)) in rows.zip(saved.chunks_exact_mut(2)).enumerate() {
                     let w = &w[i % groups * size..][..size];
-                    let mean = match kind {
-                        NormKind::Layer => share * total(x),
-                        NormKind::RootMeanSquare => T::ZERO,
-                    };
-                    let inverse = T::ONE / (share.mul_add(square_distance(x, mean), eps)).sqrt();
+                    let [mean, inverse] = statistics(x, &self.norm);
                     for (y, (x, w)) in y.iter_mut().zip(x.iter().zip(w)) {
                         *y = (*x - mean) * inverse * (*w + offset);
                     }
@@ -464,6 +459,17 @@ fn optional_tiles<T: Scalar>(
 /// Independent partial sums, as in [`dot`](crate::engine::vector::dot).
 const LANES: usize = 16;
 
+/// Mean, which is taken to be zero by the root-mean-square norm, and 1 / std of a group.
+#[inline(always)]
+pub(super) fn statistics<T: Scalar>(x: &[T], norm: &Norm) -> [T; 2] {
+    let share = T::from_f64(1.0 / x.len() as f64);
+    let mean = match norm.kind {
+        NormKind::Layer => share * total(x),
+        NormKind::RootMeanSquare => T::ZERO,
+    };
+    [mean, T::ONE / share.mul_add(square_distance(x, mean), T::from_f64(norm.eps)).sqrt()]
+}
+
 /// Sum of x.
 #[inline(always)]
 fn total<T: Scalar>(x: &[T]) -> T {
@@ -499,7 +505,7 @@ fn square_distance<T: Scalar>(x: &[T], mean: T) -> T {
 
 /// Sums of g and of g ∘ n, with n = (x - mean) / std and g = dy ∘ (w + offset).
 #[inline(always)]
-fn gradient_sums<T: Scalar>(dy: &[T], x: &[T], w: &[T], mean: T, inverse: T, offset: T) -> [T; 2] {
+pub(super) fn gradient_sums<T: Scalar>(dy: &[T], x: &[T], w: &[T], mean: T, inverse: T, offset: T) -> [T; 2] {
     let (mut g_lanes, mut gn_lanes) = ([T::ZERO; LANES], [T::ZERO; LANES]);
     let (dys, xs, ws) = (dy.chunks_exact(LANES), x.chunks_exact(LANES), w.chunks_exact(LANES));
     let rest = dys.remainder().iter().zip(xs.remainder()).zip(ws.remainder());

@@ -92,7 +92,7 @@ pub(super) fn forward(io: &mut CudaForward<'_>) -> Result<()> {
 
 /// See [`Kernel::backward_cuda`].
 pub(super) fn backward(io: &mut CudaBackward<'_>) -> Result<()> {
-    let Some(sizes) = Sizes::of(io.shapes, io.queue.precision(), 16, BLOCK, &io.inputs) else {
+    let Some(sizes) = Sizes::of(io.shapes, io.queue.precision(), 24, BLOCK, &io.inputs) else {
         return backward_apart(io);
     };
     let Sizes { rows, width, heads } = sizes;
@@ -118,8 +118,10 @@ pub(super) fn backward(io: &mut CudaBackward<'_>) -> Result<()> {
     let name = match (pieces, biased) {
         (0..=1, false) => "qkv_backward_8",
         (0..=1, true) => "qkv_backward_8_biased",
-        (_, false) => "qkv_backward_16",
-        (_, true) => "qkv_backward_16_biased",
+        (2, false) => "qkv_backward_16",
+        (2, true) => "qkv_backward_16_biased",
+        (_, false) => "qkv_backward_24",
+        (_, true) => "qkv_backward_24_biased",
     };
     let fresh = |slots: std::ops::Range<usize>| {
         (0..).zip(slots).map(|(bit, slot)| u32::from(io.is_fresh(slot)) << bit).sum::<u32>()

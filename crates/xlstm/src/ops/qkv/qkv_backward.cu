@@ -231,6 +231,8 @@ BACKWARD(qkv_backward_8, 1, false, 3)
 BACKWARD(qkv_backward_8_biased, 1, true, 2)
 BACKWARD(qkv_backward_16, 2, false, 2)
 BACKWARD(qkv_backward_16_biased, 2, true, 2)
+BACKWARD(qkv_backward_24, 3, false, 2)
+BACKWARD(qkv_backward_24_biased, 3, true, 2)
 
 /// The parameters' gradients, of which any may be null: += the sums over parts (tiles, count) in order, and db_i, db_f +=
 /// the sums (2 H) of the slopes; or = where bit i of `fresh` is set, for the i-th of them in the order of the arguments.
