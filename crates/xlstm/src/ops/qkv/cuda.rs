@@ -28,6 +28,8 @@ const BACKWARD: Source = source!("qkv_backward");
 const BLOCK: usize = 4;
 /// Rows of a block of the forward kernel: BLOCK_ROWS of qkv_forward.cu.
 const FORWARD_ROWS: usize = 32;
+/// Threads of one: WARPS of qkv_forward.cu, 32 each.
+const FORWARD_THREADS: usize = 6 * 32;
 /// Columns of a block of the backward kernel: of its four warps, 32 each.
 const BACKWARD_COLUMNS: usize = 128;
 /// Tiles of rows that partial sums are made of, at the most, and rows of the smallest.
@@ -85,7 +87,7 @@ pub(super) fn forward(io: &mut CudaForward<'_>) -> Result<()> {
     };
     let arguments =
         arguments![c, a, wq, bq, wk, bk, wv, bv, wi, bi, wf, bf, q, k, v, i, f, rows, width, heads];
-    io.queue.launch(&FORWARD, name, [rows.div_ceil(FORWARD_ROWS), 1, 1], 256, arguments)
+    io.queue.launch(&FORWARD, name, [rows.div_ceil(FORWARD_ROWS), 1, 1], FORWARD_THREADS, arguments)
 }
 
 /// See [`Kernel::backward_cuda`].

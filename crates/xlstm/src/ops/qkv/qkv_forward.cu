@@ -1,9 +1,9 @@
-// q, k, v, ~i and ~f of c and a. A block has 32 rows; its eight warps take pieces of 32 columns in turn. The order
+// q, k, v, ~i and ~f of c and a. A block has 32 rows; its six warps take pieces of 32 columns in turn. The order
 // of the columns in a product is free: lane (g, t) has columns 8 t to 8 t + 7 of rows g, g + 8, g + 16, g + 24, works
 // out q, k and v of them, rounds them, and has in its registers what the product with W_g takes as an operand.
 
 #ifdef ELEMENT_BF16
-#define WARPS 8
+#define WARPS 6
 /// Tiles of 16 rows of a block.
 #define ROW_TILES 2
 #define BLOCK_ROWS (16 * ROW_TILES)
@@ -34,7 +34,6 @@ __device__ __forceinline__ void forward(
         }
         EACH(map, 3) {
             PackedBlock blocks[2] = {};
-            Wide start = {};
             uint4 gate[TILES];
             if (has) {
                 EACH(s, 4) {
@@ -42,7 +41,6 @@ __device__ __forceinline__ void forward(
                     unsigned *to = blocks[s / 2].pairs + s % 2 * 4;
                     to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
                 }
-                if (maps.bias[map]) EACH_WIDE(j) start.x[j] = maps.bias[map][column + j];
             }
             EACH(n, TILES) {
                 const bf16_t *row = gate_row(wi, wf, 8 * n + g, H, D);
@@ -51,7 +49,8 @@ __device__ __forceinline__ void forward(
             EACH(m, ROW_TILES) {
                 uint4 y[2];
                 EACH(half, 2) {
-                    Wide x = unpack(from[map / 2][m][half]);
+                    Wide x = unpack(from[map / 2][m][half]), start = {};
+                    if (has && maps.bias[map]) start = load_whole(maps.bias[map] + column);
                     Four low = map_block(
                         blocks[0], {{x.x[0], x.x[1], x.x[2], x.x[3]}},
                         {{start.x[0], start.x[1], start.x[2], start.x[3]}}
@@ -88,17 +87,17 @@ __device__ __forceinline__ void forward(
     }
 }
 
-/// Biases may be null. D is a multiple of 8, pointers are aligned to 16 bytes. grid (ceil(R / 32)), block 256.
-/// BLOCKS of a multiprocessor, as registers allow.
-#define FORWARD(NAME, TILES, BLOCKS)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(                                            \
+/// Biases may be null. D is a multiple of 8, pointers are aligned to 16 bytes. grid (ceil(R / 32)), block 192.
+/// (Held to 128 registers for three more warps a multiprocessor it spills on some cards.)
+#define FORWARD(NAME, TILES)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(                                                    \
         const bf16_t *c, const bf16_t *a, const bf16_t *wq, const float *bq, const bf16_t *wk, const float *bk,       \
         const bf16_t *wv, const float *bv, const bf16_t *wi, const float *bi, const bf16_t *wf, const float *bf,      \
         bf16_t *q, bf16_t *k, bf16_t *v, float *yi, float *yf, int R, int D, int H                                    \
     ) {                                                                                                               \
-        forward<TILES>(c, a, {{wq, wk, wv}, {bq, bk, bv}, {q, k, v}}, wi, wf, bi, bf, yi, yf, R, D, H);              \
+        forward<TILES>(c, a, {{wq, wk, wv}, {bq, bk, bv}, {q, k, v}}, wi, wf, bi, bf, yi, yf, R, D, H);               \
     }
-FORWARD(qkv_forward_8, 1, 2)
-FORWARD(qkv_forward_16, 2, 1)
-FORWARD(qkv_forward_32, 4, 1)
+FORWARD(qkv_forward_8, 1)
+FORWARD(qkv_forward_16, 2)
+FORWARD(qkv_forward_32, 4)
 #endif
