@@ -3,7 +3,7 @@
 # the test text and, zero-shot, on WikiText-103's, and reports over all rows that are there
 # -> docs/results/table.md, table.json and pictures.
 #
-#   scripts/table.sh ROW...      lstm transformer slstm mlstm xlstm-7-1 xlstm-large xlstm-large-conv pyxlstm
+#   scripts/table.sh ROW...      lstm transformer slstm mlstm xlstm-7-1 xlstm-large pyxlstm
 #   scripts/table.sh prepare     the tokens alone, before several rows at once on as many GPUs
 #   scripts/table.sh report      the report alone
 #
@@ -150,7 +150,6 @@ title() {
     mlstm) echo mLSTM ;;
     xlstm-7-1) echo 'xLSTM[7:1]' ;;
     xlstm-large) echo xLSTMLarge ;;
-    xlstm-large-conv) echo 'xLSTMLarge + conv' ;;
     *) echo "$1" ;;
     esac
 }

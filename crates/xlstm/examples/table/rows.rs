@@ -20,14 +20,13 @@ pub struct Model {
 }
 
 /// All kinds, in the table's order.
-pub const MODELS: [Model; 8] = [
+pub const MODELS: [Model; 7] = [
     Model { row: "lstm", article: Some(103.2), xlstm: false },
     Model { row: "transformer", article: Some(78.3), xlstm: false },
     Model { row: "slstm", article: Some(89.4), xlstm: true },
     Model { row: "mlstm", article: Some(82.7), xlstm: true },
     Model { row: "xlstm-7-1", article: None, xlstm: true },
     Model { row: "xlstm-large", article: None, xlstm: true },
-    Model { row: "xlstm-large-conv", article: None, xlstm: true },
     Model { row: "pyxlstm", article: None, xlstm: false },
 ];
 

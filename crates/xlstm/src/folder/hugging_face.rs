@@ -246,12 +246,6 @@ pub(crate) fn config_file(
     if large.use_bias {
         return refuse("use_bias", "true");
     }
-    if large.conv1d_kernel_size > 0 {
-        return Err(Error::config(
-            "a Hugging Face folder cannot hold a model of the large family with convolutions",
-        )
-        .hint("`--to ours` can"));
-    }
     let (Some(gate_soft_cap), Some(output_logit_soft_cap)) =
         (large.gate_soft_cap, large.output_logit_soft_cap)
     else {
@@ -333,10 +327,9 @@ mod tests {
         };
         assert!(with(|_| ()).unwrap().1.is_empty());
         assert_eq!(with(|c| c.large.qk_dim_factor = 0.25).unwrap().1.len(), 1);
-        let changes: [fn(&mut ModelConfig); 5] = [
+        let changes: [fn(&mut ModelConfig); 4] = [
             |c| c.large.add_out_norm = false,
             |c| c.large.use_bias = true,
-            |c| c.large.conv1d_kernel_size = 4,
             |c| c.large.gate_soft_cap = None,
             |c| c.family = Family::Small,
         ];

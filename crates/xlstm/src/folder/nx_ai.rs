@@ -47,12 +47,6 @@ pub(crate) fn config_file(config: &ModelConfig) -> Result<Value> {
         .hint("`--to ours` holds every family"));
     }
     let large = &config.large;
-    if large.conv1d_kernel_size > 0 {
-        return Err(Error::config(
-            "an NX-AI folder cannot hold a model of the large family with convolutions",
-        )
-        .hint("`--to ours` can"));
-    }
     if large.weight_mode == WeightMode::Fused {
         return Err(Error::config("an NX-AI folder holds single weights, and fused ones are asked for")
             .hint("leave --weights out, or give --weights single"));

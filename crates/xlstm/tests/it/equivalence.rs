@@ -96,7 +96,6 @@ fn large(rng: &mut Rng) -> ModelConfig {
     large.gate_soft_cap = [None, Some(5.0)][below(rng, 2)];
     large.output_logit_soft_cap = [None, Some(3.0)][below(rng, 2)];
     large.eps = [1e-6, 1e-2][below(rng, 2)];
-    large.conv1d_kernel_size = [0, 0, 1, 4][below(rng, 4)];
     config
 }
 

@@ -8,11 +8,9 @@
 //! y = x' + W_down (SiLU(W_gate u') ∘ W_up u')          u' = norm(x')
 //! ```
 //!
-//! with root-mean-square norms but for the heads'. With `conv1d_kernel_size` u and u' are convolved over time
-//! first.
+//! with root-mean-square norms but for the heads'.
 
 use super::config::{Initialization, LargeConfig, WeightMode};
-use super::short_conv::ShortConv;
 use crate::cell::mlstm::{Form, MlstmConfig, MlstmState, mlstm};
 use crate::cell::{ForgetGate, InputGate};
 use crate::engine::{Shape, Tape, Var};
@@ -147,7 +145,6 @@ pub struct LargeBlock {
     sizes: [usize; 2],
     gate_soft_cap: Option<f64>,
     norm_mlstm: ScaledNorm,
-    conv_mlstm: Option<ShortConv>,
     /// Queries, keys, values, output gate.
     qkvo: [Projection; 4],
     /// Input gate, forget gate.
@@ -155,7 +152,6 @@ pub struct LargeBlock {
     multihead_norm: ScaledNorm,
     out_proj: Projection,
     norm_ffn: ScaledNorm,
-    conv_ffn: Option<ShortConv>,
     /// Gate, up-projection.
     up: [Projection; 2],
     down: Projection,
@@ -167,7 +163,6 @@ impl LargeBlock {
         let (options, dim) = (&config.large, config.embedding_dim);
         let ([qk, v], ffn) = (options.head_dims(dim), options.feedforward_dim(dim));
         let (heads, mode, bias) = (options.num_heads, options.weight_mode, options.use_bias);
-        let conv = (dim, options.conv1d_kernel_size);
         let zeros = Init::Constant(0.0);
         let torch = |inputs: usize| Init::Uniform(1.0 / (inputs as f64).sqrt());
         let plain = options.initialization == Initialization::Pytorch;
@@ -187,7 +182,6 @@ impl LargeBlock {
 
         let rms = NormKind::RootMeanSquare;
         let norm_mlstm = ScaledNorm::new(options, ("norm_mlstm", dim), rms, 1, builder);
-        let conv_mlstm = ShortConv::new("conv_mlstm", conv, builder);
         let (qkvo, gates, multihead_norm, out_proj) = builder.scope("mlstm_layer", |builder| {
             let four = [
                 wanted("q", qk, small()),
@@ -204,7 +198,6 @@ impl LargeBlock {
             (qkvo, gates, norm, out_proj)
         });
         let norm_ffn = ScaledNorm::new(options, ("norm_ffn", dim), rms, 1, builder);
-        let conv_ffn = ShortConv::new("conv_ffn", conv, builder);
         let (up, down) = builder.scope("ffn", |builder| {
             let two = [wanted("proj_up_gate", ffn, small()), wanted("proj_up", ffn, small())];
             let up = projections(builder, mode, "proj_up_gate_z", (dim, bias), two);
@@ -225,13 +218,11 @@ impl LargeBlock {
             sizes: [qk / heads, v / heads],
             gate_soft_cap: options.gate_soft_cap,
             norm_mlstm,
-            conv_mlstm,
             qkvo,
             gates,
             multihead_norm,
             out_proj,
             norm_ffn,
-            conv_ffn,
             up,
             down,
         }
@@ -240,14 +231,11 @@ impl LargeBlock {
     /// Names and shapes of the state of `batch` sequences.
     pub fn state_layout(&self, batch: usize) -> Vec<(&'static str, Shape)> {
         let (heads, [qk, v]) = (self.cell.heads, self.sizes);
-        let cell = [
+        vec![
             ("mlstm.c", [batch, heads, qk, v].into()),
             ("mlstm.n", [batch, heads, qk].into()),
             ("mlstm.m", [batch, heads].into()),
-        ];
-        let convs = [("conv_mlstm.window", self.conv_mlstm), ("conv_ffn.window", self.conv_ffn)];
-        let windows = convs.into_iter().filter_map(|(name, conv)| Some((name, conv?.window(batch))));
-        cell.into_iter().chain(windows).collect()
+        ]
     }
 
     /// x (B, S, D) and the state before it -> y (B, S, D) and the state after it.
@@ -262,7 +250,6 @@ impl LargeBlock {
         context: &mut Context,
     ) -> Result<(Residual, Vec<Var>)> {
         let (x, u) = self.norm_mlstm.forward(tape, x)?;
-        let (u, mlstm_window) = convolved(tape, self.conv_mlstm, u, state.and_then(|s| s.get(3)), context)?;
         let [q, k, v, o] = forward(&self.qkvo, tape, u)?;
         let maps = self.gates.map(|gate| gate.vars(tape));
         let gates = gates(tape, u, maps, self.gate_soft_cap)?;
@@ -272,24 +259,9 @@ impl LargeBlock {
         let [y] = forward(&[self.out_proj], tape, h)?;
 
         let (x, u) = self.norm_ffn.forward(tape, Residual::sum_of(x, y))?;
-        let (u, ffn_window) = convolved(tape, self.conv_ffn, u, state.and_then(|s| s.get(4)), context)?;
         let [gate, up] = forward(&self.up, tape, u)?;
         let product = gated(tape, gate, up, Activation::Swish)?;
         let [y] = forward(&[self.down], tape, product)?;
-        let after = [after.c, after.n, after.m].into_iter().chain(mlstm_window).chain(ffn_window);
-        Ok((Residual::sum_of(x, y), after.collect()))
+        Ok((Residual::sum_of(x, y), vec![after.c, after.n, after.m]))
     }
-}
-
-/// The convolved input of a layer with the window after it, or the input where there is no convolution.
-fn convolved(
-    tape: &mut Tape,
-    conv: Option<ShortConv>,
-    x: Var,
-    window: Option<&Var>,
-    context: &Context,
-) -> Result<(Var, Option<Var>)> {
-    let Some(conv) = conv else { return Ok((x, None)) };
-    let (y, window) = conv.forward(tape, x, window.copied(), context)?;
-    Ok((y, Some(window)))
 }

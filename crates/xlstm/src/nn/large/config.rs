@@ -20,9 +20,6 @@ pub struct LargeConfig {
     pub ffn_proj_factor: f64,
     /// That width is rounded up to a multiple of this. Default 64.
     pub ffn_round_up_to_multiple_of: usize,
-    /// Taps of the causal convolutions of each layer's normed input, which start as the identity; 0 = none, as
-    /// in published models. Default 0.
-    pub conv1d_kernel_size: usize,
     /// Whether the projections and norms have biases; the gates always have. Default false.
     pub use_bias: bool,
     /// Whether a norm ends the stack. Default true.
@@ -77,7 +74,6 @@ impl Default for LargeConfig {
             v_dim_factor: 1.0,
             ffn_proj_factor: 2.6667,
             ffn_round_up_to_multiple_of: 64,
-            conv1d_kernel_size: 0,
             use_bias: false,
             add_out_norm: true,
             norm_eps: 1e-6,
