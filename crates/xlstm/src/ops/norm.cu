@@ -273,23 +273,8 @@ extern "C" __global__ void __launch_bounds__(256) norm_forward(
         // A lane reads what it has written itself.
         x = s;
     }
-    float mean = 0.0f, square = 0.0f;
-    // Three passes, of which the last two find x in the cache.
-    if (layer) {
-        for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
-            Wide wide = load_wide(x + i, size - i);
-            EACH_WIDE(j) mean += wide.x[j];
-        }
-        mean = warp_sum(mean) / size;
-    }
-    for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
-        Wide wide = load_wide(x + i, size - i);
-        EACH_WIDE(j) {
-            float d = i + j < size ? wide.x[j] - mean : 0.0f;
-            square = fmaf(d, d, square);
-        }
-    }
-    float inverse = 1.0f / sqrtf(warp_sum(square) / size + eps);
+    float2 statistics = warp_statistics(x, size, layer, eps);
+    float mean = statistics.x, inverse = statistics.y;
     for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
         Wide wide = load_wide(x + i, size - i), scale = load_wide(w + i, size - i);
         EACH_WIDE(j) wide.x[j] = (wide.x[j] - mean) * inverse * (scale.x[j] + offset);

@@ -207,23 +207,8 @@ extern "C" __global__ void __launch_bounds__(256) skip_norm_forward(FORWARD, SHA
     w += head % groups * size;
     skip += head % groups * size;
     h += start;
-    float mean = 0.0f, square = 0.0f;
-    // Three passes, of which the last two find h in the cache.
-    if (layer) {
-        for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
-            Wide own = load_wide(h + i, size - i);
-            EACH_WIDE(j) mean += own.x[j];
-        }
-        mean = warp_sum(mean) / size;
-    }
-    for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
-        Wide own = load_wide(h + i, size - i);
-        EACH_WIDE(j) {
-            float d = i + j < size ? own.x[j] - mean : 0.0f;
-            square = fmaf(d, d, square);
-        }
-    }
-    float inverse = 1.0f / sqrtf(warp_sum(square) / size + eps);
+    float2 statistics = warp_statistics(h, size, layer, eps);
+    float mean = statistics.x, inverse = statistics.y;
     for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
         int count = size - i;
         Wide sum = load_wide(h + i, count), xs = load_wide(x + start + i, count);

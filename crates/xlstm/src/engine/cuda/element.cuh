@@ -187,6 +187,28 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
+/// Mean (0 unless it is taken off: `layer`) and 1 / std of the `size` numbers of x, by a warp that reads them once
+/// for each, the second time from the cache.
+__device__ __forceinline__ float2 warp_statistics(const element_t *x, int size, int layer, float eps) {
+    int lane = threadIdx.x % 32;
+    float mean = 0.0f, square = 0.0f;
+    if (layer) {
+        for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
+            Wide own = load_wide(x + i, size - i);
+            EACH_WIDE(j) mean += own.x[j];
+        }
+        mean = warp_sum(mean) / size;
+    }
+    for (int i = lane * WIDE; i < size; i += 32 * WIDE) {
+        Wide own = load_wide(x + i, size - i);
+        EACH_WIDE(j) {
+            float d = i + j < size ? own.x[j] - mean : 0.0f;
+            square = fmaf(d, d, square);
+        }
+    }
+    return make_float2(mean, 1.0f / sqrtf(warp_sum(square) / size + eps));
+}
+
 // ---- Sums over rows, in fixed tiles ----
 
 /// Rows of a tile.

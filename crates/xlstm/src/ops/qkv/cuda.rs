@@ -6,7 +6,7 @@
 //! move 16 and 32. Backward gives dW_g in the same pass: three products would read q, k and v again, 6 bytes, to save
 //! the arithmetic of 12 multiplications a feature, which the pass has time for.
 
-use super::{GATES, OF_A, OF_C, SLOTS, of_gates, of_map, shapes_of};
+use super::{GATES, OF_A, OF_C, SLOTS, WEIGHTS, of_gates, of_map, shapes_of};
 use crate::engine::Precision;
 use crate::engine::cuda::{
     CudaBackward, CudaForward, Source, context::arguments, few_rows::Next, launch::ROWS,
@@ -58,7 +58,7 @@ impl Sizes {
             width: shapes.outputs[0].last(),
             heads: shapes.outputs[3].last(),
         };
-        let blocks = OF_WEIGHTS.iter().all(|&slot| shapes.input(slot).dims()[1..] == [BLOCK, BLOCK]);
+        let blocks = WEIGHTS[..3].iter().all(|&slot| shapes.input(slot).dims()[1..] == [BLOCK, BLOCK]);
         let bytes = (piece * precision.bytes()) as u64;
         let takes = precision == Precision::Bf16
             && blocks
@@ -68,9 +68,6 @@ impl Sizes {
         takes.then_some(sizes)
     }
 }
-
-/// W of q, k and v.
-const OF_WEIGHTS: [usize; 3] = [2, 4, 6];
 
 /// See [`Kernel::forward_cuda`].
 pub(super) fn forward(io: &mut CudaForward<'_>) -> Result<()> {
