@@ -124,7 +124,7 @@ score() {
         -n 200 --prompt "${PROMPT:-The history of the city}" >"$folder/sample.txt"
     [[ -e $folder/generation.jsonl ]] || {
         for position in $positions; do
-            "$xlstm" bench decode --config "$configs/$row.yaml" --device "$device" --prompt "$position" --repeats 3 \
+            "$xlstm" bench decode --config "$configs/$row.yaml" --device "$device" --prompt "$position" --repeats 1 \
                 --json >"$folder/decode.json"
             awk -v position="$position" -v rate="$(number tokens_per_s <"$folder/decode.json")" \
                 -v state="$(number state_mb <"$folder/decode.json")" \

@@ -137,6 +137,9 @@ pub struct MlstmConfig {
     pub input_gate: InputGate,
     /// Activation of the forget gate. Default `sigmoid`.
     pub forget_gate: ForgetGate,
+    /// Where the biases of the forget gates start: from the first to the second, evenly over the heads;
+    /// lower is a shorter memory. Default [3, 6].
+    pub forget_gate_bias: [f64; 2],
     /// Steps that are computed at once within a sequence; changes speed, not results. Default 64.
     pub chunk_size: usize,
     /// Added to the normaliser of the memory's output. Default 1e-6.
@@ -260,6 +263,7 @@ impl Default for MlstmConfig {
             round_proj_up_to_multiple_of: 64,
             input_gate: InputGate::Exponential,
             forget_gate: ForgetGate::Sigmoid,
+            forget_gate_bias: [3.0, 6.0],
             chunk_size: 64,
             eps: 1e-6,
         }
@@ -436,6 +440,7 @@ impl ModelConfig {
         at_least_one("model.mlstm.chunk_size", mlstm.chunk_size)?;
         positive("model.mlstm.proj_factor", mlstm.proj_factor)?;
         positive("model.mlstm.eps", mlstm.eps)?;
+        finite("model.mlstm.forget_gate_bias", mlstm.forget_gate_bias)?;
         if used {
             let inner = self.inner_dim();
             let what = "the inner width of an mLSTM layer (proj_factor x embedding_dim, rounded up)";
@@ -493,6 +498,15 @@ pub(crate) fn positive(key: &str, value: f64) -> Result<()> {
             .hint(format!("{key} is a finite number greater than 0")));
     }
     Ok(())
+}
+
+/// Refuses a pair that is not of numbers at `key`.
+pub(crate) fn finite(key: &str, pair: [f64; 2]) -> Result<()> {
+    match pair.iter().all(|value| value.is_finite()) {
+        true => Ok(()),
+        false => Err(Error::config(format!("{key} is [{}, {}]", pair[0], pair[1]))
+            .hint(format!("{key} is a pair of finite numbers"))),
+    }
 }
 
 /// Refuses all but [0, 1) at `key`.
@@ -560,6 +574,19 @@ mod tests {
             (model(|m| m.mlstm.num_heads = 3), "model.mlstm.num_heads is 3", "1, 2, 4, 8"),
             (model(|m| m.mlstm.qkv_proj_blocksize = 5), "qkv_proj_blocksize is 5", "1, 2, 4"),
             (model(|m| m.mlstm.conv1d_kernel_size = 0), "model.mlstm.conv1d_kernel_size is 0", "at least 1"),
+            (
+                model(|m| m.mlstm.forget_gate_bias = [f64::NAN, 6.0]),
+                "model.mlstm.forget_gate_bias is [NaN, 6]",
+                "finite",
+            ),
+            (
+                model(|m| {
+                    m.family = Family::Large;
+                    m.large.forget_gate_bias = [0.0, f64::INFINITY];
+                }),
+                "model.large.forget_gate_bias is [0, inf]",
+                "finite",
+            ),
             (model(|m| m.dropout = 1.0), "model.dropout is 1", "less than 1"),
             (model(|m| m.dropout = f64::NAN), "model.dropout is NaN", "less than 1"),
             (

@@ -71,7 +71,8 @@ impl MlstmLayer {
             })
         };
         let igate = gate("igate", Init::Normal(0.1));
-        let fgate = gate("fgate", Init::steps(3.0, 6.0, heads));
+        let [first, last] = options.forget_gate_bias;
+        let fgate = gate("fgate", Init::steps(first, last, heads));
         let outnorm = builder.parameter("mlstm_cell.outnorm.weight", &[inner], Init::Constant(0.0));
         let down = builder.matrices("proj_down.weight", &[dim, inner], wang, [dim]);
         let proj_down = (down, bias(builder, "proj_down.bias", dim));

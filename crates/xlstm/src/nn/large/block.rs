@@ -176,7 +176,8 @@ impl LargeBlock {
             start(inputs, Init::Normal(deviation), zeros.clone())
         };
         let input_gate = start(dim, zeros.clone(), Init::Constant(-10.0));
-        let forget_gate = start(dim, zeros.clone(), Init::steps(3.0, 6.0, heads));
+        let [first, last] = options.forget_gate_bias;
+        let forget_gate = start(dim, zeros.clone(), Init::steps(first, last, heads));
         let wanted = |name, rows, start| Wanted { name, rows, start, is_matrix: true };
         let gate = |name, start| Wanted { name, rows: heads, start, is_matrix: false };
 

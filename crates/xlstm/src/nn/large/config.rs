@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::nn::config::{at_least_one, divides, positive};
+use crate::nn::config::{at_least_one, divides, finite, positive};
 
 /// What the family has besides the keys that all have.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -36,6 +36,9 @@ pub struct LargeConfig {
     pub weight_mode: WeightMode,
     /// How parameters start: `hugging_face` or `pytorch`. Default `hugging_face`.
     pub initialization: Initialization,
+    /// Where the biases of the forget gates start: from the first to the second, evenly over the heads;
+    /// lower is a shorter memory. Default [3, 6].
+    pub forget_gate_bias: [f64; 2],
     /// Steps that are computed at once within a sequence; changes speed, not results. Default 64.
     pub chunk_size: usize,
 }
@@ -59,7 +62,7 @@ pub enum WeightMode {
 pub enum Initialization {
     /// Of the Hugging Face implementation: normal with deviation sqrt(2 / (5 D)), what goes back
     /// to the residual stream with 2 / (blocks sqrt(width)), gates from their biases alone (-10 of
-    /// the input gate, 3 to 6 of the forget gate).
+    /// the input gate, `forget_gate_bias` of the forget gate: 3 to 6).
     HuggingFace,
     /// Of PyTorch's layers, as NX-AI's implementation has it: uniform within 1 / sqrt(inputs),
     /// the embedding normal with deviation 1.
@@ -82,6 +85,7 @@ impl Default for LargeConfig {
             output_logit_soft_cap: Some(30.0),
             weight_mode: WeightMode::Single,
             initialization: Initialization::HuggingFace,
+            forget_gate_bias: [3.0, 6.0],
             chunk_size: 64,
         }
     }
@@ -110,6 +114,7 @@ impl LargeConfig {
         at_least_one("model.large.ffn_round_up_to_multiple_of", self.ffn_round_up_to_multiple_of)?;
         positive("model.large.norm_eps", self.norm_eps)?;
         positive("model.large.eps", self.eps)?;
+        finite("model.large.forget_gate_bias", self.forget_gate_bias)?;
         positive("model.large.gate_soft_cap", self.gate_soft_cap.unwrap_or(1.0))?;
         positive("model.large.output_logit_soft_cap", self.output_logit_soft_cap.unwrap_or(1.0))?;
         let [qk, v] = self.head_dims(dim);
