@@ -156,9 +156,9 @@ title() {
 
 facts() {
     local row=$1 folder=$2
-    printf '{"row":"%s","title":"%s","seed":%s,"budget_minutes":%s,"card":"%s","date":"%s","commit":"%s","train_command":"%s"}\n' \
+    printf '{"row":"%s","title":"%s","seed":%s,"budget_minutes":%s,"card":"%s","date":"%s","commit":"%s","vocabulary":%s,"train_command":"%s"}\n' \
         "$row" "$(title "$row")" "$seed" "$minutes" "$(card)" "$(date -u +%F)" \
-        "${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || true)}" "$(cat "$folder/command.txt")" >"$folder/row.json"
+        "${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || true)}" "$(number vocabulary_size <"$tokens.train.json")" "$(sed 's/["\\]/\\&/g' "$folder/command.txt")" >"$folder/row.json"
 }
 
 for row in "$@"; do
@@ -184,7 +184,10 @@ report=${REPORT-docs/results/table}
 if [[ -z $report ]]; then
     exit
 elif command -v cargo >/dev/null; then
-    cargo run --release --example table -- "$runs" "$report"
+    # The README has the short form of the table of record.
+    short=()
+    [[ $report != docs/results/table ]] || short=(README.md)
+    cargo run --release --example table -- "$runs" "$report" ${short[@]+"${short[@]}"}
 else
     say "no cargo here: report with scripts/table.sh report where there is"
 fi

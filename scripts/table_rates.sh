@@ -46,15 +46,16 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*/*/run/1/metrics.jsonl")):
     training = [row for row in rows if "loss" in row]
     if losses:
         command, last = facts["train_command"], training[-1]
-        lines.append((facts["row"], facts["budget_minutes"], losses[-1]["val_loss"], rate(command), changed(command),
+        lines.append((facts["row"], -facts["vocabulary"], facts["budget_minutes"], losses[-1]["val_loss"], rate(command), changed(command),
                       last["tokens"], last["tokens_per_s"], facts["card"], facts["date"], facts["commit"]))
 text = ["# Learning rates of the table", "",
         "Short runs of each row, each with its whole schedule, and their loss on the validation text at the end, in nats a",
-        "token; the best of a row first. What is changed is so against the configuration of that commit, `configs/table/ROW.yaml`.", "",
-        "| row | minutes | rate | changed | validation loss | tokens, M | tokens/s | card | date | commit |",
-        "|---|---|---|---|---|---|---|---|---|---|"]
-for row, minutes, loss, rate_of, keys, tokens, speed, *where in sorted(lines):
-    text.append(f"| {row} | {minutes:g} | {rate_of} | {keys} | {loss:.4f} | {tokens / 1e6:.1f} | {speed:,.0f} | {' | '.join(where)} |")
+        "token; the best of a row first. What is changed is so against the configuration of that commit, `configs/table/ROW.yaml`.",
+        "Losses of different vocabularies are of different tokens: 50,257 are GPT-2's, all others were trained on the text.", "",
+        "| row | vocabulary | minutes | rate | changed | validation loss | tokens, M | tokens/s | card | date | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|"]
+for row, size, minutes, loss, rate_of, keys, tokens, speed, *where in sorted(lines):
+    text.append(f"| {row} | {-size:,} | {minutes:g} | {rate_of} | {keys} | {loss:.4f} | {tokens / 1e6:.1f} | {speed:,.0f} | {' | '.join(where)} |")
 text += ["", "Made by `scripts/table_rates.sh`."]
 pathlib.Path("docs/results/table-rates.md").write_text("\n".join(text) + "\n")
 PYTHON

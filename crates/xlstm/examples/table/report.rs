@@ -174,6 +174,41 @@ fn main_table(rows: &[&Row]) -> String {
     text
 }
 
+/// What a reader in a hurry wants of it: the scores, and what stays flat as a text grows. Failed rows have neither.
+pub fn summary(rows: &[Row]) -> String {
+    let shown: Vec<&Row> = shown(rows).into_iter().filter(|row| row.failure.is_none()).collect();
+    let far = shown.iter().flat_map(|row| &row.positions).max_by_key(|bucket| bucket.first);
+    let late = shown.iter().flat_map(|row| &row.generation).map(|line| line.position).max();
+    let place = |place: Option<u64>| number(place.map(|place| place as f64), 0);
+    let [first, last] = [far.map(|bucket| bucket.first), far.map(|bucket| bucket.last)];
+    let mut text = table_head(&[
+        "model",
+        "tokens seen, M",
+        "test token perplexity",
+        &format!("at positions {} to {}", place(first), place(last)),
+        "WikiText-103 word perplexity",
+        "with `<unk>`",
+        "the article's, after hours",
+        &format!("ms a token at {}", place(late)),
+    ]);
+    for row in shown {
+        let at = row.positions.iter().find(|bucket| Some(bucket.first) == first);
+        let time = row.generation.iter().find(|line| Some(line.position) == late);
+        let [without, whole] = row.wikitext.each_ref().map(|score| number(score.word_perplexity, 1));
+        text += &line(&[
+            escaped(&row.facts.title),
+            number(row.tokens().map(|count| count as f64 / 1e6), 0),
+            number(row.test.token_perplexity, 1),
+            number(at.and_then(|bucket| bucket.token_perplexity), 1),
+            without,
+            whole,
+            number(row.model().article, 1),
+            number(time.and_then(|line| line.ms), 2),
+        ]);
+    }
+    text
+}
+
 fn positions(rows: &[&Row]) -> String {
     let firsts: BTreeSet<(u64, u64)> =
         rows.iter().flat_map(|row| row.positions.iter().map(|bucket| (bucket.first, bucket.last))).collect();

@@ -60,8 +60,12 @@ pub struct Score {
 pub struct Bucket {
     pub first: u64,
     pub last: u64,
+    pub tokens: u64,
     pub token_perplexity: Option<f64>,
 }
+
+/// What a handful of tokens come to says nothing: positions with fewer are left out.
+const FEWEST_TOKENS: u64 = 30;
 
 /// A line of `generation.jsonl`: what drawing a token takes after so many.
 #[derive(Debug, Deserialize)]
@@ -134,7 +138,11 @@ impl Row {
             validation,
             test: score("test.json")?,
             wikitext: [score("wikitext.json")?, score("wikitext-all.json")?],
-            positions: score("positions.json")?.positions,
+            positions: score("positions.json")?
+                .positions
+                .into_iter()
+                .filter(|bucket| bucket.tokens >= FEWEST_TOKENS)
+                .collect(),
             generation: json_lines(&path.join("generation.jsonl"))?,
             sample: text(&path.join("sample.txt"))?.filter(|sample| !sample.trim().is_empty()),
             peak_memory_mb: pace.peak_memory_mb,

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::write;
+use super::{insert, write};
 
 /// A folder that is removed at the end.
 struct Folder(PathBuf);
@@ -61,8 +61,9 @@ impl Folder {
         let score = |token: f64, word: f64| {
             format!(
                 r#"{{"loss":1.0,"token_perplexity":{token},"word_perplexity":{word},"bits_per_byte":{bits},"tokens":9,"words":9,"bytes":9,
-                "positions":[{{"first":1,"last":1,"tokens":1,"loss":1.0,"token_perplexity":900.25}},
-                {{"first":8192,"last":16383,"tokens":1,"loss":1.0,"token_perplexity":{token}}}]}}"#
+                "positions":[{{"first":1,"last":1,"tokens":30,"loss":1.0,"token_perplexity":900.25}},
+                {{"first":8192,"last":16383,"tokens":31,"loss":1.0,"token_perplexity":{token}}},
+                {{"first":16384,"last":32767,"tokens":29,"loss":1.0,"token_perplexity":666.5}}]}}"#
             )
         };
         self.write(&format!("{folder}/test.json"), &score(perplexity, 7777.0));
@@ -103,6 +104,33 @@ fn cells<'a>(text: &'a str, title: &str) -> Vec<&'a str> {
     let lines: Vec<&str> = table.lines().filter(|line| line.starts_with(&start)).collect();
     assert_eq!(lines.len(), 1, "{title}: {text}");
     lines[0].trim_matches('|').split('|').map(str::trim).collect()
+}
+
+#[test]
+fn the_short_form_stands_between_its_marks() {
+    let folder = Folder::new("short");
+    folder.whole(["mlstm", "mLSTM"], 1, 5.0, [40.5, 1.25]);
+    folder.row(["slstm", "sLSTM"], 1, 5.0);
+    let failed = folder.row(["pyxlstm", "PyxLSTM's cells"], 1, 5.0);
+    folder.write(&format!("{failed}/failure.txt"), "not finite\n");
+    folder.write("text.md", "before\n<!-- TABLE -->\nold\n<!-- /TABLE -->\nafter\n");
+    for _ in 0..2 {
+        insert(&folder.0.join("runs"), &folder.0.join("text.md")).unwrap();
+        let text = folder.text("text.md");
+        assert!(text.starts_with("before\n<!-- TABLE -->\n| model |"), "{text}");
+        assert!(text.ends_with("|\n<!-- /TABLE -->\nafter\n") && !text.contains("old"), "{text}");
+        assert!(
+            text.contains("at positions 8,192 to 16,383 |") && text.contains("ms a token at 16,384 |"),
+            "{text}"
+        );
+        let want = ["mLSTM", "25", "40.5", "1,234.5", "81.0", "121.5", "82.7", "1.80"];
+        assert_eq!(cells(&text, "mLSTM"), want);
+        assert_eq!(cells(&text, "sLSTM"), ["sLSTM", "-", "-", "-", "-", "-", "89.4", "-"]);
+        assert!(!text.contains("PyxLSTM"), "{text}");
+    }
+    folder.write("text.md", "no marks\n");
+    let error = insert(&folder.0.join("runs"), &folder.0.join("text.md")).unwrap_err().to_string();
+    assert!(error.contains("<!-- TABLE -->"), "{error}");
 }
 
 #[test]
