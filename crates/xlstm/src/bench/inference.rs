@@ -113,18 +113,22 @@ pub fn decode(
         runner.set_state(&after)?;
         let mut logits = logits.repeat(sessions);
         let start = Instant::now();
-        for step in 0..preset.drawn {
-            if step == 0 || !runner.draws() {
-                for (token, logits) in tokens.iter_mut().zip(logits.chunks_exact(vocabulary)) {
-                    *token = sampler.draw(logits)?;
+        // As generation does it.
+        device.install(|| -> Result<()> {
+            for step in 0..preset.drawn {
+                if step == 0 || !runner.draws() {
+                    for (token, logits) in tokens.iter_mut().zip(logits.chunks_exact(vocabulary)) {
+                        *token = sampler.draw(logits)?;
+                    }
+                }
+                if runner.draws() {
+                    tokens = runner.read_and_draw(&tokens, &vec![likeliest; sessions])?;
+                } else {
+                    logits = runner.read(&tokens, Logits::Last)?;
                 }
             }
-            if runner.draws() {
-                tokens = runner.read_and_draw(&tokens, &vec![likeliest; sessions])?;
-            } else {
-                logits = runner.read(&tokens, Logits::Last)?;
-            }
-        }
+            Ok(())
+        })?;
         // In the first repetition the pass is recorded.
         if repeat > 0 {
             seconds.push(start.elapsed().as_secs_f64());

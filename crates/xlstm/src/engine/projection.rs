@@ -144,6 +144,18 @@ fn few<T: Scalar>(
             (columns, start) = (later, start.saturating_sub(map.outer));
         }
     });
+    if rows == 1 {
+        let mut columns = &*columns;
+        for map in maps {
+            let (now, later) = columns.split_at(map.outer);
+            match map.accumulate {
+                true => map.y.iter_mut().zip(now).for_each(|(y, &sum)| *y = *y + sum),
+                false => map.y.copy_from_slice(now),
+            }
+            columns = later;
+        }
+        return;
+    }
     let mut columns = columns.chunks_exact(rows);
     for map in maps {
         for (n, column) in columns.by_ref().take(map.outer).enumerate() {

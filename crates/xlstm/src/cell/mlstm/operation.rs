@@ -214,12 +214,12 @@ impl Kernel for Mlstm {
         let state = (io.inputs[C0], io.inputs[C0 + 1], io.inputs[C0 + 2]);
         let outputs: [&mut [T]; 6] = std::array::from_fn(|i| io.output(i));
         let [h, c, n, m, stabilizers, denominators] = outputs;
-        for (to, from) in [(&mut *c, state.0), (&mut *n, state.1), (&mut *m, state.2)] {
-            match from {
-                Some(from) => to.copy_from_slice(from),
-                None => to.fill(T::ZERO),
-            }
-        }
+        let start = |to: &mut [T], from: Option<&[T]>| match from {
+            Some(from) => to.copy_from_slice(from),
+            None => to.fill(T::ZERO),
+        };
+        start(n, state.1);
+        start(m, state.2);
         for (m, n) in m.iter_mut().zip(n.chunks_exact(dqk)) {
             *m = self.config.initial_stabilizer(n, *m);
         }
@@ -244,6 +244,8 @@ impl Kernel for Mlstm {
             .enumerate()
             .for_each(|(task, (((((h, c), n), m), (stabilizers, denominators)), work))| {
                 let input = self.head_input(sizes, task, qkv, (log_i, log_f), marks);
+                // By the thread that reads it next.
+                start(c, state.0.map(|from| &from[task * dqk * dhv..][..dqk * dhv]));
                 let mut out = HeadOutput { h, c, n, m, stabilizers, denominators };
                 match self.config.form {
                     Form::Parallel => parallel::forward(&self.config, &input, &mut out, work),
