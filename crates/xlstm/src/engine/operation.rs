@@ -77,7 +77,7 @@ pub struct Forward<'a, T> {
     pub inputs: [Option<&'a [T]>; MAX_SLOTS],
     /// Instead of values, inputs of [`Kernel::storable`] that are stored in fewer bits.
     pub narrow: [Option<Narrow<'a>>; MAX_SLOTS],
-    /// Where results go; the previous content is arbitrary.
+    /// Where results go; the previous content is arbitrary, but for [`Kernel::updates`].
     pub outputs: [Option<&'a mut [T]>; MAX_SLOTS],
     /// Integer inputs: token ids, targets, marks, seeds.
     pub ids: [&'a [u32]; 3],
@@ -98,6 +98,11 @@ impl<'a, T: Scalar> Forward<'a, T> {
     /// Input `i` of [`Kernel::storable`], which is always there, as it is stored.
     pub fn weight(&self, i: usize) -> Slice<'a, T> {
         self.narrow[i].map_or_else(|| Slice::Wide(self.input(i)), Slice::Narrow)
+    }
+
+    /// Whether input `i` lies in the output that [`Kernel::updates`] names with it.
+    pub fn updates(&self, i: usize) -> bool {
+        self.shapes.inputs[i].is_some() && self.inputs[i].is_none() && self.narrow[i].is_none()
     }
 
     /// Takes output `i`.
@@ -218,6 +223,13 @@ pub trait Kernel: Debug + Send + Sync + 'static {
         Slots::default()
     }
 
+    /// An input and an output of its shape that may lie in one place: forward then finds the input's values
+    /// in the output, and leaves there what does not change. On the processor the input is absent then
+    /// ([`Forward::updates`]), on a GPU both have one address.
+    fn updates(&self) -> Option<[usize; 2]> {
+        None
+    }
+
     /// The inputs that are weight matrices, as a bit set: on a GPU their gradients are f32 even
     /// where they are read in bf16, so that there they have to be parameters.
     fn weights(&self) -> u32 {
@@ -279,6 +291,8 @@ pub trait Operation: Debug + Send + Sync {
     fn reads(&self) -> Slots;
     /// See [`Kernel::full_precision`].
     fn full_precision(&self) -> Slots;
+    /// See [`Kernel::updates`].
+    fn updates(&self) -> Option<[usize; 2]>;
     /// See [`Kernel::weights`].
     fn weights(&self) -> u32;
     /// See [`Kernel::storable`].
@@ -323,6 +337,9 @@ impl<K: Kernel> Operation for K {
     }
     fn full_precision(&self) -> Slots {
         Kernel::full_precision(self)
+    }
+    fn updates(&self) -> Option<[usize; 2]> {
+        Kernel::updates(self)
     }
     fn weights(&self) -> u32 {
         Kernel::weights(self)

@@ -3,7 +3,8 @@
 //! Time runs over forward steps 0..n and backward steps n..2n (node i runs backward at
 //! 2n-1-i). A value lives from the step that writes it to its last reader; a gradient
 //! from its first contribution to the backward step of the node that made the value.
-//! Buffers whose lives do not overlap share a slot, the best-fitting free one.
+//! Buffers whose lives do not overlap share a slot, the best-fitting free one. A value that its node
+//! makes by updating an input, and that becomes that input, lies in the input's slot.
 
 use super::tape::{Mode, Source, Tape};
 
@@ -76,6 +77,11 @@ impl Plan {
                 plan.value[life.var] = Some(slot);
             }
         }
+        for var in 0..tape.values.len() {
+            if let Some(input) = tape.updated(var) {
+                plan.value[var] = plan.value[input.index()];
+            }
+        }
         plan
     }
 }
@@ -108,6 +114,7 @@ fn lives(tape: &Tape, size: impl Fn(usize) -> usize, linger: usize) -> Vec<Life>
         let birth = match value.source {
             Source::Parameter { .. } | Source::Nothing => continue,
             Source::Input => 0,
+            Source::Node(_) if tape.updated(var).is_some() => continue,
             Source::Node(node) => node,
         };
         let forever = value.kept || value.source == Source::Input;

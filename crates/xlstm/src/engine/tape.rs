@@ -62,6 +62,8 @@ pub(super) struct Value {
     pub(super) kept: bool,
     /// The caller sets the gradient that backward starts from.
     pub(super) seeded: bool,
+    /// The input that the value becomes after a replay.
+    pub(super) becomes: Option<Var>,
 }
 
 /// One operation with its buffers.
@@ -110,7 +112,7 @@ impl Tape {
 
     fn value(&mut self, shape: Shape, source: Source, gradient: bool) -> Var {
         let kept = source == Source::Input;
-        self.values.push(Value { shape, source, gradient, kept, seeded: false });
+        self.values.push(Value { shape, source, gradient, kept, seeded: false, becomes: None });
         Var(self.values.len() as u32 - 1)
     }
 
@@ -208,6 +210,32 @@ impl Tape {
     /// Keeps a value until the next replay, for the caller to read.
     pub fn keep(&mut self, var: Var) {
         self.values[var.index()].kept = true;
+    }
+
+    /// Keeps a value that the caller feeds back after every replay, as the next one's `input`, which then
+    /// has no other use. So the two may lie in one place: see [`Kernel::updates`].
+    ///
+    /// [`Kernel::updates`]: super::operation::Kernel::updates
+    pub fn keep_as(&mut self, var: Var, input: Var) {
+        self.keep(var);
+        self.values[var.index()].becomes = Some(input);
+    }
+
+    /// The input that value number `var` lies in the place of: where the node that makes it can update
+    /// that, nobody reads it later, and backward does not run.
+    pub(super) fn updated(&self, var: usize) -> Option<Var> {
+        let value = &self.values[var];
+        let (Some(input), Source::Node(i), Mode::Evaluate) = (value.becomes, value.source, self.mode) else {
+            return None;
+        };
+        let node = &self.nodes[i];
+        let [from, to] = node.operation.updates()?;
+        let fits = node.inputs[from] == Some(input)
+            && node.outputs[to].index() == var
+            && self.values[input.index()].source == Source::Input
+            && self.shape(input) == value.shape;
+        let mut others = self.nodes[i + 1..].iter().flat_map(|node| &node.inputs);
+        (fits && !others.any(|other| *other == Some(input))).then_some(input)
     }
 
     /// Lets backward start from a gradient of `var` that the caller sets.

@@ -431,8 +431,9 @@ impl Recording {
             Ok((how, token))
         };
         let drawn = drawn.then(&mut drawing).transpose()?;
-        after.iter().chain([&outputs]).for_each(|&var| tape.keep(var));
-        let state = after.into_iter().zip(before).collect();
+        tape.keep(outputs);
+        let state: Vec<(Var, Var)> = after.into_iter().zip(before).collect();
+        state.iter().for_each(|&(after, before)| tape.keep_as(after, before));
         Ok(Recording { tape, inputs, marks, state, outputs, drawn })
     }
 }

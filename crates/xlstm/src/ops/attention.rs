@@ -1,8 +1,9 @@
 //! Causal attention with a window: y_t = Σ_u softmax_u(q_t · k_u / √N) v_u over the tokens u
 //! from first_t to t, in every head of size N.
 //!
-//! Tokens before this piece come from a cache; they are numbered below 0 (see
-//! [`positions`](super::positions)). Rows are worked through in tiles with a running maximum
+//! Tokens before this piece come from a cache, a ring of C rows ([`window`](super::window)); they are
+//! numbered below 0 (see [`positions`](super::positions)): with p tokens of the document before the piece,
+//! token u < 0 has row (p + u) mod C. Rows are worked through in tiles with a running maximum
 //! and a running sum (online softmax: Milakov and Gimelshein 2018, Dao et al. 2022), so that
 //! memory is linear in length: what is saved for backward is log Σ_u exp of each row, from
 //! which a tile's weights are worked out again. With P the weights and dP = dy v^T,
@@ -25,7 +26,7 @@ use crate::engine::{Gradient, Scalar, Shape};
 use crate::error::{Error, Result};
 use crate::ops::positions::{Places, whole};
 
-/// q, k, v (B, S, NH N), optional keys and values of the cache (B, C, NH N), first (B, S) ->
+/// q, k, v (B, S, NH N), optional keys and values of the cache (B, C, NH N), first, position (B, S) ->
 /// y (B, S, NH N); saved: log Σ exp of each row (B, NH, S).
 #[derive(Debug)]
 struct Attention {
@@ -35,6 +36,7 @@ struct Attention {
 /// The inputs after q, k and v.
 const CACHE: usize = 3;
 const FIRST: usize = 5;
+const POSITION: usize = 6;
 
 /// Records attention of `heads` heads over q, k, v (B, S, D) and, where given, the keys and
 /// values (B, C, D) of the tokens before, at places that were recorded with a window of C.
@@ -49,7 +51,8 @@ pub fn attention(
     cache: Option<[Var; 2]>,
     places: Places,
 ) -> Result<Var> {
-    let inputs = [Some(q), Some(k), Some(v), cache.map(|c| c[0]), cache.map(|c| c[1]), Some(places.first)];
+    let [ck, cv] = [0, 1].map(|i| cache.map(|cache| cache[i]));
+    let inputs = [Some(q), Some(k), Some(v), ck, cv, Some(places.first), Some(places.position)];
     Ok(tape.record(Attention { heads }, &inputs, &[])?[0])
 }
 
@@ -91,26 +94,47 @@ impl Sizes {
     }
 }
 
+/// Where the tokens before a piece are in one sequence's cache.
+#[derive(Clone, Copy)]
+struct Ring {
+    /// Rows of the cache.
+    rows: usize,
+    /// The row of the token that comes next, the one numbered 0.
+    next: usize,
+}
+
+impl Ring {
+    /// Of sequence `b`. `position` is of all.
+    fn new<T: Scalar>(sizes: Sizes, position: &[T], b: usize) -> Ring {
+        let before = whole(position[b * sizes.length]).unsigned_abs();
+        Ring { rows: sizes.cached, next: before.checked_rem(sizes.cached).unwrap_or(0) }
+    }
+
+    /// The row of token u < 0, no further back than there are rows.
+    fn row(self, u: isize) -> usize {
+        (self.next + self.rows - u.unsigned_abs()) % self.rows
+    }
+}
+
 /// Keys or values of one head of one sequence.
 #[derive(Clone, Copy)]
 struct Seen<'a, T> {
     tokens: MatRef<'a, T>,
     cache: Option<MatRef<'a, T>>,
-    /// Rows of the cache.
-    cached: usize,
+    ring: Ring,
 }
 
 impl<'a, T: Scalar> Seen<'a, T> {
-    fn new(sizes: Sizes, tokens: &'a [T], cache: Option<&'a [T]>, task: usize) -> Self {
+    fn new(sizes: Sizes, tokens: &'a [T], (cache, ring): (Option<&'a [T]>, Ring), task: usize) -> Self {
         let cache = cache.map(|cache| sizes.head(cache, sizes.cached, task));
-        Seen { tokens: sizes.head(tokens, sizes.length, task), cache, cached: sizes.cached }
+        Seen { tokens: sizes.head(tokens, sizes.length, task), cache, ring }
     }
 
-    /// The rows of a tile, which does not reach over 0.
+    /// The rows of a tile, which reaches neither over 0 nor over the end of the ring.
     fn rows(&self, tile: &Range<isize>) -> MatRef<'a, T> {
         let count = (tile.end - tile.start) as usize;
         match self.cache {
-            Some(cache) if tile.start < 0 => cache.rows_at(self.cached - tile.start.unsigned_abs(), count),
+            Some(cache) if tile.start < 0 => cache.rows_at(self.ring.row(tile.start), count),
             _ => self.tokens.rows_at(tile.start.unsigned_abs(), count),
         }
     }
@@ -121,16 +145,21 @@ impl<'a, T: Scalar> Seen<'a, T> {
 fn key_tiles<T: Scalar>(
     first: &[T],
     queries: &Range<usize>,
-    cached: usize,
+    ring: Ring,
 ) -> impl Iterator<Item = Range<isize>> + use<T> {
     let is_token = |t: &usize| whole(first[*t]) <= *t as isize;
-    let lowest = queries.clone().find(is_token).map(|t| whole(first[t]).max(-(cached as isize)));
+    let lowest = queries.clone().find(is_token).map(|t| whole(first[t]).max(-(ring.rows as isize)));
     let end = queries.clone().rev().find(is_token).map_or(0, |t| t as isize + 1);
     let tile = ROWS as isize;
     let start = lowest.map_or(end, |lowest| lowest.div_euclid(tile) * tile);
     (start..end)
         .step_by(ROWS)
-        .map(move |at| at.max(lowest.unwrap_or(end))..(at + tile).min(end))
+        .flat_map(move |at| {
+            // The end of the ring is between two tiles.
+            let (from, to) = (at.max(lowest.unwrap_or(end)), (at + tile).min(end));
+            let cut = if from < 0 { (-(ring.next as isize)).clamp(from, to.max(from)) } else { from };
+            [from..cut, cut..to]
+        })
         .filter(|keys| !keys.is_empty())
 }
 
@@ -185,7 +214,7 @@ fn forward_tile<T: Scalar>(
     let (mut highest, mut sums) = ([T::NEG_INFINITY; ROWS], [T::ZERO; ROWS]);
     let count = queries.len();
     y.fill(T::ZERO);
-    for keys in key_tiles(first, queries, sizes.cached) {
+    for keys in key_tiles(first, queries, k.ring) {
         let width = (keys.end - keys.start) as usize;
         let scores = &mut space[..count * width];
         let all = MatMut::new(&mut *scores, count, width);
@@ -241,11 +270,11 @@ struct HeadGradients<'a, T> {
 
 impl<T: Scalar> HeadGradients<'_, T> {
     /// The rows of a tile of keys or values.
-    fn rows(&mut self, which: usize, keys: &Range<isize>, cached: usize) -> Option<MatMut<'_, T>> {
+    fn rows(&mut self, which: usize, keys: &Range<isize>, ring: Ring) -> Option<MatMut<'_, T>> {
         let count = (keys.end - keys.start) as usize;
         let [tokens, cache] = &mut self.seen[which];
         if keys.start < 0 {
-            cache.as_mut().map(|cache| cache.rows_at(cached - keys.start.unsigned_abs(), count))
+            cache.as_mut().map(|cache| cache.rows_at(ring.row(keys.start), count))
         } else {
             tokens.as_mut().map(|tokens| tokens.rows_at(keys.start.unsigned_abs(), count))
         }
@@ -277,7 +306,7 @@ fn backward_head<T: Scalar>(sizes: Sizes, saved: &HeadSaved<'_, T>, gradients: &
                 *share = dot(saved.dy.row(t), saved.y.row(t));
             }
         });
-        for keys in key_tiles(saved.first, &queries, sizes.cached) {
+        for keys in key_tiles(saved.first, &queries, saved.k.ring) {
             let width = (keys.end - keys.start) as usize;
             let (p, ds) = (&mut weights[..count * width], &mut slopes[..count * width]);
             let (k, v) = (saved.k.rows(&keys), saved.v.rows(&keys));
@@ -298,10 +327,10 @@ fn backward_head<T: Scalar>(sizes: Sizes, saved: &HeadSaved<'_, T>, gradients: &
             if let Some(dq) = &mut gradients.dq {
                 product(dq.rows_at(start, count), T::ONE, ds, k, true, Threads::One);
             }
-            if let Some(dk) = gradients.rows(0, &keys, sizes.cached) {
+            if let Some(dk) = gradients.rows(0, &keys, saved.k.ring) {
                 product(dk, T::ONE, ds.t(), q, true, Threads::One);
             }
-            if let Some(dv) = gradients.rows(1, &keys, sizes.cached) {
+            if let Some(dv) = gradients.rows(1, &keys, saved.v.ring) {
                 product(dv, T::ONE, p.t(), dy, true, Threads::One);
             }
         }
@@ -341,8 +370,9 @@ impl Kernel for Attention {
         }
         let cached = inputs[CACHE].map_or(0, |cache| cache.dims().get(1).copied().unwrap_or(0));
         let cache = Shape::from([batch, cached, width]);
-        let first = Shape::from([batch, length]);
-        for (i, want) in [(1, q), (2, q), (CACHE, cache), (CACHE + 1, cache), (FIRST, first)] {
+        let places = Shape::from([batch, length]);
+        let wanted = [(1, q), (2, q), (CACHE, cache), (CACHE + 1, cache), (FIRST, places), (POSITION, places)];
+        for (i, want) in wanted {
             if inputs[i].is_some_and(|found| found != want) {
                 return Err(Error::shape(format!(
                     "input {i} beside q {q:?} is {:?}, not {want:?}",
@@ -354,11 +384,11 @@ impl Kernel for Attention {
     }
 
     fn reads(&self) -> Slots {
-        Slots::of(&[0, 1, 2, CACHE, CACHE + 1, FIRST], &[0, 1])
+        Slots::of(&[0, 1, 2, CACHE, CACHE + 1, FIRST, POSITION], &[0, 1])
     }
 
     fn full_precision(&self) -> Slots {
-        Slots::of(&[CACHE, CACHE + 1, FIRST], &[1])
+        Slots::of(&[FIRST, POSITION], &[1])
     }
 
     #[cfg(feature = "cuda")]
@@ -370,7 +400,7 @@ impl Kernel for Attention {
         let sizes = Sizes::new(io.shapes, self.heads);
         let (y, logs) = (io.output(0), io.output(1));
         let (q, k, v, first) = (io.input(0), io.input(1), io.input(2), io.input(FIRST));
-        let cache = [io.inputs[CACHE], io.inputs[CACHE + 1]];
+        let (position, [ck, cv]) = (io.input(POSITION), [io.inputs[CACHE], io.inputs[CACHE + 1]]);
         let length = sizes.length;
         let rows = y.len() / sizes.width();
         let tiles = MatMut::new(y, rows, sizes.width()).blocks(length, sizes.size);
@@ -386,7 +416,8 @@ impl Kernel for Attention {
         tiles.into_par_iter().for_each(|(task, start, out)| {
             let queries = start..start + out.1.len();
             let own = sizes.head(q, length, task).rows_at(start, queries.len());
-            let seen = (Seen::new(sizes, k, cache[0], task), Seen::new(sizes, v, cache[1], task));
+            let ring = Ring::new(sizes, position, task / sizes.heads);
+            let seen = (Seen::new(sizes, k, (ck, ring), task), Seen::new(sizes, v, (cv, ring), task));
             let first = &first[task / sizes.heads * length..][..length];
             forward_tile(sizes, own, seen, first, &queries, out);
         });
@@ -396,21 +427,22 @@ impl Kernel for Attention {
         let sizes = Sizes::new(io.shapes, self.heads);
         let tasks = io.shapes.input(0).dims()[0] * sizes.heads;
         let (length, cached) = (sizes.length, sizes.cached);
-        if let Some(first) = io.input_gradient(FIRST) {
-            first.cleared();
+        for places in [FIRST, POSITION].map(|i| io.input_gradient(i)).into_iter().flatten() {
+            places.cleared();
         }
         let (q, k, v, first) = (io.input(0), io.input(1), io.input(2), io.input(FIRST));
         let (y, logs, dy) = (io.output(0), io.output(1), io.gradient());
-        let cache = [io.inputs[CACHE], io.inputs[CACHE + 1]];
+        let (position, [ck, cv]) = (io.input(POSITION), [io.inputs[CACHE], io.inputs[CACHE + 1]]);
         let [dq, dk, dv] = [0, 1, 2].map(|i| head_blocks(io.input_gradient(i), sizes, length, tasks));
         let [dck, dcv] = [CACHE, CACHE + 1].map(|i| head_blocks(io.input_gradient(i), sizes, cached, tasks));
         let keys = dk.into_par_iter().zip(dck);
         let values = dv.into_par_iter().zip(dcv);
         dq.into_par_iter().zip(keys).zip(values).enumerate().for_each(|(task, ((dq, keys), values))| {
+            let ring = Ring::new(sizes, position, task / sizes.heads);
             let saved = HeadSaved {
                 q: sizes.head(q, length, task),
-                k: Seen::new(sizes, k, cache[0], task),
-                v: Seen::new(sizes, v, cache[1], task),
+                k: Seen::new(sizes, k, (ck, ring), task),
+                v: Seen::new(sizes, v, (cv, ring), task),
                 y: sizes.head(y, length, task),
                 dy: sizes.head(dy, length, task),
                 first: &first[task / sizes.heads * length..][..length],

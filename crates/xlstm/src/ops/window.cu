@@ -1,89 +1,92 @@
-// The last C tokens that a next token could see, as in window.rs.
+// The cache of the last C tokens that a next token could see, a ring, as in window.rs.
+//
+// x, dx (B, S, D), caches and their gradients (B, C, D): element_t; position, first (B, S): f32.
 
-/// No row: zeros.
-#define NONE 0x7fffffff
+#define ALL 0xffffffffu
 
-/// Tokens, by the warp's 32, whose firsts are under way at once.
-#define TOGETHER 8
+/// What a piece makes of one sequence's cache: see Turn of window.rs.
+struct Turn {
+    const float *position, *first;
+    int S, C, lowest, before, after;
 
-/// rows (B, C): where each row of the new cache comes from: a token, a row of the old cache
-/// numbered -C..0, or NONE. A warp a sequence; tokens are walked over backwards, 32 at a time.
-/// grid B, block 32.
-extern "C" __global__ void window_sources(const float *position, const float *first, int *rows, int S, int C) {
-    int b = blockIdx.x, lane = threadIdx.x;
-    position += (long long)b * S;
-    first += (long long)b * S;
-    rows += (long long)b * C;
-    int row = C, lowest = 0;
-    bool found = false, done = false;
-    for (int last = (S - 1) / 32 * 32; last >= 0 && row > 0 && !done; last -= 32 * TOGETHER) {
-        int firsts[TOGETHER];
-#pragma unroll
-        for (int i = 0; i < TOGETHER; i++) {
-            int t = last - 32 * i + lane;
-            firsts[i] = t >= 0 && t < S ? (int)first[t] : t + 1;
-        }
-#pragma unroll
-        for (int i = 0; i < TOGETHER; i++) {
-            int start = last - 32 * i, t = start + lane, seen = firsts[i];
-            if (start < 0 || row == 0 || done) continue;
-            unsigned reals = __ballot_sync(0xffffffffu, seen <= t);
-            if (!found && reals) {
-                lowest = __shfl_sync(0xffffffffu, seen, 31 - __clz(reals));
-                found = true;
+    __device__ __forceinline__ Turn(const float *positions, const float *firsts, int S, int C) : S(S), C(C) {
+        position = positions + (long long)blockIdx.y * S;
+        first = firsts + (long long)blockIdx.y * S;
+        before = (int)position[0];
+        lowest = -C, after = before;
+        // Each warp looks for the last token, which only pads are behind.
+        int lane = threadIdx.x % 32;
+        for (int start = (S - 1) / 32 * 32; start >= 0; start -= 32) {
+            int t = start + lane;
+            unsigned reals = __ballot_sync(ALL, t < S && (int)first[min(t, S - 1)] <= t);
+            if (reals) {
+                int last = start + 31 - __clz(reals);
+                lowest = (int)first[last], after = (int)position[last] + 1;
+                break;
             }
-            bool kept = seen <= t && t >= lowest;
-            unsigned keeps = __ballot_sync(0xffffffffu, kept);
-            // The newest has the highest row.
-            int own = row - 1 - __popc(keeps >> lane >> 1);
-            if (kept && own >= 0) rows[own] = t;
-            row = max(0, row - __popc(keeps));
-            done = found && start <= lowest;
         }
     }
-    int held = !found || lowest < 0 ? min((int)position[0], C) : 0;
-    // Rows below `row` take the newest rows of the old cache.
-    for (int i = lane; i < row; i += 32) {
-        int source = i - row;
-        rows[i] = -source <= held ? source : NONE;
+    /// The row that token t goes to; -1 where it does not stay.
+    __device__ __forceinline__ int row_of(int t) const {
+        return t >= lowest && (int)first[t] <= t ? (int)position[t] % C : -1;
+    }
+    /// The newest token of the document with this row, by its number in the document; below 0 without one.
+    __device__ __forceinline__ int newest(int row) const {
+        int back = (after - 1 - row) % C;
+        return after - 1 - (back < 0 ? back + C : back);
+    }
+    /// Whether a row with that newest token, of 0 or more, has it from before the piece.
+    __device__ __forceinline__ bool is_old(int newest) const { return lowest < 0 && newest < before; }
+    __device__ __forceinline__ bool empties() const { return lowest >= 0 && after < C; }
+};
+
+/// Loops over the columns of a row, eight at a time.
+#define EACH_COLUMN(c, D) for (int c = threadIdx.x * WIDE; c < (D); c += blockDim.x * WIDE)
+
+/// after = the cache after the piece; in place where it is the cache, of which only rows that change are
+/// touched then. grid (any, B), block 64.
+extern "C" __global__ void __launch_bounds__(64) window_forward(
+    const float *position, const float *first, const element_t *x, const element_t *cache, element_t *after,
+    unsigned in_place, int S, int C, int D
+) {
+    wait_for_previous();
+    Turn turn(position, first, S, C);
+    long long b = blockIdx.y;
+    for (int t = blockIdx.x; t < S; t += gridDim.x) {
+        int row = turn.row_of(t);
+        if (row < 0) continue;
+        EACH_COLUMN(c, D) store_wide(after + (b * C + row) * D + c, load_wide(x + (b * S + t) * D + c, D - c), D - c);
+    }
+    if (in_place && !turn.empties()) return;
+    for (int row = blockIdx.x; row < C; row += gridDim.x) {
+        int newest = turn.newest(row);
+        bool old = newest >= 0 && turn.is_old(newest);
+        if (old ? in_place : newest >= 0) continue;
+        EACH_COLUMN(c, D) {
+            Wide value = {};
+            if (old && cache) value = load_wide(cache + (b * C + row) * D + c, D - c);
+            store_wide(after + (b * C + row) * D + c, value, D - c);
+        }
     }
 }
 
-/// A thread has eight columns of ROWS rows of the new cache, n in all. grid (ceil(n / ROWS), ceil(D / 8 / block)).
-#define ROWS 4
-
-extern "C" __global__ void __launch_bounds__(256) window_forward(
-    const int *rows, const element_t *x, const float *cache, float *after, int n, int S, int C, int D
+/// dx, dcache += the gradients of the rows that came from them, where they are asked for. grid (any, B),
+/// block 64.
+extern "C" __global__ void __launch_bounds__(64) window_backward(
+    const float *position, const float *first, const element_t *dafter, element_t *dx, element_t *dcache, int S,
+    int C, int D
 ) {
-    int column = (blockIdx.y * blockDim.x + threadIdx.x) * WIDE, count = D - column;
-    if (count <= 0) return;
-    int row = blockIdx.x * ROWS, end = min(n, row + ROWS);
-#pragma unroll
-    for (int i = 0; i < ROWS; i++, row++) {
-        if (row >= end) break;
-        long long b = row / C;
-        int source = rows[row];
-        Wide value = {};
-        if (source != NONE) {
-            if (source >= 0) value = load_wide(x + (b * S + source) * D + column, count);
-            else if (cache) value = load_wide(cache + (b * C + C + source) * D + column, count);
-        }
-        store_wide(after + (long long)row * D + column, value, count);
+    Turn turn(position, first, S, C);
+    long long b = blockIdx.y;
+    for (int t = blockIdx.x; dx && t < S; t += gridDim.x) {
+        int row = turn.row_of(t);
+        if (row < 0) continue;
+        EACH_COLUMN(c, D) add_wide(dx + (b * S + t) * D + c, load_wide(dafter + (b * C + row) * D + c, D - c), D - c);
     }
-}
-
-/// dx, dcache += the gradients of the rows that came from them. A thread an element of the new cache.
-extern "C" __global__ void window_backward(
-    const int *rows, const float *dafter, element_t *dx, float *dcache, long long n, int S, int C, int D
-) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    long long row = i / D, b = row / C;
-    int d = i % D, source = rows[row];
-    if (source == NONE) return;
-    if (source >= 0) {
-        if (dx) add(dx + (b * S + source) * D + d, dafter[i]);
-    } else if (dcache) {
-        dcache[(b * C + C + source) * D + d] += dafter[i];
+    for (int row = blockIdx.x; dcache && row < C; row += gridDim.x) {
+        int newest = turn.newest(row);
+        if (newest < 0 || !turn.is_old(newest)) continue;
+        long long at = (b * C + row) * D;
+        EACH_COLUMN(c, D) add_wide(dcache + at + c, load_wide(dafter + at + c, D - c), D - c);
     }
 }

@@ -145,10 +145,11 @@ impl TransformerBlock {
         }
     }
 
-    /// Names and shapes of the state of `batch` sequences: keys and values of the last tokens.
+    /// Names and shapes of the state of `batch` sequences: keys and values of the last tokens, each a ring
+    /// ([`window`](crate::ops::window)).
     pub fn state_layout(&self, batch: usize) -> Vec<(&'static str, Shape)> {
         let shape = Shape::from([batch, self.context_length, self.dim]);
-        vec![("attn.k", shape), ("attn.v", shape)]
+        vec![("attn.keys", shape), ("attn.values", shape)]
     }
 
     /// x (B, S, D) and the state before it -> y (B, S, D) and the state after it.
@@ -169,6 +170,7 @@ impl TransformerBlock {
             (q, k) = (rotary(tape, q, angles)?, rotary(tape, k, angles)?);
         }
         let cache = state.map(|s| [s[0], s[1]]);
+        // Attention comes before the caches that it reads are updated.
         let y = attention(tape, self.heads, [q, k, v], cache, shared.places)?;
         let size = self.context_length;
         let keys = window(tape, size, k, cache.map(|c| c[0]), shared.places)?;

@@ -32,7 +32,7 @@ impl Problem {
         let cached = |i: u64| {
             let mut rows = noise(seed * 7 + i, batch * window * width);
             for rows in rows.chunks_exact_mut(window * width) {
-                rows[..(window - before.min(window)) * width].fill(0.0);
+                rows[before.min(window) * width..].fill(0.0);
             }
             rows
         };
@@ -99,9 +99,10 @@ impl Problem {
         let dy = self.weights(0);
         for b in 0..self.batch {
             // The document: tokens by where their rows lie (in the cache or not, offset).
-            let held = self.before.min(self.window);
-            let cached = |row: usize| (true, (b * self.window + row) * width);
-            let mut document: Vec<(bool, usize)> = (self.window - held..self.window).map(cached).collect();
+            let held = self.before.saturating_sub(self.window)..self.before;
+            let row_of = |number: usize| (b * self.window + number % self.window) * width;
+            let mut document: Vec<(bool, usize)> = held.map(|number| (true, row_of(number))).collect();
+            let mut count = self.before;
             for t in 0..self.length {
                 let at = (b * self.length + t) * width;
                 let mark = self.marks[b * self.length + t];
@@ -110,8 +111,10 @@ impl Problem {
                 }
                 if mark & crate::ops::RESET != 0 {
                     document.clear();
+                    count = 0;
                 }
                 document.push((false, at));
+                count += 1;
                 let seen = &document[document.len().saturating_sub(self.window)..];
                 for column in (0..width).step_by(self.size) {
                     let row = |tokens: &[f64], cache: &[f64], from: &(bool, usize)| -> Vec<f64> {
@@ -140,11 +143,11 @@ impl Problem {
                 }
             }
             let kept = document.len().min(self.window);
-            for (row, from) in (self.window - kept..self.window).zip(&document[document.len() - kept..]) {
+            for (number, from) in (count - kept..count).zip(&document[document.len() - kept..]) {
                 for which in 0..2 {
                     let (tokens, cache) = if which == 0 { (k, ck) } else { (v, cv) };
                     let data = if from.0 { cache } else { tokens };
-                    let to = (b * self.window + row) * width;
+                    let to = row_of(number);
                     after[which][to..to + width].copy_from_slice(&data[from.1..from.1 + width]);
                     let weights = &self.weights(1 + which)[to..to + width];
                     let gradient = &mut gradients[which + if from.0 { 3 } else { 1 }];
