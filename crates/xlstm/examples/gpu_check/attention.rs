@@ -14,6 +14,10 @@ pub fn check(table: &mut Table<'_>) {
     const T: f64 = 2e-5;
     for (length, size, heads, width, marked) in [
         (1, 70, 2, 16, false),
+        (1, 30, 2, 64, true),
+        (3, 33, 3, 20, false),
+        (5, 70, 2, 128, true),
+        (15, 300, 1, 96, true),
         (70, 33, 3, 20, true),
         (200, 64, 4, 32, true),
         (130, 300, 2, 128, false),
@@ -34,6 +38,35 @@ pub fn check(table: &mut Table<'_>) {
             let y = attention(t, heads, [v[0], v[1], v[2]], Some([v[3], v[4]]), places)?;
             let (k, v) = (window(t, size, v[1], Some(v[3]), places)?, window(t, size, v[2], None, places)?);
             Ok(vec![y, k, v, places.position, places.first, places.after])
+        });
+    }
+    // Generation: new tokens after a long cache that is filled so far, and updated in place.
+    for (batch, length, heads, width, fill) in [
+        (1, 1, 2, 64, 0.0),
+        (1, 1, 2, 64, 1.0),
+        (1, 1, 2, 64, 513.0),
+        (1, 1, 8, 64, 16_000.0),
+        (3, 1, 2, 64, 0.0),
+        (3, 1, 2, 32, 1.0),
+        (3, 1, 1, 128, 513.0),
+        (3, 1, 2, 64, 16_000.0),
+        (3, 1, 2, 20, 16_384.0),
+        (1, 4, 2, 64, 50_000.0),
+    ] {
+        const SIZE: usize = 16_384;
+        let [tokens, cache] = [length, SIZE].map(|rows| [batch, rows, heads * width]);
+        let case = Case::default().input(&tokens).input(&tokens).input(&tokens);
+        let case = Case { evaluated: true, ..case.input(&cache).input(&cache).between(&[batch], fill, fill) };
+        let name = format!("attention {batch}x{length} after {fill} {heads}x{width}");
+        table.compare(&name, &case, T, &|t, v, _| {
+            let places = positions(t, [batch, length], SIZE, Some(v[5]), None)?;
+            let y = attention(t, heads, [v[0], v[1], v[2]], Some([v[3], v[4]]), places)?;
+            let caches =
+                [window(t, SIZE, v[1], Some(v[3]), places)?, window(t, SIZE, v[2], Some(v[4]), places)?];
+            // A second replay writes the same rows, which its tokens do not see.
+            t.keep_as(caches[0], v[3]);
+            t.keep_as(caches[1], v[4]);
+            Ok(vec![y, caches[0], caches[1]])
         });
     }
     // Without a cache: whole sequences, windows of them, documents and pads.

@@ -221,7 +221,8 @@ impl<T: Element> Executor<T> {
         for (slot, var) in node.inputs.iter().enumerate() {
             // One that is updated has been taken.
             let updated = node.operation.updates().filter(|[from, _]| *from == slot);
-            let is_taken = |var: &Var| updated.is_some_and(|[_, to]| places(var) == places(&node.outputs[to]));
+            let is_taken =
+                |var: &Var| updated.is_some_and(|[_, to]| places(var) == places(&node.outputs[to]));
             let var = var.filter(|var| !is_taken(var));
             match var.map(|v| read(&self.tape, &self.plan, &self.slots, parameters, v)) {
                 Some(Slice::Wide(values)) => io.inputs[slot] = Some(values),

@@ -3,9 +3,9 @@
 // rows of one, a lane a row of the other. Sums run in a fixed order; nothing is added atomically.
 //
 // Sizes: S tokens, C rows of the cache (0 without one), H heads of N <= 128 features, D = H N.
-// q, k, v, y and their gradients (B, S, D): element_t. Keys and values of the cache, their
-// gradients (B, C, D), first (B, S), logs, shares (B, H, S): f32. A token u < 0 is row C + u of the
-// cache. Grids: (tiles, B H), block 256; shared memory: tiles of 32 rows, N | 1 floats apart.
+// q, k, v, y and their gradients (B, S, D), keys and values of the cache and theirs (B, C, D): element_t.
+// First, position (B, S), logs, shares (B, H, S): f32. A token u < 0 has row (position + u) mod C of the
+// cache, with the position of the first token. Grids: (tiles, B H), block 256; shared memory: tiles of 32 rows, N | 1 floats apart.
 
 #define TILE 32
 #define MAX_SIZE 128
@@ -25,20 +25,25 @@ template <class T> __device__ __forceinline__ void give(T *to, float x, bool fre
     else add(to, x);
 }
 
+/// The row of the cache that the token after it goes to; `position` is of the sequence.
+__device__ __forceinline__ int next_row(const float *position, int C) { return C ? (int)position[0] % C : 0; }
+/// The row of token u, from -C on to -1.
+__device__ __forceinline__ int ring_row(int u, int next, int C) { return next + u < 0 ? next + u + C : next + u; }
+
 /// Keys or values of one head of one sequence.
 struct Rows {
-    const element_t *tokens;
-    const float *cache;
-    int C, D;
+    const element_t *tokens, *cache;
+    int C, D, next;
     __device__ __forceinline__ float at(int u, int d) const {
-        return u >= 0 ? load(tokens + (long long)u * D + d) : cache[(long long)(C + u) * D + d];
+        return load(u >= 0 ? tokens + (long long)u * D + d : cache + (long long)ring_row(u, next, C) * D + d);
     }
 };
+/// `next` is the row of the token numbered 0.
 __device__ __forceinline__ Rows rows_of(
-    const element_t *tokens, const float *cache, int S, int C, int H, int N
+    const element_t *tokens, const element_t *cache, int S, int C, int H, int N, int next = 0
 ) {
     long long D = (long long)H * N, b = blockIdx.y / H, column = (long long)(blockIdx.y % H) * N;
-    return {tokens + b * S * D + column, cache ? cache + b * C * D + column : cache, C, (int)D};
+    return {tokens + b * S * D + column, cache ? cache + b * C * D + column : cache, C, (int)D, next};
 }
 
 /// Rows start.. of a tile, zero outside low..high.
@@ -95,14 +100,15 @@ __device__ __forceinline__ void add_rows(float sums[OWN][PARTS], const float *we
 
 /// grid (ceil(S / 32), B H); shared: 2 tiles.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
-    const element_t *q, const element_t *k, const element_t *v, const float *cache_k, const float *cache_v,
-    const float *first, element_t *y, float *logs, int S, int C, int H, int N
+    const element_t *q, const element_t *k, const element_t *v, const element_t *cache_k, const element_t *cache_v,
+    const float *first, const float *position, element_t *y, float *logs, int S, int C, int H, int N
 ) {
     float *queries = space, *keys = space + TILE * (N | 1);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, start = blockIdx.x * TILE;
     first += (long long)(blockIdx.y / H) * S;
-    Rows all_q = rows_of(q, nullptr, S, 0, H, N), all_k = rows_of(k, cache_k, S, C, H, N);
-    Rows all_v = rows_of(v, cache_v, S, C, H, N);
+    int next = next_row(position + (long long)(blockIdx.y / H) * S, C);
+    Rows all_q = rows_of(q, nullptr, S, 0, H, N), all_k = rows_of(k, cache_k, S, C, H, N, next);
+    Rows all_v = rows_of(v, cache_v, S, C, H, N, next);
     float scale = rsqrtf((float)N), high[OWN], sum[OWN], result[OWN][PARTS];
     int seen[OWN];
     EACH_OWN(r) {
@@ -150,6 +156,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward(
     }
 }
 
+/// rows (B, C, D) = the cache in the order of its tokens, the newest last, zero where the document has none:
+/// what the kernels on tensor cores read. A thread has eight columns of UNROLLED rows.
+/// grid (ceil(B C / UNROLLED), ceil(D / 8 / block)).
+#define UNROLLED 4
+extern "C" __global__ void __launch_bounds__(256) attention_unroll(
+    const element_t *cache, const float *position, element_t *rows, int n, int S, int C, int D
+) {
+    int column = (blockIdx.y * blockDim.x + threadIdx.x) * WIDE, count = D - column;
+    if (count <= 0) return;
+#pragma unroll
+    for (int i = 0; i < UNROLLED; i++) {
+        int row = blockIdx.x * UNROLLED + i;
+        if (row >= n) break;
+        int b = row / C, u = row % C - C, before = (int)position[(long long)b * S];
+        Wide value = {};
+        if (-u <= before)
+            value = load_wide(cache + ((long long)b * C + ring_row(u, before % C, C)) * D + column, count);
+        store_wide(rows + (long long)row * D + column, value, count);
+    }
+}
+
 /// shares (B, H, S) = rowsum(dy y) of each head; a warp a row. grid ceil(n / 8), block 256.
 extern "C" __global__ void attention_shares(
     const element_t *y, const element_t *dy, float *shares, long long n, int S, int H, int N
@@ -165,8 +192,8 @@ extern "C" __global__ void attention_shares(
 
 /// dq += dS k, or = with bit 0 of `fresh`. grid (ceil(S / 32), B H); shared: 4 tiles.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_queries(
-    const element_t *q, const element_t *k, const element_t *v, const float *cache_k, const float *cache_v,
-    const float *first, const float *logs, const float *shares, const element_t *dy, element_t *dq, int S, int C,
+    const element_t *q, const element_t *k, const element_t *v, const element_t *cache_k, const element_t *cache_v,
+    const float *first, const float *position, const float *logs, const float *shares, const element_t *dy, element_t *dq, int S, int C,
     int H, int N, unsigned fresh
 ) {
     int size = TILE * (N | 1);
@@ -175,7 +202,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_queries(
     first += (long long)(blockIdx.y / H) * S;
     logs += (long long)blockIdx.y * S;
     shares += (long long)blockIdx.y * S;
-    Rows all_k = rows_of(k, cache_k, S, C, H, N), all_v = rows_of(v, cache_v, S, C, H, N);
+    int next = next_row(position + (long long)(blockIdx.y / H) * S, C);
+    Rows all_k = rows_of(k, cache_k, S, C, H, N, next), all_v = rows_of(v, cache_v, S, C, H, N, next);
     float scale = rsqrtf((float)N), log[OWN], share[OWN], result[OWN][PARTS];
     int seen[OWN];
     EACH_OWN(r) {
@@ -225,9 +253,9 @@ __device__ __forceinline__ void give_row(T *to, long long at, const float *row, 
 /// grid (ceil(C / 32) + ceil(S / 32), B H), the cache's tiles first; shared: 4 tiles. Here a warp has four
 /// keys and a lane a query.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_keys(
-    const element_t *q, const element_t *k, const element_t *v, const float *cache_k, const float *cache_v,
-    const float *first, const float *logs, const float *shares, const element_t *dy, element_t *dk, element_t *dv,
-    float *dcache_k, float *dcache_v, int S, int C, int H, int N, unsigned fresh
+    const element_t *q, const element_t *k, const element_t *v, const element_t *cache_k, const element_t *cache_v,
+    const float *first, const float *position, const float *logs, const float *shares, const element_t *dy, element_t *dk, element_t *dv,
+    element_t *dcache_k, element_t *dcache_v, int S, int C, int H, int N, unsigned fresh
 ) {
     int size = TILE * (N | 1), of_cache = (C + TILE - 1) / TILE;
     float *queries = space, *slopes = space + size, *keys = space + 2 * size, *values = space + 3 * size;
@@ -244,8 +272,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_keys(
         is_key[r] = u >= low && u < end && !is_pad(first, u);
         EACH_PART(p) of_key[r][p] = of_value[r][p] = 0.0f;
     }
-    load_tile(keys, rows_of(k, cache_k, S, C, H, N), tile, low, end, N);
-    load_tile(values, rows_of(v, cache_v, S, C, H, N), tile, low, end, N);
+    int next = next_row(position + (long long)(blockIdx.y / H) * S, C);
+    load_tile(keys, rows_of(k, cache_k, S, C, H, N, next), tile, low, end, N);
+    load_tile(values, rows_of(v, cache_v, S, C, H, N, next), tile, low, end, N);
     for (int start = max(0, tile); start < S; start += TILE) {
         int t = start + lane, seen = first_of(first, t, S);
         // The same in every warp.
@@ -274,8 +303,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_keys(
             give_row(dk, (b * S + u) * D + column, of_key[r], N, fresh & 2);
             give_row(dv, (b * S + u) * D + column, of_value[r], N, fresh & 4);
         } else {
-            give_row(dcache_k, (b * C + C + u) * D + column, of_key[r], N, fresh & 8);
-            give_row(dcache_v, (b * C + C + u) * D + column, of_value[r], N, fresh & 16);
+            long long row = b * C + ring_row(u, next, C);
+            give_row(dcache_k, row * D + column, of_key[r], N, fresh & 8);
+            give_row(dcache_v, row * D + column, of_value[r], N, fresh & 16);
         }
     }
 }

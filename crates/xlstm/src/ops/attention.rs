@@ -371,7 +371,8 @@ impl Kernel for Attention {
         let cached = inputs[CACHE].map_or(0, |cache| cache.dims().get(1).copied().unwrap_or(0));
         let cache = Shape::from([batch, cached, width]);
         let places = Shape::from([batch, length]);
-        let wanted = [(1, q), (2, q), (CACHE, cache), (CACHE + 1, cache), (FIRST, places), (POSITION, places)];
+        let wanted =
+            [(1, q), (2, q), (CACHE, cache), (CACHE + 1, cache), (FIRST, places), (POSITION, places)];
         for (i, want) in wanted {
             if inputs[i].is_some_and(|found| found != want) {
                 return Err(Error::shape(format!(

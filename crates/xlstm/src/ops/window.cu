@@ -45,7 +45,7 @@ struct Turn {
 
 /// after = the cache after the piece; in place where it is the cache, of which only rows that change are
 /// touched then. grid (any, B), block 64.
-extern "C" __global__ void __launch_bounds__(64) window_forward(
+extern "C" __global__ void __launch_bounds__(64, 8) window_forward(
     const float *position, const float *first, const element_t *x, const element_t *cache, element_t *after,
     unsigned in_place, int S, int C, int D
 ) {
@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(64) window_forward(
 
 /// dx, dcache += the gradients of the rows that came from them, where they are asked for. grid (any, B),
 /// block 64.
-extern "C" __global__ void __launch_bounds__(64) window_backward(
+extern "C" __global__ void __launch_bounds__(64, 8) window_backward(
     const float *position, const float *first, const element_t *dafter, element_t *dx, element_t *dcache, int S,
     int C, int D
 ) {

@@ -244,7 +244,11 @@ mod tests {
     /// The cache after one sequence, and the tokens of the document. In place it is the same.
     fn run(size: usize, x: &[f64], cache: &[f64], before: f64, marks: &[u32]) -> (Vec<f64>, f64) {
         let apart = run_as(false, size, x, cache, before, marks);
-        assert_eq!(run_as(true, size, x, cache, before, marks), apart, "size {size}, {before} before, {marks:?}");
+        assert_eq!(
+            run_as(true, size, x, cache, before, marks),
+            apart,
+            "size {size}, {before} before, {marks:?}"
+        );
         apart
     }
 

@@ -98,17 +98,18 @@ __device__ __forceinline__ void queries_backward(
     if (dq) put<W, MT>(rows_of(dq, S, H, N), sight.start, result, fresh & 1, [&](int, int) { return scale; });
 }
 
-/// A warp's rows of the cache's gradient, the first of them token `start`.
+/// A warp's rows of the cache's gradient, the first of them token `start`; token 0 would have row `next`.
 template <int W, int MT>
 __device__ __forceinline__ void put_cached(
-    float *to, int C, int H, int N, int start, const float (&sum)[MT][W / 8][4], bool fresh, float times
+    bf16_t *to, int next, int C, int H, int N, int start, const float (&sum)[MT][W / 8][4], bool fresh, float times
 ) {
-    to += ((long long)(blockIdx.x / H) * C + C) * H * N + (long long)(blockIdx.x % H) * N;
+    to += (long long)(blockIdx.x / H) * C * H * N + (long long)(blockIdx.x % H) * N;
     EACH(m, MT) EACH(n, W / 8) EACH(i, 4) {
         int u = start + m * 16 + i / 2 * 8 + LANE / 4, column = n * 8 + LANE % 4 * 2 + i % 2;
         if (u < -C || u >= 0 || column >= N) continue;
-        float *at = to + (long long)u * H * N + column, x = sum[m][n][i] * times;
-        *at = fresh ? x : *at + x;
+        bf16_t *at = to + (long long)(next + u < 0 ? next + u + C : next + u) * H * N + column;
+        float x = sum[m][n][i] * times;
+        store(at, fresh ? x : load(at) + x);
     }
 }
 
@@ -118,8 +119,8 @@ __device__ __forceinline__ void put_cached(
 template <int W, int MT>
 __device__ __forceinline__ void keys_backward(
     const bf16_t *q, const bf16_t *k, const bf16_t *v, const bf16_t *cache_k, const bf16_t *cache_v,
-    const float *first, const float *logs, const bf16_t *dy, const float *shares, bf16_t *dk, bf16_t *dv,
-    float *dcache_k, float *dcache_v, int S, int C, int H, int N, unsigned fresh
+    const float *first, const float *position, const float *logs, const bf16_t *dy, const float *shares, bf16_t *dk,
+    bf16_t *dv, bf16_t *dcache_k, bf16_t *dcache_v, int S, int C, int H, int N, unsigned fresh
 ) {
     const int KEYS = MT * 16 * WARPS, OWN = tile_bytes<W>(KEYS), TILE = tile_bytes<W>(OTHERS);
     unsigned own_k = shared_address(space), own_v = own_k + OWN, others = own_v + OWN;
@@ -205,8 +206,9 @@ __device__ __forceinline__ void keys_backward(
         if (dk) put<W, MT>(rows_of(dk, S, H, N), own, of_key, fresh >> 1 & 1, [&](int, int) { return scale; });
         if (dv) put<W, MT>(rows_of(dv, S, H, N), own, of_value, fresh >> 2 & 1, [](int, int) { return 1.0f; });
     } else {
-        if (dcache_k) put_cached<W, MT>(dcache_k, C, H, N, own, of_key, fresh >> 3 & 1, scale);
-        if (dcache_v) put_cached<W, MT>(dcache_v, C, H, N, own, of_value, fresh >> 4 & 1, 1.0f);
+        int next = (int)position[(long long)(blockIdx.x / H) * S] % C;
+        if (dcache_k) put_cached<W, MT>(dcache_k, next, C, H, N, own, of_key, fresh >> 3 & 1, scale);
+        if (dcache_v) put_cached<W, MT>(dcache_v, next, C, H, N, own, of_value, fresh >> 4 & 1, 1.0f);
     }
 }
 
@@ -222,11 +224,12 @@ __device__ __forceinline__ void keys_backward(
     }                                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_keys_##W(                             \
         const bf16_t *q, const bf16_t *k, const bf16_t *v, const bf16_t *cache_k, const bf16_t *cache_v,          \
-        const float *first, const float *logs, const bf16_t *dy, const float *shares, bf16_t *dk, bf16_t *dv,     \
-        float *dcache_k, float *dcache_v, int S, int C, int H, int N, unsigned fresh                              \
+        const float *first, const float *position, const float *logs, const bf16_t *dy, const float *shares,      \
+        bf16_t *dk, bf16_t *dv, bf16_t *dcache_k, bf16_t *dcache_v, int S, int C, int H, int N, unsigned fresh    \
     ) {                                                                                                           \
         keys_backward<W, MT>(                                                                                     \
-            q, k, v, cache_k, cache_v, first, logs, dy, shares, dk, dv, dcache_k, dcache_v, S, C, H, N, fresh     \
+            q, k, v, cache_k, cache_v, first, position, logs, dy, shares, dk, dv, dcache_k, dcache_v, S, C, H, N, \
+            fresh                                                                                                 \
         );                                                                                                        \
     }
 // All, or those of one WIDTH.

@@ -6,8 +6,9 @@
 // 8, is filled up with zeros to W = 32, 64, 96 or 128 columns.
 //
 // Sizes: S tokens, C rows of the cache (0 without one), H heads, D = H N. q, k, v, y, their gradients
-// (B, S, D) and the cache (B, C, D): bf16; the cache's gradients, first (B, S), logs and shares
-// (B, H, S): f32. A token u < 0 is row C + u of the cache. Grids: (B H, tiles of rows), block 128.
+// (B, S, D), the cache and its gradients (B, C, D): bf16; first, position (B, S), logs and shares
+// (B, H, S): f32. The cache is in the order of its tokens here (attention_unroll of attention.cu), a token
+// u < 0 row C + u; its gradients are a ring, as it was. Grids: (B H, tiles of rows), block 128.
 
 /// Tokens of a tile of the other side.
 #define OTHERS 64

@@ -1,5 +1,5 @@
-//! Attention on a GPU: in bf16 the kernels of attention_tiles.cuh, else, and for a token or two, those of
-//! attention.cu.
+//! Attention on a GPU: in bf16 the kernels of attention_tiles.cuh, else those of attention.cu; forward, few
+//! queries after a cache have kernels of their own, attention_few.cu.
 
 use super::{CACHE, Sizes};
 use crate::engine::Precision;
@@ -14,6 +14,20 @@ const SIZE: usize = 128;
 const TILE: usize = 32;
 
 const SOURCE: Source = Source::new("attention", include_str!("../attention.cu"));
+
+const FEW: Source = Source::new("attention_few", include_str!("attention_few.cu"));
+
+/// Blocks that fill a GPU with the keys of few queries, as far as a head has no fewer than a share of them;
+/// parts of a query's keys, if there are so many; and what is the most of them, MOST_PARTS of attention_few.cu.
+const BLOCKS: usize = 528;
+const PARTS: usize = 8;
+const MOST_PARTS: usize = 512;
+
+/// The fewest keys of a part: LEAST of attention_few.cu.
+const LEAST: usize = 64;
+
+/// Rows that a thread copies: UNROLLED of attention.cu.
+const UNROLLED: usize = 4;
 
 /// Bytes of `tiles` tiles of attention.cu in shared memory.
 fn shared(tiles: usize, size: usize) -> usize {
@@ -65,7 +79,7 @@ const TILES: [Tiles; 4] = [tiles!(32, 128), tiles!(64, 128), tiles!(96, 64), til
 /// Tokens of a tile of the other side: OTHERS of attention_tiles.cuh.
 const OTHERS: usize = 64;
 
-/// Queries from which on tiles are of use, and what divides the size of their heads.
+/// Queries from which on tiles are of use, up to which few of them share out their keys, and what divides the size of their heads.
 const FEWEST: usize = 16;
 const PIECE: usize = 8;
 
@@ -91,19 +105,45 @@ fn check_size(size: usize) -> Result<()> {
     Ok(())
 }
 
-/// Keys and values of the cache in bf16, where there is one.
-fn rounded_cache(
+/// Keys and values of the cache, where there is one, in the order of their tokens.
+fn unrolled_cache(
     queue: &mut Queue,
     shapes: &NodeShapes,
     cache: [Option<u64>; 2],
+    position: Option<u64>,
 ) -> Result<[Option<u64>; 2]> {
-    let mut rounded = [None; 2];
-    for (slot, (to, cache)) in rounded.iter_mut().zip(cache).enumerate() {
-        if let Some(cache) = cache {
-            *to = Some(queue.rounded(cache, shapes.input(CACHE + slot).len())?);
-        }
+    let mut unrolled = [None; 2];
+    for (slot, (to, cache)) in unrolled.iter_mut().zip(cache).enumerate() {
+        let Some(cache) = cache else { continue };
+        let (shape, length) = (shapes.input(CACHE + slot), shapes.input(0).dims()[1]);
+        let (rows, cached, width) = (shape.dims()[0] * shape.dims()[1], shape.dims()[1], shape.last());
+        // Of two bytes each.
+        let copy = queue.scratch(shape.len().div_ceil(2))?;
+        let arguments = arguments![cache, position, copy, rows, length, cached, width];
+        queue.launch_columns(&SOURCE, "attention_unroll", [rows, width], UNROLLED, arguments)?;
+        *to = Some(copy);
     }
-    Ok(rounded)
+    Ok(unrolled)
+}
+
+/// Few queries, whose keys are shared out.
+fn forward_few(sizes: Sizes, tasks: usize, io: &mut CudaForward<'_>) -> Result<()> {
+    let Sizes { length, cached, heads, size } = sizes;
+    let [q, k, v, ck, cv, first, position, ..] = io.inputs;
+    let [y, logs, ..] = io.outputs;
+    let name = match size {
+        size if !size.is_multiple_of(PIECE) => "attention_few_any",
+        ..=32 => "attention_few_32",
+        33..=64 => "attention_few_64",
+        _ => "attention_few_128",
+    };
+    let count = BLOCKS.div_ceil(tasks * length).max(PARTS).min((cached + length).div_ceil(LEAST));
+    let count = count.min(MOST_PARTS);
+    let parts = io.queue.scratch(tasks * length * count * (size + 2))?;
+    let arguments = arguments![q, k, v, ck, cv, first, position, parts, length, cached, heads, size];
+    io.queue.launch_early(&FEW, name, [tasks, count, length], 256, arguments)?;
+    let arguments = arguments![first, parts, y, logs, length, cached, heads, size, count];
+    io.queue.launch_early(&FEW, "attention_join", [tasks, length, 1], 256, arguments)
 }
 
 /// See [`Kernel::forward_cuda`](crate::engine::Kernel::forward_cuda).
@@ -111,16 +151,19 @@ pub(super) fn forward(sizes: Sizes, io: &mut CudaForward<'_>) -> Result<()> {
     let Sizes { length, cached, heads, size } = sizes;
     check_size(size)?;
     let tasks = io.shapes.input(0).dims()[0] * heads;
-    let [q, k, v, ck, cv, first, ..] = io.inputs;
+    let [q, k, v, ck, cv, first, position, ..] = io.inputs;
     let [y, logs, ..] = io.outputs;
+    if length < FEWEST && cached > 0 {
+        return forward_few(sizes, tasks, io);
+    }
     if let Some(tiles) = Tiles::of(io.queue.precision(), sizes) {
-        let [ck, cv] = rounded_cache(io.queue, io.shapes, [ck, cv])?;
+        let [ck, cv] = unrolled_cache(io.queue, io.shapes, [ck, cv], position)?;
         let arguments = arguments![q, k, v, ck, cv, first, y, logs, length, cached, heads, size];
         let grid = [tasks, length.div_ceil(tiles.rows), 1];
         let (source, name) = &tiles.forward;
         return io.queue.launch_shared(source, name, grid, 128, tiles.shared(1, 1), arguments);
     }
-    let arguments = arguments![q, k, v, ck, cv, first, y, logs, length, cached, heads, size];
+    let arguments = arguments![q, k, v, ck, cv, first, position, y, logs, length, cached, heads, size];
     let grid = [length.div_ceil(TILE), tasks, 1];
     io.queue.launch_shared(&SOURCE, "attention_forward", grid, 256, shared(2, size), arguments)
 }
@@ -130,20 +173,21 @@ pub(super) fn backward(sizes: Sizes, io: &mut CudaBackward<'_>) -> Result<()> {
     let Sizes { length, cached, heads, size } = sizes;
     check_size(size)?;
     let tasks = io.shapes.input(0).dims()[0] * heads;
-    let [q, k, v, ck, cv, first, ..] = io.inputs;
+    let [q, k, v, ck, cv, first, position, ..] = io.inputs;
     let [y, logs, ..] = io.outputs;
     let [dq, dk, dv, dck, dcv, ..] = io.input_gradients;
     let fresh = (0..CACHE + 2).fold(0, |bits, slot| bits | u32::from(io.is_fresh(slot)) << slot);
     let (dy, shares) = (io.gradient(), io.queue.scratch(tasks * length)?);
     if let Some(tiles) = Tiles::of(io.queue.precision(), sizes) {
-        let [ck, cv] = rounded_cache(io.queue, io.shapes, [ck, cv])?;
+        let [ck, cv] = unrolled_cache(io.queue, io.shapes, [ck, cv], position)?;
         let arguments =
             arguments![q, k, v, ck, cv, first, y, logs, dy, shares, dq, length, cached, heads, size, fresh];
         let (blocks, space) = (length.div_ceil(tiles.rows), tiles.shared(2, 3));
         let grid = [tasks, blocks, 1];
         io.queue.launch_shared(&tiles.backward, tiles.queries, grid, 128, space, arguments)?;
         let arguments = arguments![
-            q, k, v, ck, cv, first, logs, dy, shares, dk, dv, dck, dcv, length, cached, heads, size, fresh
+            q, k, v, ck, cv, first, position, logs, dy, shares, dk, dv, dck, dcv, length, cached, heads,
+            size, fresh
         ];
         let grid = [tasks, blocks + cached.div_ceil(tiles.rows), 1];
         return io.queue.launch_shared(&tiles.backward, tiles.keys, grid, 128, space, arguments);
@@ -152,13 +196,15 @@ pub(super) fn backward(sizes: Sizes, io: &mut CudaBackward<'_>) -> Result<()> {
     let arguments = arguments![y, dy, shares, n as u64, length, heads, size];
     io.queue.launch(&SOURCE, "attention_shares", [n.div_ceil(8), 1, 1], 256, arguments)?;
     if dq.is_some() {
-        let arguments =
-            arguments![q, k, v, ck, cv, first, logs, shares, dy, dq, length, cached, heads, size, fresh];
+        let arguments = arguments![
+            q, k, v, ck, cv, first, position, logs, shares, dy, dq, length, cached, heads, size, fresh
+        ];
         let grid = [tiles, tasks, 1];
         io.queue.launch_shared(&SOURCE, "attention_queries", grid, 256, shared(4, size), arguments)?;
     }
     let arguments = arguments![
-        q, k, v, ck, cv, first, logs, shares, dy, dk, dv, dck, dcv, length, cached, heads, size, fresh
+        q, k, v, ck, cv, first, position, logs, shares, dy, dk, dv, dck, dcv, length, cached, heads, size,
+        fresh
     ];
     let grid = [tiles + cached.div_ceil(TILE), tasks, 1];
     io.queue.launch_shared(&SOURCE, "attention_keys", grid, 256, shared(4, size), arguments)
