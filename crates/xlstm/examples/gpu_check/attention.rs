@@ -40,6 +40,25 @@ pub fn check(table: &mut Table<'_>) {
             Ok(vec![y, k, v, places.position, places.first, places.after])
         });
     }
+    // One new token, behind caches that are empty, begun, full and long.
+    for (size, filled, heads, width, marked) in [
+        (300, 0.0, 3, 64, false),
+        (300, 1.0, 2, 32, false),
+        (300, 128.0, 2, 20, false),
+        (600, 513.0, 2, 128, false),
+        (600, 700.0, 5, 96, true),
+        (16_384, 16_000.0, 2, 64, false),
+    ] {
+        let [tokens, cache] = [1, size].map(|rows| [3, rows, heads * width]);
+        let case = Case::default().input(&tokens).input(&tokens).input(&tokens);
+        let case = case.input(&cache).input(&cache).between(&[3], filled, filled + 0.2).ids(marks(3));
+        let name = format!("attention behind {filled} of {size}, {heads}x{width}");
+        table.compare(&name, &case, T, &|t, v, i| {
+            let places = positions(t, [3, 1], size, Some(v[5]), marked.then_some(i[0]))?;
+            let y = attention(t, heads, [v[0], v[1], v[2]], Some([v[3], v[4]]), places)?;
+            Ok(vec![y, window(t, size, v[1], Some(v[3]), places)?, window(t, size, v[2], None, places)?])
+        });
+    }
     // Generation: new tokens after a long cache that is filled so far, and updated in place.
     for (batch, length, heads, width, fill) in [
         (1, 1, 2, 64, 0.0),

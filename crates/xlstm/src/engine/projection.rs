@@ -149,7 +149,7 @@ fn few<T: Scalar>(
         for map in maps {
             let (now, later) = columns.split_at(map.outer);
             match map.accumulate {
-                true => map.y.iter_mut().zip(now).for_each(|(y, &sum)| *y = *y + sum),
+                true => map.y.iter_mut().zip(now).for_each(|(y, &sum)| *y += sum),
                 false => map.y.copy_from_slice(now),
             }
             columns = later;

@@ -99,7 +99,7 @@ impl Session {
         count: usize,
         sampler: &mut Sampler,
         ends: &[u32],
-        mut listen: impl FnMut(u32) -> Result<bool>,
+        mut listen: impl FnMut(u32) -> Result<bool> + Send,
     ) -> Result<Finish> {
         let finished =
             self.generate_samples(count, std::slice::from_mut(sampler), ends, |_, token| listen(token))?;
@@ -117,12 +117,25 @@ impl Session {
         count: usize,
         samplers: &mut [Sampler],
         ends: &[u32],
-        mut listen: impl FnMut(usize, u32) -> Result<bool>,
+        listen: impl FnMut(usize, u32) -> Result<bool> + Send,
     ) -> Result<Vec<Finish>> {
         if self.logits.is_empty() || samplers.is_empty() {
             return Err(Error::data("there is nothing to continue: the prompt has no tokens")
                 .hint("give a prompt of at least one token"));
         }
+        // Once for all tokens: a small model reads one in little more than entering takes.
+        let device = self.runner.device().clone();
+        device.install(|| self.generate_in_pool(count, samplers, ends, listen))
+    }
+
+    /// See [`generate_samples`](Session::generate_samples).
+    fn generate_in_pool(
+        &mut self,
+        count: usize,
+        samplers: &mut [Sampler],
+        ends: &[u32],
+        mut listen: impl FnMut(usize, u32) -> Result<bool>,
+    ) -> Result<Vec<Finish>> {
         let (vocabulary, rows) = (self.logits.len(), samplers.len());
         if rows > 1 {
             let state = self.runner.state()?;

@@ -317,6 +317,11 @@ impl<T: Element> Runner<T> {
         self.read_whole(tokens, logits)
     }
 
+    /// Where passes run.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Whether tokens are to be drawn where the logits are, by [`read_and_draw`](Self::read_and_draw): on a
     /// GPU, from which they would have to come.
     pub fn draws(&self) -> bool {

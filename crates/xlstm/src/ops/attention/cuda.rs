@@ -17,8 +17,8 @@ const SOURCE: Source = Source::new("attention", include_str!("../attention.cu"))
 
 const FEW: Source = Source::new("attention_few", include_str!("attention_few.cu"));
 
-/// Blocks that fill a GPU with the keys of few queries, as far as a head has no fewer than a share of them;
-/// parts of a query's keys, if there are so many; and what is the most of them, MOST_PARTS of attention_few.cu.
+/// Blocks that fill a GPU with the keys of few queries; the parts that those of a query are cut into at least,
+/// where there are so many, and at most: MOST_PARTS of attention_few.cu.
 const BLOCKS: usize = 528;
 const PARTS: usize = 8;
 const MOST_PARTS: usize = 512;
