@@ -111,6 +111,8 @@ pub fn decode(
     let mut seconds = Vec::with_capacity(repeats);
     for repeat in 0..=repeats {
         runner.set_state(&after)?;
+        // Otherwise the first token brings the state from the host, which generation does once a prompt at most.
+        runner.prepare_step()?;
         let mut logits = logits.repeat(sessions);
         let start = Instant::now();
         // As generation does it.

@@ -254,10 +254,7 @@ impl<T: Element, M: Model> Runner<T, M> {
         lengths: &[usize],
         wanted: Wanted<'_, T>,
     ) -> Result<Vec<T>> {
-        let mut pass = match self.passes.remove(&key) {
-            Some(pass) => pass,
-            None => Pass::record(&*self.model, key, &self.device)?,
-        };
+        let mut pass = self.take_pass(key)?;
         let read = self.read_with(&mut pass, key, inputs, lengths, wanted);
         self.passes.insert(key, pass);
         let outputs = read?;
@@ -266,14 +263,16 @@ impl<T: Element, M: Model> Runner<T, M> {
         Ok(outputs)
     }
 
-    fn read_with(
-        &self,
-        pass: &mut Pass<T>,
-        key: Key,
-        inputs: &[u32],
-        lengths: &[usize],
-        wanted: Wanted<'_, T>,
-    ) -> Result<Vec<T>> {
+    /// The pass of `key`, recorded where it is the first time; to be put back.
+    fn take_pass(&mut self, key: Key) -> Result<Pass<T>> {
+        match self.passes.remove(&key) {
+            Some(pass) => Ok(pass),
+            None => Pass::record(&*self.model, key, &self.device),
+        }
+    }
+
+    /// Puts the state to where the pass of `key` reads it.
+    fn bring_state(&self, pass: &mut Pass<T>, key: Key) -> Result<()> {
         match &self.standing {
             Standing::Before(other) if *other == key => {}
             Standing::Before(other) => {
@@ -288,6 +287,18 @@ impl<T: Element, M: Model> Runner<T, M> {
                 }
             }
         }
+        Ok(())
+    }
+
+    fn read_with(
+        &self,
+        pass: &mut Pass<T>,
+        key: Key,
+        inputs: &[u32],
+        lengths: &[usize],
+        wanted: Wanted<'_, T>,
+    ) -> Result<Vec<T>> {
+        self.bring_state(pass, key)?;
         pass.program.set_ids(pass.inputs, inputs)?;
         if let Some(marks) = pass.marks {
             let row = |length: usize| (0..key.length).map(move |t| if t < length { 0 } else { PAD });
@@ -349,6 +360,22 @@ impl<T: Element> Runner<T> {
             if id.is_nan() { Err(not_numbers()) } else { Ok(id as u32) }
         };
         drawn.into_iter().map(token).collect()
+    }
+
+    /// Puts the state to where the pass reads it that takes a token of each sequence, as in generation: what
+    /// the first of them would do, and no other.
+    ///
+    /// # Errors
+    /// When a GPU fails.
+    pub(crate) fn prepare_step(&mut self) -> Result<()> {
+        let (batch, drawn) = (self.tokens.len(), self.draws());
+        let key = Key { batch, length: 1, logits: Logits::Last, padded: false, drawn };
+        let mut pass = self.take_pass(key)?;
+        let done = self.bring_state(&mut pass, key);
+        self.passes.insert(key, pass);
+        done?;
+        self.standing = Standing::Before(key);
+        Ok(())
     }
 
     /// The logits of the last pass, of all positions that it was asked for.
