@@ -148,6 +148,8 @@ mod tests {
     use super::*;
     use crate::ops::linear::linear;
     use crate::ops::norm::{Norm, NormKind, add_norm};
+    use crate::ops::positions::positions;
+    use crate::ops::window::window;
 
     /// A norm whose work is left to the product after it reads and writes while that product writes,
     /// the sum that nobody reads included.
@@ -168,5 +170,30 @@ mod tests {
             [a, b, sum].iter().any(|&var| slot(var) == slot(y))
         };
         assert!(shares(0) && !shares(2));
+    }
+
+    /// A cache that becomes its input lies in its place, but not where it is read later, is not fed back,
+    /// or where backward reads the input.
+    #[test]
+    fn what_becomes_its_input_may_lie_in_its_place() {
+        let shares = |mode: Mode, fed: bool, read_later: bool| {
+            let mut tape = Tape::new(mode);
+            let (x, cache) = (tape.input([1, 2, 3]), tape.input([1, 5, 3]));
+            let places = positions(&mut tape, [1, 2], 5, None, None).unwrap();
+            let after = window(&mut tape, 5, x, Some(cache), places).unwrap();
+            if fed {
+                tape.keep_as(after, cache);
+            } else {
+                tape.keep(after);
+            }
+            if read_later {
+                window(&mut tape, 5, x, Some(cache), places).unwrap();
+            }
+            let plan = Plan::new(&tape, |value| tape.values[value].shape.len(), 0);
+            plan.value[after.index()] == plan.value[cache.index()]
+        };
+        assert!(shares(Mode::Evaluate, true, false));
+        assert!(!shares(Mode::Evaluate, true, true) && !shares(Mode::Evaluate, false, false));
+        assert!(!shares(Mode::Train, true, false));
     }
 }
