@@ -72,33 +72,6 @@ extern "C" __global__ void __launch_bounds__(256) window_forward(
     }
 }
 
-/// The cache after one token a sequence, by pieces of four columns: rows move up by one, or, before a pad, stay. D is a
-/// multiple of 4, pointers are aligned to it, C D is below 2^31. grid (ceil(C D / 4096), B), block 256.
-#define PIECES 4
-
-extern "C" __global__ void __launch_bounds__(256) window_step(
-    const float *position, const float *first, const element_t *x, const float *cache, float *after, int C, int D
-) {
-    int b = blockIdx.y, lowest = (int)first[b];
-    // First of a pad lies behind it.
-    int held = cache && lowest != 0 ? min((int)position[b], C) : 0, up = lowest > 0 ? 0 : 1;
-    unsigned part = (unsigned)C * D, at = (blockIdx.x * PIECES * 256 + threadIdx.x) * 4;
-    cache += (long long)b * part, after += (long long)b * part, x += (long long)b * D;
-    Four rows[PIECES];
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        unsigned element = at + i * 1024;
-        int row = element / D, source = row + up;
-        rows[i] = Four{};
-        if (row >= C) continue;
-        if (source == C) rows[i] = unpack(load_four(x + element % D));
-        else if (source >= C - held) rows[i] = unpack(*(const float4 *)(cache + element + up * D));
-    }
-#pragma unroll
-    for (int i = 0; i < PIECES; i++)
-        if (at + i * 1024 < part) store_four(after + at + i * 1024, rows[i]);
-}
-
 /// dx, dcache += the gradients of the rows that came from them. A thread an element of the new cache.
 extern "C" __global__ void window_backward(
     const int *rows, const float *dafter, element_t *dx, float *dcache, long long n, int S, int C, int D

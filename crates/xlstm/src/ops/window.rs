@@ -71,9 +71,6 @@ const SOURCE: Source = Source::new("window", include_str!("window.cu"));
 /// Rows that a thread goes over on a GPU: ROWS of window.cu.
 #[cfg(feature = "cuda")]
 const CUDA_ROWS: usize = 4;
-/// Numbers that a block copies where there is one token.
-#[cfg(feature = "cuda")]
-const CUDA_PART: usize = 4096;
 
 impl Kernel for Window {
     fn name(&self) -> &'static str {
@@ -161,13 +158,6 @@ impl Kernel for Window {
     #[cfg(feature = "cuda")]
     fn forward_cuda(&self, io: &mut CudaForward<'_>) -> Result<()> {
         let ((length, width), batch) = (sizes(io.shapes), io.shapes.input(0).dims()[0]);
-        let part = self.size * width;
-        if length == 1 && width.is_multiple_of(4) && part < 1 << 31 {
-            let [position, first, x] = [2, 3, 0].map(|slot| io.input(slot));
-            let arguments = arguments![position, first, x, io.inputs[1], io.outputs[0], self.size, width];
-            let grid = [part.div_ceil(CUDA_PART), batch, 1];
-            return io.queue.launch(&SOURCE, "window_step", grid, 256, arguments);
-        }
         let rows = io.queue.scratch(batch * self.size)?;
         let arguments = arguments![io.input(2), io.input(3), rows, length, self.size];
         io.queue.launch(&SOURCE, "window_sources", [batch, 1, 1], 32, arguments)?;

@@ -1,8 +1,5 @@
-//! Attention on a GPU: in bf16 the kernels of attention_tiles.cuh, else, and for few tokens, those of
-//! attention.cu; for one new token, which generation reads, those of attention_step.cu.
-//!
-//! One token's attention is bound by the bytes of the cache that it sees. A block of attention.cu goes over all of
-//! it, one block a head; the pieces of attention_step.cu fill the card.
+//! Attention on a GPU: in bf16 the kernels of attention_tiles.cuh, else, and for a token or two, those of
+//! attention.cu.
 
 use super::{CACHE, Sizes};
 use crate::engine::Precision;
@@ -17,14 +14,6 @@ const SIZE: usize = 128;
 const TILE: usize = 32;
 
 const SOURCE: Source = Source::new("attention", include_str!("../attention.cu"));
-
-const STEP: Source = Source::new("attention_step", include_str!("../attention_step.cu"));
-
-/// Tokens that a block of attention_step.cu sees: its PIECE; and its threads.
-const SEEN: usize = 128;
-const STEP_THREADS: usize = 128;
-/// Numbers that are read at a time there.
-const FOUR: usize = 4;
 
 /// Bytes of `tiles` tiles of attention.cu in shared memory.
 fn shared(tiles: usize, size: usize) -> usize {
@@ -130,14 +119,6 @@ pub(super) fn forward(sizes: Sizes, io: &mut CudaForward<'_>) -> Result<()> {
         let grid = [tasks, length.div_ceil(tiles.rows), 1];
         let (source, name) = &tiles.forward;
         return io.queue.launch_shared(source, name, grid, 128, tiles.shared(1, 1), arguments);
-    }
-    if length == 1 && size.is_multiple_of(FOUR) {
-        let pieces = (cached + 1).div_ceil(SEEN);
-        let parts = io.queue.scratch(tasks * pieces * (size + 2))?;
-        let arguments = arguments![q, k, v, ck, cv, first, parts, cached, heads, size];
-        io.queue.launch(&STEP, "attention_step_parts", [pieces, tasks, 1], STEP_THREADS, arguments)?;
-        let arguments = arguments![parts, first, y, logs, pieces, cached, heads, size];
-        return io.queue.launch(&STEP, "attention_step", [1, tasks, 1], STEP_THREADS, arguments);
     }
     let arguments = arguments![q, k, v, ck, cv, first, y, logs, length, cached, heads, size];
     let grid = [length.div_ceil(TILE), tasks, 1];
