@@ -144,6 +144,7 @@ fn few<T: Scalar>(
             (columns, start) = (later, start.saturating_sub(map.outer));
         }
     });
+    // A column is the result as it is: whole slices, where the loop below would take as long as a norm.
     if rows == 1 {
         let mut columns = &*columns;
         for map in maps {

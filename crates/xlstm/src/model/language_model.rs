@@ -222,3 +222,27 @@ impl Model for LanguageModel {
 fn tied_or(config: &ModelConfig, embedding: Parameter, own: impl FnOnce() -> Parameter) -> Parameter {
     if config.tie_weights { embedding } else { own() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The first values of the parameter whose name ends so.
+    fn drawn(config: &ModelConfig, ending: &str) -> Vec<f32> {
+        let model = LanguageModel::new(&ModelConfig { vocab_size: 7, ..config.clone() }).unwrap();
+        let index = model.specs().iter().position(|spec| spec.name.ends_with(ending)).unwrap();
+        model.specs()[index].draw(1, index)
+    }
+
+    #[test]
+    fn forget_gates_start_where_they_are_told() {
+        let mut small = ModelConfig::default();
+        assert_eq!(drawn(&small, "fgate.bias"), [3.0, 4.0, 5.0, 6.0]);
+        small.mlstm.forget_gate_bias = [0.0, 6.0];
+        assert_eq!(drawn(&small, "fgate.bias"), [0.0, 2.0, 4.0, 6.0]);
+        let mut large = ModelConfig { family: Family::Large, ..ModelConfig::default() };
+        assert_eq!(drawn(&large, "fgate_preact.bias"), [3.0, 4.0, 5.0, 6.0]);
+        large.large.forget_gate_bias = [-1.0, 2.0];
+        assert_eq!(drawn(&large, "fgate_preact.bias"), [-1.0, 0.0, 1.0, 2.0]);
+    }
+}

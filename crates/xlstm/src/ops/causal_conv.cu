@@ -235,8 +235,6 @@ extern "C" __global__ void __launch_bounds__(128) causal_conv_backward_4(
             long long at = (long long)min(t + i, S - 1) * E;
             of_x[i] = load_four(sequence.x + at);
             of_dy[i] = load_four(dy + at);
-            // What a gradient is added to some tokens later, and would be waited for each time.
-            if (dx && !fresh) asm volatile("prefetch.global.L1 [%0];" ::"l"(dx + at));
         }
         EACH_TOKEN(i) {
             int now_at = t + i;
