@@ -52,6 +52,8 @@ pub fn check(table: &mut Table<'_>) {
         let [tokens, cache] = [1, size].map(|rows| [3, rows, heads * width]);
         let case = Case::default().input(&tokens).input(&tokens).input(&tokens);
         let case = case.input(&cache).input(&cache).between(&[3], filled, filled + 0.2).ids(marks(3));
+        // Of a token that sees itself alone the query has no gradient, but for rounding.
+        let case = Case { evaluated: filled == 0.0, ..case };
         let name = format!("attention behind {filled} of {size}, {heads}x{width}");
         table.compare(&name, &case, T, &|t, v, i| {
             let places = positions(t, [3, 1], size, Some(v[5]), marked.then_some(i[0]))?;
