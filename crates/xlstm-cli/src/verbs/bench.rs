@@ -38,7 +38,8 @@ struct Common {
     #[arg(long, value_name = "CONFIG", conflicts_with = "preset")]
     config: Option<String>,
     /// Change one key of the configuration; may be given several times
-    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
+    // A requirement is not looked at where it conflicts with what is given.
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config", conflicts_with = "preset")]
     sets: Vec<String>,
     /// Print JSON, one object a line, instead of lines for people
     #[arg(long)]

@@ -12,20 +12,25 @@ use super::table::Table;
 pub fn check(table: &mut Table<'_>) {
     use ForgetGate::{Exponential as ExponentialForget, Sigmoid as SigmoidForget};
     use InputGate::{Exponential, Sigmoid};
-    for (length, dqk, dhv, marked, input_gate, forget_gate, normalize) in [
-        (1, 16, 16, false, Exponential, SigmoidForget, true),
-        (70, 16, 24, true, Exponential, SigmoidForget, true),
-        (200, 64, 64, false, Exponential, SigmoidForget, true),
-        (130, 80, 96, true, Exponential, SigmoidForget, true),
-        (300, 128, 256, true, Exponential, SigmoidForget, true),
-        (130, 36, 20, true, Exponential, SigmoidForget, true),
-        (1, 16, 16, false, Sigmoid, SigmoidForget, true),
-        (130, 32, 32, true, Sigmoid, SigmoidForget, true),
-        (130, 32, 32, true, Exponential, ExponentialForget, true),
-        (130, 32, 32, true, Sigmoid, SigmoidForget, false),
-        (130, 32, 32, true, Sigmoid, ExponentialForget, false),
+    for (batch, length, dqk, dhv, marked, input_gate, forget_gate, normalize) in [
+        (2, 1, 16, 16, false, Exponential, SigmoidForget, true),
+        (2, 70, 16, 24, true, Exponential, SigmoidForget, true),
+        (2, 200, 64, 64, false, Exponential, SigmoidForget, true),
+        (2, 130, 80, 96, true, Exponential, SigmoidForget, true),
+        (2, 300, 128, 256, true, Exponential, SigmoidForget, true),
+        (2, 130, 36, 20, true, Exponential, SigmoidForget, true),
+        (2, 1, 16, 16, false, Sigmoid, SigmoidForget, true),
+        (2, 130, 32, 32, true, Sigmoid, SigmoidForget, true),
+        (2, 130, 32, 32, true, Exponential, ExponentialForget, true),
+        (2, 130, 32, 32, true, Sigmoid, SigmoidForget, false),
+        (2, 130, 32, 32, true, Sigmoid, ExponentialForget, false),
+        // Heads for every multiprocessor of a large card.
+        (70, 140, 64, 128, true, Exponential, SigmoidForget, true),
+        (70, 270, 128, 128, true, Exponential, SigmoidForget, true),
+        (70, 130, 88, 72, false, Exponential, SigmoidForget, true),
+        (70, 60, 40, 96, true, Sigmoid, ExponentialForget, false),
     ] {
-        let (batch, heads) = (2, 3);
+        let heads = 3;
         // An exponential gate that lets the state grow would make all else small.
         let forget = if forget_gate == ExponentialForget { (-2.0, 0.2) } else { (0.0, 5.0) };
         let mut case = Case::default()
@@ -42,7 +47,7 @@ pub fn check(table: &mut Table<'_>) {
         }
         let form = Form::Chunkwise(64);
         let config = MlstmConfig { heads, input_gate, forget_gate, normalize, eps: 1e-6, form };
-        let mut name = format!("mlstm {length} {dqk} {dhv}{}", if marked { " marks" } else { "" });
+        let mut name = format!("mlstm {batch}x{length} {dqk} {dhv}{}", if marked { " marks" } else { "" });
         for (differs, option) in [
             (input_gate == Sigmoid, " sigmoid i"),
             (forget_gate == ExponentialForget, " exp f"),

@@ -42,6 +42,8 @@ fn distance(got: &[f64], want: &[f64]) -> f64 {
 pub struct Table<'a> {
     pub gpu: &'a Arc<Gpu>,
     pub precision: Precision,
+    /// What names of compared recordings have to hold.
+    pub only: String,
     pub failures: usize,
 }
 
@@ -64,6 +66,9 @@ impl Table<'_> {
 
     /// The GPU against the CPU in f64, and against itself.
     pub fn compare(&mut self, name: &str, case: &Case, tolerance: f64, record: Record<'_>) {
+        if !name.contains(&self.only) {
+            return;
+        }
         let precision = self.precision;
         let tolerance = if precision == Precision::F32 { tolerance } else { BF16 };
         let case = case.rounded(precision);

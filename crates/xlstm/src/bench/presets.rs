@@ -34,7 +34,7 @@ pub struct Preset {
 }
 
 /// The names of all presets.
-pub const PRESETS: [&str; 25] = [
+pub const PRESETS: [&str; 29] = [
     "large-128",
     "large-256",
     "lm-mlstm-128",
@@ -57,6 +57,10 @@ pub const PRESETS: [&str; 25] = [
     "large-162m",
     "large-407m",
     "gen-407m",
+    "mlstm-7b",
+    "mlstm-256",
+    "mlstm-400m",
+    "mlstm-125m",
     "slstm-512",
     "slstm-768",
     "slstm-1024",
@@ -83,6 +87,15 @@ impl Preset {
             "large-74m" => xlstm_large(512, 7, 4),
             "large-162m" => xlstm_large(768, 12, 6),
             "large-407m" | "gen-407m" => xlstm_large(1024, 24, 4),
+            // Cells alone: one block.
+            "mlstm-7b" => xlstm_large(4096, 1, 8),
+            "mlstm-256" => {
+                let mut model = xlstm_large(1024, 1, 4);
+                model.large.qk_dim_factor = 1.0;
+                model
+            }
+            "mlstm-400m" => xlstm_large(1024, 1, 4),
+            "mlstm-125m" => xlstm_large(768, 1, 6),
             "gpt-125m" => gpt2(2048),
             "infer-50m" => {
                 ModelConfig { vocab_size: 16000, embedding_dim: 640, num_blocks: 6, ..of(Family::Large) }
@@ -115,6 +128,8 @@ impl Preset {
             "gen-407m" => (1, 2048),
             "small-125m" => (4, 512),
             "gpt-125m" | "large-74m" | "large-162m" | "large-407m" => (8, 2048),
+            "mlstm-7b" | "mlstm-256" => (8, 8192),
+            "mlstm-400m" | "mlstm-125m" => (32, 2048),
             "slstm-512" | "slstm-768" | "slstm-1024" => (64, 1024),
             _ if model.family == Family::Original => (8, 128),
             _ => (8, 256),

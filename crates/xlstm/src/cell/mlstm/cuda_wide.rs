@@ -17,6 +17,8 @@ macro_rules! source {
                 include_str!("mlstm_tiles.cuh"),
                 include_str!("mlstm_wide.cuh"),
                 include_str!("mlstm_wide_pass.cuh"),
+                include_str!("mlstm_wide_resident.cuh"),
+                include_str!("mlstm_wide_results.cuh"),
                 include_str!(concat!($name, ".cu"))
             ),
         )
@@ -24,6 +26,8 @@ macro_rules! source {
 }
 const WIDE_FORWARD: Source = source!("mlstm_wide_forward");
 const WIDE_BACKWARD: Source = source!("mlstm_wide_backward");
+const RESIDENT_FORWARD: Source = source!("mlstm_resident_forward");
+const RESIDENT_BACKWARD: Source = source!("mlstm_resident_backward");
 
 /// Tokens of a chunk: CHUNK of mlstm_wide.cuh.
 const CHUNK: usize = 128;
@@ -75,6 +79,24 @@ impl Passes {
     }
 }
 
+/// Whether a head's state stays on the chip (mlstm_resident_forward.cu): a block has it, of which some
+/// multiprocessors would else have none.
+fn is_resident(queue: &Queue, sizes: &Sizes) -> Result<bool> {
+    let Sizes { batch, heads, dqk, dhv, .. } = *sizes;
+    let fits = has_warp_groups(queue) && dqk <= 2 * L && dhv > L && dhv <= 2 * L;
+    Ok(fits && 2 * batch * heads >= 3 * queue.gpu().multiprocessors()?)
+}
+
+/// Shared memory of a block that keeps a head's state: `ResidentForward` and `ResidentBackward`.
+fn resident_shared(dqk: usize) -> [usize; 2] {
+    let keys = dqk.div_ceil(L);
+    let weights = (2 * CHUNK + 2 * L) * 4;
+    let forward = (2 * (4 * keys + 4) + 2 * keys) * TILE + weights + CHUNK * 4 + 3 * (keys * L + 8) * 2;
+    let backward =
+        (4 * keys + 8 + 4 * keys) * TILE + weights + (4 * CHUNK + 2 * keys * L + 2 * GROUP / 32) * 4;
+    [forward, backward]
+}
+
 /// Work space for `n` numbers of bf16.
 fn halves(queue: &mut Queue, n: usize) -> Result<u64> {
     queue.scratch(n.div_ceil(2))
@@ -94,8 +116,6 @@ pub(super) fn forward(
     let (flags, eps) = (flags(config), config.eps);
     let (tasks, chunks, key_tiles) = (batch * heads, length.div_ceil(CHUNK), dqk.div_ceil(L));
     let queue = &mut *io.queue;
-    let states = halves(queue, tasks * chunks * dqk * dhv)?;
-    let normals = queue.scratch(tasks * chunks * dqk)?;
     let [mut prefix, mut entry, mut w] = [0; 3];
     for part in [&mut prefix, &mut entry, &mut w] {
         *part = queue.scratch(tasks * chunks * CHUNK)?;
@@ -104,6 +124,35 @@ pub(super) fn forward(
     queue.launch(&FORWARD, "mlstm_gates", [tasks, 1, 1], 1024, arguments)?;
     let arguments = arguments![i, f, marks, n0, m0, stabilizers, prefix, entry, w, length, heads, dqk, flags];
     queue.launch(&WIDE_FORWARD, "mlstm_wide_exponents", [chunks, tasks, 1], CHUNK, arguments)?;
+    if is_resident(queue, &sizes)? {
+        let arguments = arguments![
+            q,
+            k,
+            v,
+            marks,
+            stabilizers,
+            prefix,
+            entry,
+            w,
+            c0,
+            n0,
+            h,
+            denominators,
+            c,
+            n,
+            length,
+            heads,
+            dqk,
+            dhv,
+            flags,
+            eps
+        ];
+        let name = if dqk <= L { "mlstm_resident_outputs_64" } else { "mlstm_resident_outputs_128" };
+        let [shared, _] = resident_shared(dqk);
+        return queue.launch_shared(&RESIDENT_FORWARD, name, [tasks, 1, 1], 2 * GROUP, shared, arguments);
+    }
+    let states = halves(queue, tasks * chunks * dqk * dhv)?;
+    let normals = queue.scratch(tasks * chunks * dqk)?;
     let arguments = arguments![k, v, w, prefix, c0, n0, states, normals, c, n, length, heads, dqk, dhv];
     let columns = state_slice(dhv, key_tiles * tasks);
     let name = if columns == L { "mlstm_wide_states_64" } else { "mlstm_wide_states_128" };
@@ -152,17 +201,17 @@ pub(super) fn backward(
     let (flags, eps, fresh) = (flags(config), config.eps, fresh(io));
     let (tasks, chunks, key_tiles) = (batch * heads, length.div_ceil(CHUNK), dqk.div_ceil(L));
     let tokens = tasks * chunks * CHUNK;
+    let resident = is_resident(io.queue, &sizes)?;
     let passes = Passes::of(io.queue);
     let key_out = passes.slice(dqk);
     let value_out = passes.slice(dhv).max(key_out);
     let (value_slices, key_slices) = (dhv.div_ceil(value_out), dqk.div_ceil(key_out));
-    let columns = state_slice(dhv, 2 * key_tiles * tasks);
-    let state_tiles = key_tiles * dhv.div_ceil(columns);
+    // Walks in both directions at once, or in one.
+    let columns = state_slice(dhv, if resident { 1 } else { 2 } * key_tiles * tasks);
+    let state_tiles = if resident { 1 } else { key_tiles * dhv.div_ceil(columns) };
     let queue = &mut *io.queue;
     let states = halves(queue, tasks * chunks * dqk * dhv)?;
-    let dstates = halves(queue, tasks * chunks * dqk * dhv)?;
     let normals = queue.scratch(tasks * chunks * dqk)?;
-    let dnormals = queue.scratch(tasks * chunks * dqk)?;
     let [mut prefix, mut entry, mut w, mut inverse, mut dd, mut dm] = [0; 6];
     let [mut query, mut slope, mut di, mut df] = [0; 4];
     for part in [
@@ -213,71 +262,122 @@ pub(super) fn backward(
         eps
     ];
     queue.launch(&WIDE_BACKWARD, "mlstm_wide_tokens", [chunks, tasks, 1], 256, arguments)?;
-    let arguments = arguments![
-        q,
-        k,
-        v,
-        dh,
-        w,
-        query,
-        slope,
-        prefix,
-        c0,
-        n0,
-        c,
-        n,
-        dc,
-        dn,
-        states,
-        normals,
-        dstates,
-        dnormals,
-        inner_last,
-        inner_first,
-        dc0,
-        dn0,
-        length,
-        heads,
-        dqk,
-        dhv
-    ];
-    let name = if columns == L { "mlstm_wide_backward_states_64" } else { "mlstm_wide_backward_states_128" };
-    let grid = [dhv.div_ceil(columns), key_tiles, 2 * tasks];
-    queue.launch_shared(&WIDE_BACKWARD, name, grid, GROUP, walk_shared(columns), arguments)?;
-    let arguments = arguments![
-        q,
-        k,
-        v,
-        dh,
-        prefix,
-        entry,
-        inverse,
-        dd,
-        states,
-        normals,
-        dstates,
-        dnormals,
-        dq,
-        dk,
-        dv,
-        fresh & 7,
-        a,
-        leaving,
-        b,
-        crossing,
-        length,
-        heads,
-        dqk,
-        dhv
-    ];
-    let name = match (value_out > L, key_out > L) {
-        (false, false) => "mlstm_wide_gradients_64_64",
-        (true, false) => "mlstm_wide_gradients_128_64",
-        (_, true) => "mlstm_wide_gradients_128_128",
-    };
-    let grid = [value_slices + 2 * key_slices, chunks, tasks];
-    let shared = passes.shared(value_out, false, 2).max(passes.shared(key_out, true, 2));
-    queue.launch_shared(&WIDE_BACKWARD, name, grid, 2 * GROUP, shared, arguments)?;
+    if resident {
+        let none = None::<u64>;
+        let arguments =
+            arguments![k, v, w, prefix, c0, n0, states, normals, none, none, length, heads, dqk, dhv];
+        let name = if columns == L { "mlstm_wide_states_64" } else { "mlstm_wide_states_128" };
+        let grid = [dhv.div_ceil(columns), key_tiles, tasks];
+        queue.launch_shared(&WIDE_FORWARD, name, grid, GROUP, walk_shared(columns), arguments)?;
+        let arguments = arguments![
+            q,
+            k,
+            v,
+            dh,
+            prefix,
+            entry,
+            inverse,
+            dd,
+            query,
+            slope,
+            states,
+            normals,
+            c0,
+            n0,
+            c,
+            n,
+            dc,
+            dn,
+            dq,
+            dk,
+            dv,
+            fresh & 7,
+            a,
+            leaving,
+            b,
+            crossing,
+            inner_last,
+            inner_first,
+            dc0,
+            dn0,
+            length,
+            heads,
+            dqk,
+            dhv
+        ];
+        let name = if dqk <= L { "mlstm_resident_gradients_64" } else { "mlstm_resident_gradients_128" };
+        let [_, shared] = resident_shared(dqk);
+        queue.launch_shared(&RESIDENT_BACKWARD, name, [tasks, 1, 1], 2 * GROUP, shared, arguments)?;
+    } else {
+        let dstates = halves(queue, tasks * chunks * dqk * dhv)?;
+        let dnormals = queue.scratch(tasks * chunks * dqk)?;
+        let arguments = arguments![
+            q,
+            k,
+            v,
+            dh,
+            w,
+            query,
+            slope,
+            prefix,
+            c0,
+            n0,
+            c,
+            n,
+            dc,
+            dn,
+            states,
+            normals,
+            dstates,
+            dnormals,
+            inner_last,
+            inner_first,
+            dc0,
+            dn0,
+            length,
+            heads,
+            dqk,
+            dhv
+        ];
+        let name =
+            if columns == L { "mlstm_wide_backward_states_64" } else { "mlstm_wide_backward_states_128" };
+        let grid = [dhv.div_ceil(columns), key_tiles, 2 * tasks];
+        queue.launch_shared(&WIDE_BACKWARD, name, grid, GROUP, walk_shared(columns), arguments)?;
+        let arguments = arguments![
+            q,
+            k,
+            v,
+            dh,
+            prefix,
+            entry,
+            inverse,
+            dd,
+            states,
+            normals,
+            dstates,
+            dnormals,
+            dq,
+            dk,
+            dv,
+            fresh & 7,
+            a,
+            leaving,
+            b,
+            crossing,
+            length,
+            heads,
+            dqk,
+            dhv
+        ];
+        let name = match (value_out > L, key_out > L) {
+            (false, false) => "mlstm_wide_gradients_64_64",
+            (true, false) => "mlstm_wide_gradients_128_64",
+            (_, true) => "mlstm_wide_gradients_128_128",
+        };
+        let grid = [value_slices + 2 * key_slices, chunks, tasks];
+        let shared = passes.shared(value_out, false, 2).max(passes.shared(key_out, true, 2));
+        queue.launch_shared(&WIDE_BACKWARD, name, grid, 2 * GROUP, shared, arguments)?;
+    }
     let arguments = arguments![a, leaving, b, crossing, di, df, key_slices, value_slices];
     queue.launch(&WIDE_BACKWARD, "mlstm_wide_gates", [chunks, tasks, 1], CHUNK, arguments)?;
     let arguments = arguments![

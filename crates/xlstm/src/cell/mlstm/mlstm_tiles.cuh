@@ -99,6 +99,15 @@ __device__ __forceinline__ void fetch(Tile &tile, const Rows &of, int row, int c
         int r = member * IN_VECTOR / L, c = member * IN_VECTOR % L, rows = column + c < of.width ? of.rows - row - r : 0;
         const element_t *from = of.from + (row + r) * of.stride + column + c;
         unsigned to = shared_address(tile.at(r, c));
+        if (row + L <= of.rows && column + L <= of.width) {
+#pragma unroll
+            for (int i = 0; i < L; i += AT_ONCE) {
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * Tile::PITCH * (int)sizeof(element_t)), "l"(from)
+                             : "memory");
+                from += AT_ONCE * of.stride;
+            }
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < L; i += AT_ONCE) {
             unsigned row_to = to + i * Tile::PITCH * (int)sizeof(element_t);
@@ -262,6 +271,11 @@ struct Column {
 };
 struct ColumnSum {
     float x[4] = {};
+    /// The number that lanes 0, 4, 8 ... hold, of row WARP 16 + half 8 + LANE / 4.
+    __device__ __forceinline__ void set(int half, float to) {
+        x[half * 2] = LANE % 4 == 0 ? to : 0.0f;
+        x[half * 2 + 1] = 0.0f;
+    }
 };
 /// sum += tile column, or tile^T column.
 template <bool LEFT> __device__ __forceinline__ void multiply(Tile &left, const Column &right, ColumnSum &sum) {

@@ -6,6 +6,12 @@
 //   backward   mlstm_wide_tokens -> mlstm_wide_backward_states -> mlstm_wide_gradients
 //              -> mlstm_wide_gates -> mlstm_backward_unwind
 //
+// or, where a head's state stays on the chip (mlstm_resident_forward.cu),
+//
+//   forward    mlstm_gates -> mlstm_wide_exponents -> mlstm_resident_outputs
+//   backward   mlstm_wide_tokens -> mlstm_wide_states -> mlstm_resident_gradients
+//              -> mlstm_wide_gates -> mlstm_backward_unwind
+//
 // With G_t the sum of log2-decays from the chunk's first token to t, and E_j = G_j less the log2 of
 // token j's entry, all weights are differences: W_tj = 2^(G_t - E_j), e_t = 2^G_t,
 // w_j = 2^(G_last - E_j). A decay of less than 2^-160 counts as that: across it, as across a reset,
@@ -127,10 +133,11 @@ __device__ __forceinline__ void fetch_piece(void *to, const void *from) {
 
 // The tiles' order of 16-byte pieces is the hardware's 128-byte swizzle, where tiles start at
 // multiples of 1024 bytes. A descriptor names a tile by its address, the bytes between 8 rows, and,
-// where features lie along the rows of the right side's transpose, those to the next tile.
-__device__ __forceinline__ unsigned long long tile_descriptor(const Tile &tile) {
-    const unsigned long long SWIZZLE_128 = 1ull << 62, EIGHT_ROWS = 1024 >> 4, NEXT_TILE = sizeof(Tile) >> 4;
-    return SWIZZLE_128 | EIGHT_ROWS << 32 | NEXT_TILE << 16 | (shared_address(&tile) & 0x3ffff) >> 4;
+// where features lie along the rows of the right side's transpose, those to the tile on its right,
+// which is `right` tiles on.
+__device__ __forceinline__ unsigned long long tile_descriptor(const Tile &tile, int right = 1) {
+    const unsigned long long SWIZZLE_128 = 1ull << 62, EIGHT_ROWS = 1024 >> 4, TILE = sizeof(Tile) >> 4;
+    return SWIZZLE_128 | EIGHT_ROWS << 32 | right * TILE << 16 | (shared_address(&tile) & 0x3ffff) >> 4;
 }
 /// In a descriptor, 16 on along the rows, and 16 rows on.
 #define ALONG 2
@@ -138,7 +145,10 @@ __device__ __forceinline__ unsigned long long tile_descriptor(const Tile &tile) 
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+/// Until all that was committed is there, but for the last so many.
+template <int UNDER_WAY = 0> __device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(UNDER_WAY) : "memory");
+}
 
 #define FOUR(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
 /// to += left right, 64 x 64; RIGHT: the right side's tiles have its columns along their rows.
@@ -226,10 +236,60 @@ template <int COLUMNS> struct StateTile {
 #pragma unroll
             for (int i = 0; i < 4; i++) f(sum[n][i], WARP * 16 + i / 2 * 8 + LANE / 4, n * 8 + LANE % 4 * 2 + i % 2);
     }
-    /// The number of n that lanes 0, 4, 8 ... hold, of row WARP 16 + half 8 + LANE / 4.
-    __device__ __forceinline__ void set_normal(int half, float x) {
-        normal.x[half * 2] = LANE % 4 == 0 ? x : 0.0f;
-        normal.x[half * 2 + 1] = 0.0f;
+    /// sum += (factor left)^T right, and, with_n, normal += (normal_factor left)^T 1, of 64 tokens.
+    __device__ __forceinline__ void
+    add(Tile &left, Tile *right, const float *factor, const float *normal_factor, bool with_n) {
+        unsigned whole[4][4], a[4][4];
+        // Hidden from the compiler, which else keeps the places from one use to the next in registers.
+        int row = WARP * 16;
+        asm volatile("" : "+r"(row));
+#pragma unroll
+        for (int k = 0; k < 4; k++) load_left<true>(whole[k], left, row, k * 16);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float2 x = *(const float2 *)&factor[k * 16 + i / 2 * 8 + LANE % 4 * 2];
+                a[k][i] = pair_of(x.x * first(whole[k][i]), x.y * second(whole[k][i]));
+            }
+#ifdef WARPGROUP
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < 4; k++) multiply_group<1>(sum, a[k], tile_descriptor(right[0]) + k * DOWN);
+        products_commit();
+#else
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int n = 0; n < COLUMNS / 16; n++) {
+                unsigned b[4];
+                load_right<false>(b, right[n / 4], k * 16, n % 4 * 16);
+                multiply_add(sum[2 * n], a[k], b[0], b[1]);
+                multiply_add(sum[2 * n + 1], a[k], b[2], b[3]);
+            }
+#endif
+        if (with_n) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                // The factors in three parts of bf16, a column of the right side each.
+                unsigned b[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float2 x = *(const float2 *)&normal_factor[k * 16 + i * 8 + LANE % 4 * 2];
+                    b[i] = 0;
+#pragma unroll
+                    for (int part = 0; part < 3; part++) {
+                        Pair pair = pair_of(x.x, x.y);
+                        x.x -= first(pair), x.y -= second(pair);
+                        if (LANE / 4 == part) b[i] = pair;
+                    }
+                }
+                multiply_add(normal.x, whole[k], b[0], b[1]);
+            }
+        }
+#ifdef WARPGROUP
+        products_wait();
+#endif
     }
     /// Along the sequence, or back. `direction` 1: sum = e_last sum + (factor left)^T right of each
     /// chunk in turn, from 0 on; -1: from the last on. Before each, it goes to states and normals.
@@ -270,54 +330,7 @@ template <int COLUMNS> struct StateTile {
             for (int step = chunk_step * tiles; step < (chunk_step + 1) * tiles; step++) {
                 int stage = pipeline.arrive(step);
                 auto &from = s.stage[stage];
-                unsigned whole[4][4], a[4][4];
-#pragma unroll
-                for (int k = 0; k < 4; k++) load_left<true>(whole[k], from.left, WARP * 16, k * 16);
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        float2 x = *(const float2 *)&s.factor[stage][0][k * 16 + i / 2 * 8 + LANE % 4 * 2];
-                        a[k][i] = pair_of(x.x * first(whole[k][i]), x.y * second(whole[k][i]));
-                    }
-#ifdef WARPGROUP
-                products_begin();
-#pragma unroll
-                for (int k = 0; k < 4; k++) multiply_group<1>(sum, a[k], tile_descriptor(from.right[0]) + k * DOWN);
-                products_commit();
-#else
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-#pragma unroll
-                    for (int n = 0; n < COLUMNS / 16; n++) {
-                        unsigned b[4];
-                        load_right<false>(b, from.right[n / 4], k * 16, n % 4 * 16);
-                        multiply_add(sum[2 * n], a[k], b[0], b[1]);
-                        multiply_add(sum[2 * n + 1], a[k], b[2], b[3]);
-                    }
-#endif
-                if (with_n) {
-#pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        // The factors in three parts of bf16, a column of the right side each.
-                        unsigned b[2];
-#pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            float2 x = *(const float2 *)&s.factor[stage][1][k * 16 + i * 8 + LANE % 4 * 2];
-                            b[i] = 0;
-#pragma unroll
-                            for (int part = 0; part < 3; part++) {
-                                Pair pair = pair_of(x.x, x.y);
-                                x.x -= first(pair), x.y -= second(pair);
-                                if (LANE / 4 == part) b[i] = pair;
-                            }
-                        }
-                        multiply_add(normal.x, whole[k], b[0], b[1]);
-                    }
-                }
-#ifdef WARPGROUP
-                products_wait();
-#endif
+                add(from.left, from.right, s.factor[stage][0], s.factor[stage][1], with_n);
             }
         }
     }

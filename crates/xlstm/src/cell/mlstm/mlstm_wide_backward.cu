@@ -130,7 +130,7 @@ __device__ __forceinline__ void wide_backward_states(
     for (int half = 0; half < 2; half++) {
         int x = r0 + WARP * 16 + half * 8 + LANE / 4;
         float n = n_from && x < dqk ? n_from[(long long)bh * dqk + x] : 0.0f;
-        C.set_normal(half, n);
+        C.normal.set(half, n);
         if (back && with_n && dn_last && x < dqk && LANE % 4 == 0) inner = fmaf(n_last[(long long)bh * dqk + x], n, inner);
     }
     // The gradient of the first state is wanted only where there is one.
@@ -211,7 +211,7 @@ __device__ __forceinline__ void wide_values(
     Tile *tile = pass.products<false>(
         s, x,
         [&]() {
-            Values::weights(s, at, prefix, entry, inverse, nullptr);
+            read_weights(s.weights, at, prefix, entry, inverse, nullptr, scale);
             if (dv && !fresh) prefetch_rows<OUT>(to, x.row, x.out);
             if (slice == 0)
                 for (int r = tid; r < dqk; r += 2 * GROUP)
@@ -227,25 +227,17 @@ __device__ __forceinline__ void wide_values(
         },
         [](unsigned (&)[4], int) {}
     );
-    pass.weigh(s, x, [&](float score, int, int t) { return score * (scale * s.inverse[t]); });
-    float factor[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) factor[i] = power(s.prefix[CHUNK - 1] - s.entry[x.row + Values::row(i * 2)]);
-#pragma unroll
-    for (int n = 0; n < OUT / 8; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) pass.H[n][i] *= factor[i / 2];
-    pass.attend(tile, x);
+    finish_values<OUT>(pass, []() {}, []() {}, tile, s.weights, x);
     if (dv) put_rows<OUT>(pass.H, to, x.row + WARP * 16, x.out, !fresh);
     // In the place of weights that are used no more.
     inner = warp_sum(inner);
     __syncthreads();
-    if (LANE == 0) s.low[tid / 32] = inner;
+    if (LANE == 0) s.weights.low[tid / 32] = inner;
     __syncthreads();
     if (tid > 0) return;
     inner = 0.0f;
-    for (int i = 0; i < 2 * GROUP / 32; i++) inner += s.low[i];
-    crossing[slice * (long long)gridDim.z * chunks + at] = power(s.prefix[CHUNK - 1]) * inner;
+    for (int i = 0; i < 2 * GROUP / 32; i++) inner += s.weights.low[i];
+    crossing[slice * (long long)gridDim.z * chunks + at] = power(s.weights.prefix[CHUNK - 1]) * inner;
 }
 
 /// dq_t += s e_t ((dH C^T)_t / N_t + dd_t n) + sum_j R_tj k_j, and a_t by slice of features.
@@ -273,30 +265,13 @@ __device__ __forceinline__ void wide_queries(
     Rows to = chunk_of(dq, bh, chunk, S, NH, dqk);
     float scale = 1.0f / sqrtf((float)dqk);
     auto prologue = [&]() {
-        Queries::weights(s, at, prefix, entry, inverse, dd);
+        read_weights(s.weights, at, prefix, entry, inverse, dd, scale);
         if (dq && !fresh) prefetch_rows<OUT>(to, x.row, x.out);
     };
     Queries pass;
     Tile *tile = pass.products<false>(s, x, prologue, [](int) {}, [](int, Tile *) {}, [](unsigned (&)[4], int) {});
-    pass.weigh(s, x, [&](float product, int t, int) { return scale * fmaf(product, s.inverse[t], s.slope[t]); });
-    float factor[2], normal_factor[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        int t = x.row + Queries::row(i * 2);
-        float state = scale * power(s.prefix[t]);
-        factor[i] = state * s.inverse[t];
-        normal_factor[i] = state * s.slope[t];
-    }
-#pragma unroll
-    for (int n = 0; n < OUT / 8; n++) {
-        int r = x.out + Queries::column(n, 0);
-        float2 normal = r < dqk ? *(const float2 *)(normals + at * dqk + r) : make_float2(0.0f, 0.0f);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            pass.H[n][i] = fmaf(normal_factor[i / 2], i % 2 ? normal.y : normal.x, factor[i / 2] * pass.H[n][i]);
-    }
-    pass.attend(tile, x);
-    pass.dot_rows(tile, x, [&](int r, float sum) { a[first + x.row + r] = sum; });
+    finish_queries<OUT>(pass, []() {}, []() {}, tile, s.weights, x, normals + at * dqk, dqk);
+    pass.dot_rows(tile + 2 * Queries::TILES, x, [&](int r, float sum) { a[first + x.row + r] = sum; });
     if (dq) put_rows<OUT>(pass.H, to, x.row + WARP * 16, x.out, !fresh);
 }
 
@@ -324,28 +299,20 @@ __device__ __forceinline__ void wide_keys(
     x = Keys::halves(x, 0);
     float scale = 1.0f / sqrtf((float)dqk);
     auto prologue = [&]() {
-        Keys::weights(s, at, prefix, entry, inverse, dd);
+        read_weights(s.weights, at, prefix, entry, inverse, dd, scale);
         if (dk && !fresh) prefetch_rows<OUT>(chunk_of(dk, bh, chunk, S, NH, dqk), x.row, x.out);
     };
     Keys pass;
     Tile *tile = pass.products<false>(s, x, prologue, [](int) {}, [](int, Tile *) {}, [](unsigned (&)[4], int) {});
-    float factor[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) factor[i] = power(s.prefix[CHUNK - 1] - s.entry[x.row + Keys::row(i * 2)]);
-    pass.weigh(s, x, [&](float product, int, int t) { return scale * fmaf(product, s.inverse[t], s.slope[t]); });
-#pragma unroll
-    for (int n = 0; n < OUT / 8; n++) {
-        int r = x.out + Keys::column(n, 0);
-        float2 normal = r < dqk ? *(const float2 *)(dnormals + at * dqk + r) : make_float2(0.0f, 0.0f);
-#pragma unroll
-        for (int i = 0; i < 4; i++) pass.H[n][i] = factor[i / 2] * (pass.H[n][i] + (i % 2 ? normal.y : normal.x));
-    }
-    // Only now, for the registers: hidden from the compiler until here.
-    asm volatile("" : "+r"(chunk));
-    long long first = (slice * (long long)gridDim.z * chunks + (long long)bh * chunks + chunk) * CHUNK;
-    pass.dot_rows(tile, x, [&](int r, float sum) { leaving[first + x.row + r] = sum; });
-    pass.attend(tile, x);
-    pass.dot_rows(tile, x, [&](int r, float sum) { b[first + x.row + r] = sum; });
+    Tile *own = tile + 2 * Keys::TILES;
+    long long first;
+    finish_keys<OUT>(pass, []() {}, []() {}, tile, s.weights, x, dnormals + at * dqk, dqk, [&]() {
+        // Only now, for the registers: hidden from the compiler until here.
+        asm volatile("" : "+r"(chunk));
+        first = (slice * (long long)gridDim.z * chunks + (long long)bh * chunks + chunk) * CHUNK;
+        pass.dot_rows(own, x, [&](int r, float sum) { leaving[first + x.row + r] = sum; });
+    });
+    pass.dot_rows(own, x, [&](int r, float sum) { b[first + x.row + r] = sum; });
     if (dk) put_rows<OUT>(pass.H, chunk_of(dk, bh, chunk, S, NH, dqk), x.row + WARP * 16, x.out, !fresh);
 }
 

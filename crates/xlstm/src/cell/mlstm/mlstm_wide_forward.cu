@@ -36,7 +36,7 @@ __device__ __forceinline__ void wide_states(
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int x = r0 + WARP * 16 + half * 8 + LANE / 4;
-        C.set_normal(half, n0 && x < dqk ? n0[(long long)bh * dqk + x] : 0.0f);
+        C.normal.set(half, n0 && x < dqk ? n0[(long long)bh * dqk + x] : 0.0f);
     }
     C.walk(*(Walk<COLUMNS> *)wide_shared, k, v, w, w, prefix, states, normals, bh, r0, c0, with_n, 1,
            C_last ? chunks : chunks - 1, S, NH, dqk, dhv);
@@ -88,53 +88,16 @@ __device__ __forceinline__ void wide_outputs(
     Tile *tile = pass.products<true>(
         s, x,
         [&]() {
-            Outputs::weights(s, at, prefix, entry, nullptr, nullptr);
-            for (int r = tid; r < pitch; r += GROUP) {
-                float n = r < dqk ? normals[at * dqk + r] : 0.0f;
-        #pragma unroll
-                for (int part = 0; part < 3; part++) {
-                    element_t *to = n_parts + part * pitch + r;
-                    store(to, n);
-                    n -= load(to);
-                }
-            }
+            read_weights(s.weights, at, prefix, entry);
+            for (int r = tid; r < pitch; r += GROUP) set_parts(n_parts + r, pitch, r < dqk ? normals[at * dqk + r] : 0.0f);
         },
         [](int) {}, [](int, Tile *) {},
         [&](unsigned (&a)[4], int feature) {
             multiply_add(from_state.x, a, *(const unsigned *)(part + feature), *(const unsigned *)(part + feature + 8));
         }
     );
-    float scale = 1.0f / sqrtf((float)dqk);
-    pass.weigh(s, x, [&](float score, int, int) { return score * scale; });
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int r = x.row + Outputs::row(half * 2), t = chunk * CHUNK + r;
-        float sum = 0.0f, state = scale * power(s.prefix[r]);
-#pragma unroll
-        for (int n = 0; n < 8; n++) sum += pass.S[n][half * 2] + pass.S[n][half * 2 + 1];
-        if (x.both) {
-#pragma unroll
-            for (int n = 0; n < 8; n++) sum += pass.S[8 + n][half * 2] + pass.S[8 + n][half * 2 + 1];
-        }
-        sum += __shfl_xor_sync(ALL, sum, 1);
-        sum += __shfl_xor_sync(ALL, sum, 2);
-        // The three parts are in columns 0, 1 and 2.
-        float low = from_state.x[half * 2] + from_state.x[half * 2 + 1];
-        float d = __shfl_sync(ALL, low, LANE & 28) + __shfl_sync(ALL, from_state.x[half * 2], (LANE & 28) + 1);
-        d = fmaf(state, d, sum);
-        bool pad = t >= S || (marks && is_pad(marks[(long long)(bh / NH) * S + t]));
-        factor[half] = pad ? 0.0f : 1.0f / normalizer(d, stabilizers[(long long)bh * S + t], eps, flags);
-        if (blockIdx.x == 0 && LANE % 4 == 0 && t < S) denominators[(long long)bh * S + t] = pad ? 0.0f : d;
-#pragma unroll
-        for (int n = 0; n < OUT / 8; n++) pass.H[n][half * 2] *= state, pass.H[n][half * 2 + 1] *= state;
-    }
-    pass.attend(tile, x);
-#pragma unroll
-    for (int n = 0; n < OUT / 8; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) pass.H[n][i] = factor[i / 2] == 0.0f ? 0.0f : pass.H[n][i] * factor[i / 2];
-    put_rows<OUT>(pass.H, chunk_of(h, bh, chunk, S, NH, dhv), x.row + WARP * 16, x.out, false);
+    finish_outputs<OUT>(pass, []() {}, []() {}, tile, s.weights, x, from_state, bh, chunk, marks, stabilizers, h, denominators, S, NH, dqk,
+                        dhv, flags, eps);
 }
 #define WIDE_OUTPUTS(OUT)                                                                                              \
     extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_outputs_##OUT(                                   \

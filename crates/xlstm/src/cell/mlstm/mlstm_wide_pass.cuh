@@ -28,6 +28,38 @@ struct Sides {
     int inner, out;
 };
 
+/// What the tokens of a chunk weigh.
+struct TokenWeights {
+    float prefix[CHUNK], entry[CHUNK];
+    /// 2^(G_t - G_63) of the chunk's second half, 2^(G_63 - E_j) of its first.
+    float high[L], low[L];
+};
+/// And in backward, s / N and s dd.
+struct TokenSlopes : TokenWeights {
+    float inverse[CHUNK], slope[CHUNK];
+};
+/// Reads G and E of a chunk.
+__device__ __forceinline__ void read_weights(TokenWeights &s, long long at, const float *prefix, const float *entry) {
+    int tid = threadIdx.x;
+    if (tid >= CHUNK) return;
+    float G = prefix[at * CHUNK + tid], E = entry[at * CHUNK + tid], boundary = prefix[at * CHUNK + L - 1];
+    s.prefix[tid] = G;
+    s.entry[tid] = E;
+    if (tid < L) s.low[tid] = power(boundary - E);
+    else s.high[tid - L] = power(G - boundary);
+}
+/// And s / N and, where it is given, s dd.
+__device__ __forceinline__ void read_weights(
+    TokenSlopes &s, long long at, const float *prefix, const float *entry, const float *inverse, const float *dd,
+    float scale
+) {
+    read_weights(s, at, prefix, entry);
+    int tid = threadIdx.x;
+    if (tid >= CHUNK) return;
+    s.inverse[tid] = scale * inverse[at * CHUNK + tid];
+    if (dd) s.slope[tid] = scale * dd[at * CHUNK + tid];
+}
+
 /// OUT: columns of the result. AFTER: a row sees the columns from its own on, else those up to its
 /// own. TRANSPOSED: the state's rows are the result's features. OWN: with the own rows' features of the
 /// result. GROUPS: of four warps, a half of the chunk each; two read together what both need.
@@ -36,12 +68,12 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN, int GROUPS> struct Pas
     static const int IN_STAGE = OWN && 4 * TILES > STATE + TILES ? 4 * TILES : STATE + TILES;
     struct Shared {
         Tile stage[RING][IN_STAGE];
-        float prefix[CHUNK], entry[CHUNK], inverse[CHUNK], slope[CHUNK];
-        /// 2^(G_t - G_63) of the chunk's second half, 2^(G_63 - E_j) of its first.
-        float high[L], low[L];
+        TokenSlopes weights;
     };
     /// S with the block's own half of the chunk, then with the other; and H.
     float S[16][4], H[OUT / 8][4];
+    /// S, weighed, as a left side: there before the first product of attend(), as products under way own H.
+    unsigned left[8][4];
 
     /// Row within the half of S[][i] and H[][i], and column within eight.
     static __device__ __forceinline__ int row(int i) { return WARP * 16 + i / 2 * 8 + LANE / 4; }
@@ -56,20 +88,6 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN, int GROUPS> struct Pas
         x.other = L - x.row;
         x.both = AFTER ? x.side == 0 && x.rows.rows > L : x.side == 1;
         return x;
-    }
-    /// Reads G, E, and in backward 1 / N and dd.
-    static __device__ void weights(
-        Shared &s, long long at, const float *prefix, const float *entry, const float *inverse, const float *dd
-    ) {
-        int tid = threadIdx.x;
-        if (tid >= CHUNK) return;
-        float G = prefix[at * CHUNK + tid], E = entry[at * CHUNK + tid], boundary = prefix[at * CHUNK + L - 1];
-        s.prefix[tid] = G;
-        s.entry[tid] = E;
-        if (inverse) s.inverse[tid] = inverse[at * CHUNK + tid];
-        if (dd) s.slope[tid] = dd[at * CHUNK + tid];
-        if (tid < L) s.low[tid] = power(boundary - E);
-        else s.high[tid - L] = power(G - boundary);
     }
     static __device__ __forceinline__ void fetch_step(Tile *tile, const Sides &x, int step, int steps) {
         int side = x.side;
@@ -176,42 +194,129 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN, int GROUPS> struct Pas
         }
         return arrive(steps);
     }
-    /// S = f(S, row, column) W_tj, with the tokens' numbers in the chunk.
-    template <class F> __device__ __forceinline__ void weigh(Shared &s, const Sides &x, F f) {
+#ifdef WARPGROUP
+    // Of tiles that are all there: rows and columns of each half of the chunk, of INNER slices; state by slices and,
+    // TRANSPOSED, tiles of the result; else the other way round.
+
+    /// S, beside() beside. Its own half is there; FAR: the other is under way.
+    template <int INNER, bool FAR, class Beside>
+    __device__ __forceinline__ void scores_of(Tile *rows, Tile *columns, const Sides &x, Beside beside) {
 #pragma unroll
-        for (int n = 0; n < 8; n++)
+        for (int n = 0; n < 16; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) S[n][i] = 0.0f;
+        const int SLICE = sizeof(Tile) >> 4;
+        unsigned long long left = tile_descriptor(rows[x.side * INNER]);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int side = half ? 1 - x.side : x.side;
+            unsigned long long right = tile_descriptor(columns[side * INNER]);
+            products_begin();
+#pragma unroll
+            for (int k = 0; k < 4 * INNER; k++) {
+                int at = k / 4 * SLICE + k % 4 * ALONG;
+                multiply_group<0>(*(float (*)[8][4])(S + 8 * half), left + at, right + at);
+            }
+            products_commit();
+        }
+        beside();
+        products_wait<FAR>();
+    }
+    /// H is under way, and nothing else.
+    template <int INNER> __device__ __forceinline__ void states_of(Tile *rows, Tile *state, const Sides &x) {
+#pragma unroll
+        for (int n = 0; n < OUT / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) H[n][i] = 0.0f;
+        const int SLICE = sizeof(Tile) >> 4, STATE_SLICE = TRANSPOSED ? TILES * SLICE : SLICE;
+        unsigned long long left = tile_descriptor(rows[x.side * INNER]);
+        unsigned long long right = tile_descriptor(state[0], TRANSPOSED ? 1 : INNER);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < 4 * INNER; k++)
+            multiply_group<!TRANSPOSED>(
+                H, left + k / 4 * SLICE + k % 4 * ALONG, right + k / 4 * STATE_SLICE + k % 4 * (TRANSPOSED ? ALONG : DOWN)
+            );
+        products_commit();
+        products_wait<1>();
+    }
+#endif
+    /// left = W_tj (S times + plus) of the own half, of token t: times `scale` where TERMS is 0, else times s / N, and,
+    /// where it is 2, plus s dd. sums: added to, of the thread's two rows.
+    template <int TERMS>
+    __device__ __forceinline__ void weigh_near(const TokenWeights &s, const Sides &x, float scale, float (&sums)[2]) {
+        float of_row[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) of_row[half] = (AFTER ? s.entry : s.prefix)[x.row + row(half * 2)];
+        // Hidden from the compiler, which else keeps what it compares from one pass to the next, bit by bit.
+        int ahead = column(0, 0) - row(0);
+        asm volatile("" : "+r"(ahead));
+        weigh<TERMS>(s, x.row, x, scale, 0, sums, [&](float (&S)[4], int n) {
+            float2 of = *(const float2 *)((AFTER ? s.prefix : s.entry) + x.row + column(n, 0));
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                int r = row(i), c = column(n, i), t = AFTER ? c : r, j = AFTER ? r : c;
-                float weight = t >= j ? power(s.prefix[x.row + t] - s.entry[x.row + j]) : 0.0f;
-                S[n][i] = f(S[n][i], x.row + r, x.row + c) * weight;
+                float other = i % 2 ? of.y : of.x, mine = of_row[i / 2];
+                float weighed = S[i] * power(AFTER ? other - mine : mine - other);
+                // Column less row.
+                int distance = ahead + n * 8 + i % 2 - i / 2 * 8;
+                S[i] = (AFTER ? distance >= 0 : distance <= 0) ? weighed : 0.0f;
             }
-        if (x.both) {
+        });
+    }
+    /// The same of the other half, if it is seen.
+    template <int TERMS>
+    __device__ __forceinline__ void weigh_far(const TokenWeights &s, const Sides &x, float scale, float (&sums)[2]) {
+        if (!x.both) return;
+        float of_row[2];
 #pragma unroll
-            for (int n = 0; n < 8; n++)
+        for (int half = 0; half < 2; half++) of_row[half] = (AFTER ? s.low : s.high)[row(half * 2)];
+        weigh<TERMS>(s, x.other, x, scale, 8, sums, [&](float (&S)[4], int n) {
+            float2 of = *(const float2 *)((AFTER ? s.high : s.low) + column(n, 0));
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int r = row(i), c = column(n, i), t = AFTER ? c : r, j = AFTER ? r : c;
-                    S[8 + n][i] = f(S[8 + n][i], x.row + r, x.other + c) * (s.high[t] * s.low[j]);
-                }
+            for (int i = 0; i < 4; i++) S[i] *= (i % 2 ? of.y : of.x) * of_row[i / 2];
+        });
+    }
+    /// Of S from `half` on, of columns from token `first` on: each(four numbers, n) weighs them.
+    template <int TERMS, class Each>
+    __device__ __forceinline__ void
+    weigh(const TokenWeights &s, int first, const Sides &x, float scale, int half, float (&sums)[2], Each each) {
+        auto &slopes = (const TokenSlopes &)s;
+        // A thread has two rows, and two neighbouring columns of each n.
+        float row_times[2], row_plus[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            row_times[i] = TERMS > 0 && !AFTER ? slopes.inverse[x.row + row(i * 2)] : scale;
+            row_plus[i] = TERMS > 1 && !AFTER ? slopes.slope[x.row + row(i * 2)] : 0.0f;
+        }
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            float(&to)[4] = S[half + n];
+            int at = first + column(n, 0);
+            float2 times = TERMS > 0 && AFTER ? *(const float2 *)(slopes.inverse + at) : float2{};
+            float2 plus = TERMS > 1 && AFTER ? *(const float2 *)(slopes.slope + at) : float2{};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float by = TERMS > 0 && AFTER ? (i % 2 ? times.y : times.x) : row_times[i / 2];
+                float add = TERMS > 1 && AFTER ? (i % 2 ? plus.y : plus.x) : row_plus[i / 2];
+                to[i] = TERMS > 1 ? fmaf(to[i], by, add) : to[i] * by;
+            }
+            each(to, n);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                sums[i] += to[i * 2] + to[i * 2 + 1];
+                left[(half + n) / 2][n % 2 * 2 + i] = pair_of(to[i * 2], to[i * 2 + 1]);
+            }
         }
     }
     /// H += S Z.
     __device__ __forceinline__ void attend(Tile *tile, const Sides &x) {
-        // Rounded before the first product: products under way own H.
-        unsigned a[8][4];
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                a[k][i] = pair_of(S[2 * k + i / 2][i % 2 * 2], S[2 * k + i / 2][i % 2 * 2 + 1]);
 #ifdef WARPGROUP
         products_begin();
 #pragma unroll
-        for (int k = 0; k < 4; k++) multiply_group<1>(H, a[k], tile_descriptor(tile[x.side * TILES]) + k * DOWN);
+        for (int k = 0; k < 4; k++) multiply_group<1>(H, left[k], tile_descriptor(tile[x.side * TILES]) + k * DOWN);
         if (x.both) {
 #pragma unroll
-            for (int k = 0; k < 4; k++) multiply_group<1>(H, a[4 + k], tile_descriptor(tile[(1 - x.side) * TILES]) + k * DOWN);
+            for (int k = 0; k < 4; k++) multiply_group<1>(H, left[4 + k], tile_descriptor(tile[(1 - x.side) * TILES]) + k * DOWN);
         }
         products_commit();
         products_wait();
@@ -223,20 +328,23 @@ template <int OUT, bool AFTER, bool TRANSPOSED, bool OWN, int GROUPS> struct Pas
             for (int n = 0; n < OUT / 16; n++) {
                 unsigned b[4];
                 load_right<false>(b, tile[(k < 4 ? x.side : 1 - x.side) * TILES + n / 4], k % 4 * 16, n % 4 * 16);
-                multiply_add(H[2 * n], a[k], b[0], b[1]);
-                multiply_add(H[2 * n + 1], a[k], b[2], b[3]);
+                multiply_add(H[2 * n], left[k], b[0], b[1]);
+                multiply_add(H[2 * n + 1], left[k], b[2], b[3]);
             }
         }
 #endif
     }
-    /// f(row, x . H) of the own rows.
-    template <class F> __device__ __forceinline__ void dot_rows(Tile *tile, const Sides &x, F f) {
+    /// f(row, x . H) of the own rows' tiles.
+    template <class F> __device__ __forceinline__ void dot_rows(Tile *own, const Sides &x, F f) {
+        // Hidden from the compiler, which else keeps the places in registers from one use to the next.
+        int first_row = row(0), c = LANE % 4 * 2;
+        asm volatile("" : "+r"(first_row), "+r"(c));
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float sum = 0.0f;
 #pragma unroll
             for (int n = 0; n < OUT / 8; n++) {
-                Pair pair = *(const Pair *)tile[(2 + x.side) * TILES + n / 8].at(row(half * 2), n % 8 * 8 + LANE % 4 * 2);
+                Pair pair = *(const Pair *)own[x.side * TILES + n / 8].at(first_row + half * 8, n % 8 * 8 + c);
                 sum = fmaf(first(pair), H[n][half * 2], fmaf(second(pair), H[n][half * 2 + 1], sum));
             }
             sum += __shfl_xor_sync(ALL, sum, 1);
