@@ -86,9 +86,10 @@ impl Queue {
     pub(crate) fn scratch(&mut self, n: usize) -> Result<u64> {
         let bytes = (n * 4).next_multiple_of(256);
         if self.used + bytes > self.scratch.bytes() {
+            // With room for what this operation has already, too: a graph is captured the next time, and
+            // cannot allocate.
             let larger = Buffer::zeros(&self.gpu, (self.scratch.bytes() * 3 / 2).max(self.used + bytes))?;
             self.outgrown.push(std::mem::replace(&mut self.scratch, larger));
-            self.used = 0;
         }
         let pointer = self.scratch.pointer() + self.used as u64;
         self.used += bytes;
