@@ -4,7 +4,11 @@
 use super::MlstmConfig;
 use super::cuda::{BACKWARD, FORWARD, flags, fresh, output_gradient};
 use super::operation::Sizes;
-use crate::engine::cuda::{CudaBackward, CudaForward, Source, context::arguments, launch::Queue};
+use crate::engine::cuda::{
+    CudaBackward, CudaForward, Source,
+    context::{Argument, arguments},
+    launch::Queue,
+};
 use crate::error::Result;
 
 /// The parts of a file of kernels, one after another.
@@ -79,12 +83,15 @@ impl Passes {
     }
 }
 
-/// Whether a head's state stays on the chip (mlstm_resident_forward.cu): a block has it, of which some
-/// multiprocessors would else have none.
-fn is_resident(queue: &Queue, sizes: &Sizes) -> Result<bool> {
+/// Heads from which on a block keeps a head's state on the chip (mlstm_resident_forward.cu): three for two
+/// multiprocessors of an H100. A number of its own on every card would be another sum on each.
+const RESIDENT_TASKS: usize = 198;
+
+/// Whether it does.
+fn is_resident(queue: &Queue, sizes: &Sizes) -> bool {
     let Sizes { batch, heads, dqk, dhv, .. } = *sizes;
     let fits = has_warp_groups(queue) && dqk <= 2 * L && dhv > L && dhv <= 2 * L;
-    Ok(fits && 2 * batch * heads >= 3 * queue.gpu().multiprocessors()?)
+    fits && batch * heads >= RESIDENT_TASKS
 }
 
 /// Shared memory of a block that keeps a head's state: `ResidentForward` and `ResidentBackward`.
@@ -100,6 +107,16 @@ fn resident_shared(dqk: usize) -> [usize; 2] {
 /// Work space for `n` numbers of bf16.
 fn halves(queue: &mut Queue, n: usize) -> Result<u64> {
     queue.scratch(n.div_ceil(2))
+}
+
+/// States along the sequence: mlstm_wide_states, with its arguments.
+fn walk(queue: &mut Queue, sizes: Sizes, arguments: &[Argument]) -> Result<()> {
+    let Sizes { batch, heads, dqk, dhv, .. } = sizes;
+    let (tasks, key_tiles) = (batch * heads, dqk.div_ceil(L));
+    let columns = state_slice(dhv, key_tiles * tasks);
+    let name = if columns == L { "mlstm_wide_states_64" } else { "mlstm_wide_states_128" };
+    let grid = [dhv.div_ceil(columns), key_tiles, tasks];
+    queue.launch_shared(&WIDE_FORWARD, name, grid, GROUP, walk_shared(columns), arguments)
 }
 
 /// See [`Kernel::forward_cuda`](crate::engine::Kernel::forward_cuda).
@@ -124,7 +141,7 @@ pub(super) fn forward(
     queue.launch(&FORWARD, "mlstm_gates", [tasks, 1, 1], 1024, arguments)?;
     let arguments = arguments![i, f, marks, n0, m0, stabilizers, prefix, entry, w, length, heads, dqk, flags];
     queue.launch(&WIDE_FORWARD, "mlstm_wide_exponents", [chunks, tasks, 1], CHUNK, arguments)?;
-    if is_resident(queue, &sizes)? {
+    if is_resident(queue, &sizes) {
         let arguments = arguments![
             q,
             k,
@@ -154,10 +171,7 @@ pub(super) fn forward(
     let states = halves(queue, tasks * chunks * dqk * dhv)?;
     let normals = queue.scratch(tasks * chunks * dqk)?;
     let arguments = arguments![k, v, w, prefix, c0, n0, states, normals, c, n, length, heads, dqk, dhv];
-    let columns = state_slice(dhv, key_tiles * tasks);
-    let name = if columns == L { "mlstm_wide_states_64" } else { "mlstm_wide_states_128" };
-    let grid = [dhv.div_ceil(columns), key_tiles, tasks];
-    queue.launch_shared(&WIDE_FORWARD, name, grid, GROUP, walk_shared(columns), arguments)?;
+    walk(queue, sizes, arguments)?;
     let arguments = arguments![
         q,
         k,
@@ -201,13 +215,12 @@ pub(super) fn backward(
     let (flags, eps, fresh) = (flags(config), config.eps, fresh(io));
     let (tasks, chunks, key_tiles) = (batch * heads, length.div_ceil(CHUNK), dqk.div_ceil(L));
     let tokens = tasks * chunks * CHUNK;
-    let resident = is_resident(io.queue, &sizes)?;
+    let resident = is_resident(io.queue, &sizes);
     let passes = Passes::of(io.queue);
     let key_out = passes.slice(dqk);
     let value_out = passes.slice(dhv).max(key_out);
     let (value_slices, key_slices) = (dhv.div_ceil(value_out), dqk.div_ceil(key_out));
-    // Walks in both directions at once, or in one.
-    let columns = state_slice(dhv, if resident { 1 } else { 2 } * key_tiles * tasks);
+    let columns = state_slice(dhv, 2 * key_tiles * tasks);
     let state_tiles = if resident { 1 } else { key_tiles * dhv.div_ceil(columns) };
     let queue = &mut *io.queue;
     let states = halves(queue, tasks * chunks * dqk * dhv)?;
@@ -266,9 +279,7 @@ pub(super) fn backward(
         let none = None::<u64>;
         let arguments =
             arguments![k, v, w, prefix, c0, n0, states, normals, none, none, length, heads, dqk, dhv];
-        let name = if columns == L { "mlstm_wide_states_64" } else { "mlstm_wide_states_128" };
-        let grid = [dhv.div_ceil(columns), key_tiles, tasks];
-        queue.launch_shared(&WIDE_FORWARD, name, grid, GROUP, walk_shared(columns), arguments)?;
+        walk(queue, sizes, arguments)?;
         let arguments = arguments![
             q,
             k,

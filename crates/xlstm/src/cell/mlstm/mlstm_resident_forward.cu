@@ -1,10 +1,11 @@
-// The mLSTM cell forward with C on the chip, on Hopper: where there are heads for every multiprocessor, of at
-// most 128 features. A block has a head and walks along its chunks of 128; C and n are in its registers, in f32, and
-// a chunk's tokens are read once. After mlstm_gates and mlstm_wide_exponents, instead of states and outputs.
+// The mLSTM cell forward with C on the chip, on Hopper: where there are heads for every multiprocessor, with at most
+// 128 features of queries and 65 to 128 of values. A block has a head and walks along its chunks of 128; C and n are in
+// its registers, in f32, and a chunk's tokens are read once. After mlstm_gates and mlstm_wide_exponents, instead of
+// states and outputs.
 
 #ifdef WARPGROUP
 
-/// KEYS: tiles of features of dqk. Of dhv there are two, and each of the block's sides has one's columns of C.
+/// KEYS: tiles of features of dqk; of dhv there are two. C: by columns and rows.
 template <int KEYS> struct ResidentForward {
     struct {
         Tile q[2][KEYS], k[2][KEYS], v[2][2];
@@ -73,8 +74,8 @@ __device__ __forceinline__ void resident_outputs(
         });
         C.scale(power(s.weights.prefix[CHUNK - 1]));
         auto states = [&]() { pass.states_of<KEYS>(from.q[0], s.C[0], x); };
-        finish_outputs<2 * L>(pass, states, products_wait<0>, from.v[0], s.weights, x, from_state, bh, chunk, marks, stabilizers, h, denominators, S,
-                              NH, dqk, dhv, flags, eps);
+        finish_outputs<2 * L>(pass, states, products_wait<0>, from.v[0], s.weights, x, from_state, bh, chunk, marks,
+                              stabilizers, h, denominators, S, NH, dqk, dhv, flags, eps);
         C.add(from.k, from.v, s.w, s.w);
         __syncthreads();
     }

@@ -99,11 +99,12 @@ __device__ __forceinline__ void fetch(Tile &tile, const Rows &of, int row, int c
         int r = member * IN_VECTOR / L, c = member * IN_VECTOR % L, rows = column + c < of.width ? of.rows - row - r : 0;
         const element_t *from = of.from + (row + r) * of.stride + column + c;
         unsigned to = shared_address(tile.at(r, c));
+        // A tile that is whole needs no test a row.
         if (row + L <= of.rows && column + L <= of.width) {
 #pragma unroll
             for (int i = 0; i < L; i += AT_ONCE) {
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * Tile::PITCH * (int)sizeof(element_t)), "l"(from)
-                             : "memory");
+                unsigned row_to = to + i * Tile::PITCH * (int)sizeof(element_t);
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(row_to), "l"(from) : "memory");
                 from += AT_ONCE * of.stride;
             }
             return;
@@ -258,16 +259,18 @@ template <bool LEFT, bool RIGHT> __device__ __forceinline__ void multiply(Tile &
     }
 }
 
-/// 64 f32 numbers as sums of three in bf16, which hold all 24 bits: a product with them is exact.
+/// x as a sum of three in bf16, which hold all 24 bits: a product with them is exact.
+__device__ __forceinline__ void set_parts(element_t *to, int pitch, float x) {
+#pragma unroll
+    for (int part = 0; part < 3; part++) {
+        store(to + part * pitch, x);
+        x -= load(to + part * pitch);
+    }
+}
+/// 64 f32 numbers in such parts.
 struct Column {
     element_t part[3][L + 8];
-    __device__ __forceinline__ void set(int i, float x) {
-#pragma unroll
-        for (int p = 0; p < 3; p++) {
-            store(&part[p][i], x);
-            x -= load(&part[p][i]);
-        }
-    }
+    __device__ __forceinline__ void set(int i, float x) { set_parts(&part[0][i], L + 8, x); }
 };
 struct ColumnSum {
     float x[4] = {};

@@ -59,7 +59,8 @@ template <int KEYS> struct ResidentState {
     /// n again from where show() put it, so that it takes no registers in between.
     __device__ __forceinline__ void set_normal(const float *n) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) tile.normal.set(half, with_n ? n[row + WARP * 16 + half * 8 + LANE / 4] : 0.0f);
+        for (int half = 0; half < 2; half++)
+            tile.normal.set(half, with_n ? n[row + WARP * 16 + half * 8 + LANE / 4] : 0.0f);
     }
     __device__ __forceinline__ void scale(float by) {
         each([&](float &x, int, int) { x *= by; });

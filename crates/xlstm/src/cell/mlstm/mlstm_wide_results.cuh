@@ -3,15 +3,6 @@
 
 #ifdef ELEMENT_BF16
 
-/// x as a sum of three in bf16, which hold all 24 bits.
-__device__ __forceinline__ void set_parts(element_t *to, int pitch, float x) {
-#pragma unroll
-    for (int part = 0; part < 3; part++) {
-        store(to + part * pitch, x);
-        x -= load(to + part * pitch);
-    }
-}
-
 /// h and d, from S, H and n . q of 64 rows. values: the tiles of V, as Pass::attend has them.
 template <int OUT, class P, class Far, class Wait>
 __device__ __forceinline__ void finish_outputs(
