@@ -4,7 +4,7 @@
 //! Rows of A and columns of B are packed as pairs of neighbours along the inner dimension, in panels of
 //! as many as a kernel takes, and a task owns some rows of C. A processor without such instructions, or
 //! one where they are no gain, rounds the operands and multiplies in f32: the same numbers but for the
-//! order of their sums.
+//! order of their sums, and for those below 2^-126, which the instructions take as 0.
 
 use rayon::prelude::*;
 
@@ -13,8 +13,8 @@ use super::precision::Precision;
 use super::scalar::Scalar;
 use super::vector::vectorize;
 
-use packed::Kernel;
-
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod packed;
@@ -34,27 +34,48 @@ pub fn product_in<T: Scalar>(
         return product(c, T::ONE, a, b, accumulate, Threads::All);
     }
     match (c.single(), a.single(), b.single()) {
-        (Ok(c), Some(a), Some(b)) => match kernel() {
-            Some(kernel) => packed::product(c, a, b, accumulate, kernel),
-            None => rounded_product(c, a, b, accumulate),
+        (Ok(c), Some(a), Some(b)) => match way() {
+            #[cfg(target_arch = "x86_64")]
+            Way::Amx => packed::product::<amx::Amx>(c, a, b, accumulate),
+            #[cfg(target_arch = "x86_64")]
+            Way::Avx512 => packed::product::<avx512::Avx512>(c, a, b, accumulate),
+            Way::Single => rounded_product(c, a, b, accumulate),
         },
         (Err(c), ..) => product(c, T::ONE, a, b, accumulate, Threads::All),
         (Ok(_), ..) => unreachable!("A, B and C have one type"),
     }
 }
 
-/// Whether this processor multiplies bf16 faster than f32.
-pub fn has_bf16_products() -> bool {
-    kernel().is_some()
+/// How a processor multiplies bf16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// By AMX's tiles.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
+    /// By AVX512-BF16.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// Rounded, in f32.
+    Single,
 }
 
-/// The kernel that this processor shall use.
-fn kernel() -> Option<Kernel> {
+/// Whether this processor multiplies bf16 faster than f32.
+pub fn has_bf16_products() -> bool {
+    way() != Way::Single
+}
+
+/// The fastest way that there is.
+fn way() -> Way {
     #[cfg(target_arch = "x86_64")]
-    if avx512::is_gain() {
-        return avx512::kernel();
+    {
+        if amx::has_amx() {
+            return Way::Amx;
+        }
+        if avx512::has_avx512() && avx512::is_gain() {
+            return Way::Avx512;
+        }
     }
-    None
+    Way::Single
 }
 
 /// C = A B, or C += A B with `accumulate`, of rounded operands.
@@ -81,11 +102,13 @@ fn rounded(m: MatRef<'_, f32>) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
-    use super::packed::{COLUMNS, ROWS};
+    use super::packed::{COLUMNS, Kernel, SIDE};
     use super::*;
 
+    type Product = fn(MatMut<'_, f32>, MatRef<'_, f32>, MatRef<'_, f32>, bool);
+
     /// Every transposition, accumulating or not, against the sum of rounded numbers in f64.
-    fn check(kernel: Option<Kernel>, [m, n, k]: [usize; 3]) {
+    fn check(product: Product, [m, n, k]: [usize; 3]) {
         let numbers = |count: usize, seed: usize| -> Vec<f32> {
             (0..count).map(|i| ((i * 37 + seed * 11) % 1009) as f32 / 503.0 - 1.0).collect()
         };
@@ -98,11 +121,7 @@ mod tests {
             if !accumulate {
                 got.fill(f32::NAN);
             }
-            let to = MatMut::new(&mut got, m, n);
-            match kernel {
-                Some(kernel) => packed::product(to, left, right, accumulate, kernel),
-                None => rounded_product(to, left, right, accumulate),
-            }
+            product(MatMut::new(&mut got, m, n), left, right, accumulate);
             for (i, got) in got.iter().enumerate() {
                 let (row, column) = (i / n, i % n);
                 let number = |x: f32| f64::from(Precision::Bf16.round(x));
@@ -120,28 +139,44 @@ mod tests {
     }
 
     /// A kernel that every processor has.
-    fn spelled_out(a: &[u32], b: &[u32], sums: &mut [f32; ROWS * COLUMNS]) {
-        let halves = |pair: u32| [pair << 16, pair & 0xffff_0000].map(f32::from_bits);
-        for (i, sum) in sums.iter_mut().enumerate() {
-            let (row, column) = (i / COLUMNS, i % COLUMNS);
-            let pairs = a.chunks_exact(ROWS).zip(b.chunks_exact(COLUMNS));
-            *sum = pairs
-                .map(|(a, b)| {
-                    let (a, b) = (halves(a[row]), halves(b[column]));
-                    a[0] * b[0] + a[1] * b[1]
-                })
-                .sum();
+    struct SpelledOut;
+
+    impl Kernel for SpelledOut {
+        const ROWS: usize = 16;
+
+        fn ready() -> SpelledOut {
+            SpelledOut
         }
+
+        fn multiply(&self, a: &[u32], b: &[u32], sums: &mut [f32]) {
+            let halves = |pair: u32| [pair << 16, pair & 0xffff_0000].map(f32::from_bits);
+            for (i, sum) in sums.iter_mut().enumerate() {
+                let a = a.chunks_exact(SIDE).skip(i / COLUMNS).step_by(Self::ROWS).flatten();
+                let b = b.chunks_exact(COLUMNS).map(|b| b[i % COLUMNS]);
+                *sum =
+                    b.zip(a).map(|(b, &a)| halves(a)[0] * halves(b)[0] + halves(a)[1] * halves(b)[1]).sum();
+            }
+        }
+    }
+
+    /// All ways that this processor has, taken or not.
+    fn ways() -> Vec<Product> {
+        let mut ways: Vec<Product> = vec![rounded_product, packed::product::<SpelledOut>];
+        #[cfg(target_arch = "x86_64")]
+        {
+            ways.extend(avx512::has_avx512().then_some(packed::product::<avx512::Avx512> as Product));
+            ways.extend(amx::has_amx().then_some(packed::product::<amx::Amx> as Product));
+        }
+        ways
     }
 
     #[test]
     fn products_are_those_of_rounded_numbers() {
-        for shape in [[1, 1, 1], [12, 32, 2], [13, 33, 3], [40, 70, 255], [5, 100, 513], [250, 31, 20]] {
-            check(None, shape);
-            check(Some(spelled_out), shape);
-            #[cfg(target_arch = "x86_64")]
-            if let Some(kernel) = avx512::kernel() {
-                check(Some(kernel), shape);
+        for shape in
+            [[1, 1, 1], [12, 32, 2], [13, 33, 3], [40, 70, 255], [5, 100, 513], [250, 31, 20], [32, 64, 288]]
+        {
+            for product in ways() {
+                check(product, shape);
             }
         }
     }
@@ -149,16 +184,16 @@ mod tests {
     #[test]
     fn threads_do_not_matter() {
         let x: Vec<f32> = (0..300 * 70).map(|i| (i % 97) as f32 / 50.0 - 1.0).collect();
-        let run = |threads| {
+        let run = |threads, product: Product| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let (a, b) = (MatRef::new(&x, 300, 70), MatRef::new(&x, 70, 300));
             let mut c = vec![0.0; 300 * 300];
-            pool.install(|| product_in(Precision::Bf16, MatMut::new(&mut c, 300, 300), a, b, false));
-            let to = MatMut::new(&mut c, 300, 300);
-            pool.install(|| packed::product(to, a, b, true, spelled_out));
+            pool.install(|| product(MatMut::new(&mut c, 300, 300), a, b, false));
             c
         };
-        assert_eq!(run(1), run(3));
+        for product in ways() {
+            assert_eq!(run(1, product), run(3, product));
+        }
     }
 
     #[test]

@@ -6,116 +6,207 @@ use crate::engine::matrix::{MatMut, MatRef};
 use crate::engine::precision::to_bf16;
 use crate::engine::vector::vectorize;
 
-/// sums ([`ROWS`], [`COLUMNS`]) = a panel of A (pairs, ROWS) times a panel of B (pairs, COLUMNS).
-pub(super) type Kernel = fn(&[u32], &[u32], &mut [f32; ROWS * COLUMNS]);
+/// A processor's product of a panel of A and a panel of B.
+///
+/// A panel of A is (at most [`PAIRS`] / [`SIDE`], [`Kernel::ROWS`], `SIDE`), one of B (at most `PAIRS`,
+/// [`COLUMNS`]): each element a pair of bf16 numbers that are neighbours along the inner dimension, the first
+/// in the lower half.
+pub(super) trait Kernel: Sized {
+    /// Rows of A in a panel.
+    const ROWS: usize;
 
-/// Rows of A in a panel: with 12, sums of 32 columns fill 24 of AVX-512's 32 registers.
-pub(super) const ROWS: usize = 12;
+    /// Runs a closure, compiled for what the other functions need.
+    #[inline(always)]
+    fn vectorize(&self, pack: impl FnOnce()) {
+        vectorize!(|| pack());
+    }
+
+    /// Pairs of neighbours.
+    #[inline(always)]
+    fn neighbours(&self, numbers: &[f32; 2 * SIDE], pairs: &mut [u32; SIDE]) {
+        for (pairs, numbers) in pairs.iter_mut().zip(numbers.as_chunks().0) {
+            let &[low, high] = numbers;
+            *pairs = pair(low, high);
+        }
+    }
+
+    /// Pairs of a number each of two rows.
+    #[inline(always)]
+    fn across(&self, low: &[f32; SIDE], high: &[f32; SIDE], pairs: &mut [u32; SIDE]) {
+        for ((pairs, low), high) in pairs.iter_mut().zip(low).zip(high) {
+            *pairs = pair(*low, *high);
+        }
+    }
+
+    /// Transposes a square.
+    #[inline(always)]
+    fn turn(&self, square: &mut [[u32; SIDE]; SIDE]) {
+        for i in 0..SIDE {
+            for j in 0..i {
+                (square[i][j], square[j][i]) = (square[j][i], square[i][j]);
+            }
+        }
+    }
+
+    /// For the calling thread, until the value is dropped.
+    fn ready() -> Self;
+
+    /// sums (ROWS, COLUMNS) = a times b, over as many pairs as b has: a multiple of [`SIDE`].
+    fn multiply(&self, a: &[u32], b: &[u32], sums: &mut [f32]);
+}
 
 /// Columns of B in a panel.
 pub(super) const COLUMNS: usize = 32;
 
-/// Inner dimension of a block: a panel of B then takes 16 KiB, half of the innermost cache.
-const INNER: usize = 256;
+/// Pairs along the inner dimension in a block: a panel of B then takes 16 KiB, at most half of the
+/// innermost cache.
+pub(super) const PAIRS: usize = 128;
 
-/// The most rows of C of a task, and the least tasks where there are rows enough.
-const TASK_ROWS: usize = 10 * ROWS;
+/// Panels are filled up with zeros to a multiple of so many pairs; and the side of the squares in which
+/// they are transposed.
+pub(super) const SIDE: usize = 16;
+
+/// About so many rows of C a task, and the least tasks where there are rows enough.
+const TASK_ROWS: usize = 128;
 const TASKS: usize = 16;
 
 /// C = A B, or C += A B with `accumulate`.
-pub(super) fn product(
+pub(super) fn product<K: Kernel>(
     c: MatMut<'_, f32>,
     a: MatRef<'_, f32>,
     b: MatRef<'_, f32>,
     accumulate: bool,
-    kernel: Kernel,
 ) {
     let (m, n, k) = (c.rows(), c.columns(), a.columns());
     assert!(a.rows() == m && b.columns() == n && b.rows() == k);
-    let (columns, pairs) = (b.t(), k.div_ceil(2));
+    let pairs = k.div_ceil(2 * SIDE) * SIDE;
     let mut panels = vec![0; n.div_ceil(COLUMNS) * pairs * COLUMNS];
     panels.par_chunks_mut((pairs * COLUMNS).max(1)).enumerate().for_each(|(i, panel)| {
-        vectorize!(|| pack::<COLUMNS>(columns, i * COLUMNS, [0, k], panel));
+        let kernel = K::ready();
+        kernel.vectorize(
+            #[inline(always)]
+            || pack_columns(&kernel, b, i * COLUMNS, panel),
+        );
     });
-    let task_rows = m.div_ceil(TASKS).next_multiple_of(ROWS).clamp(ROWS, TASK_ROWS);
+    let panel_of_a = K::ROWS * PAIRS;
+    let task_rows = m.div_ceil(TASKS).min(TASK_ROWS).next_multiple_of(K::ROWS);
     c.row_tiles(task_rows).into_par_iter().enumerate().for_each(|(i, mut c)| {
         if k == 0 && !accumulate {
             c.fill(0.0);
         }
-        let mut block = vec![0; task_rows * INNER / 2];
-        let mut sums = [0.0; ROWS * COLUMNS];
-        for start in (0..k).step_by(INNER) {
-            let inner = INNER.min(k - start);
-            let block_pairs = inner.div_ceil(2);
-            let panel_of_a = block_pairs * ROWS;
+        let kernel = K::ready();
+        let mut block = vec![0; task_rows * PAIRS];
+        let mut sums = vec![0.0; K::ROWS * COLUMNS];
+        for start in (0..pairs).step_by(PAIRS) {
             let add = accumulate || start > 0;
-            for (row, panel) in (0..c.rows()).step_by(ROWS).zip(block.chunks_exact_mut(panel_of_a)) {
-                vectorize!(|| pack::<ROWS>(a, i * task_rows + row, [start, inner], panel));
+            for (row, panel) in (0..c.rows()).step_by(K::ROWS).zip(block.chunks_exact_mut(panel_of_a)) {
+                kernel.vectorize(
+                    #[inline(always)]
+                    || pack_rows(&kernel, a, [i * task_rows + row, 2 * start], panel),
+                );
             }
             for (column, panel) in (0..n).step_by(COLUMNS).zip(panels.chunks_exact(pairs * COLUMNS)) {
-                let b = &panel[start / 2 * COLUMNS..][..block_pairs * COLUMNS];
-                for (row, a) in (0..c.rows()).step_by(ROWS).zip(block.chunks_exact(panel_of_a)) {
-                    kernel(a, b, &mut sums);
-                    let count = COLUMNS.min(n - column);
-                    for (r, sums) in sums.chunks_exact(COLUMNS).enumerate().take(c.rows() - row) {
-                        let to = &mut c.row(row + r)[column..column + count];
-                        for (to, sum) in to.iter_mut().zip(sums) {
-                            *to = if add { *to + sum } else { *sum };
-                        }
-                    }
+                let b = &panel[start * COLUMNS..][..PAIRS.min(pairs - start) * COLUMNS];
+                for (row, a) in (0..c.rows()).step_by(K::ROWS).zip(block.chunks_exact(panel_of_a)) {
+                    kernel.multiply(a, b, &mut sums);
+                    let rows = K::ROWS.min(c.rows() - row);
+                    let columns = COLUMNS.min(n - column);
+                    let mut to = c.rows_at(row, rows);
+                    vectorize!(|| take(&sums, to.columns_at(column, columns), add));
                 }
             }
         }
     });
 }
 
-/// Rows of `m` from `first`, `inner` of their numbers from `start`, as a panel (pairs, WIDTH) of pairs
-/// side by side; what lies outside is 0.
+/// C = the first rows and columns of `sums` (…, [`COLUMNS`]), or C += them.
 #[inline(always)]
-fn pack<const WIDTH: usize>(m: MatRef<'_, f32>, first: usize, [start, inner]: [usize; 2], panel: &mut [u32]) {
-    let count = WIDTH.min(m.rows() - first);
-    let whole = panel.len() / WIDTH;
-    if m.has_contiguous_rows() {
-        for r in 0..WIDTH {
-            let row = if r < count { &m.row(first + r)[start..start + inner] } else { &[] };
-            for p in 0..whole {
-                panel[p * WIDTH + r] = pair_of(row, p);
+fn take(sums: &[f32], mut c: MatMut<'_, f32>, add: bool) {
+    for (r, sums) in sums.chunks_exact(COLUMNS).enumerate().take(c.rows()) {
+        for (to, sum) in c.row(r).iter_mut().zip(sums) {
+            *to = if add { *to + sum } else { *sum };
+        }
+    }
+}
+
+/// Rows of A from a row and a column as a panel; what lies outside is 0.
+#[inline(always)]
+fn pack_rows<K: Kernel>(kernel: &K, a: MatRef<'_, f32>, [first, start]: [usize; 2], panel: &mut [u32]) {
+    let mut square = [[0; SIDE]; SIDE];
+    for (p, panel) in panel.chunks_exact_mut(K::ROWS * SIDE).enumerate() {
+        let start = start + p * 2 * SIDE;
+        if a.has_contiguous_rows() {
+            for (r, pairs) in panel.as_chunks_mut().0.iter_mut().enumerate() {
+                kernel.neighbours(part(a, [first + r, start], &mut [0.0; 2 * SIDE]), pairs);
+            }
+            continue;
+        }
+        for (r, panel) in panel.chunks_mut(SIDE * SIDE).enumerate() {
+            across(kernel, a.t(), [start, first + r * SIDE], &mut square);
+            kernel.turn(&mut square);
+            panel.copy_from_slice(&square.as_flattened()[..panel.len()]);
+        }
+    }
+}
+
+/// Columns of B from `first` as a panel (pairs, [`COLUMNS`]); what lies outside is 0.
+#[inline(always)]
+fn pack_columns<K: Kernel>(kernel: &K, b: MatRef<'_, f32>, first: usize, panel: &mut [u32]) {
+    let mut square = [[0; SIDE]; SIDE];
+    for (p, panel) in panel.chunks_exact_mut(SIDE * COLUMNS).enumerate() {
+        let start = p * 2 * SIDE;
+        for column in (0..COLUMNS).step_by(SIDE) {
+            if b.has_contiguous_rows() {
+                across(kernel, b, [start, first + column], &mut square);
+            } else {
+                for (c, pairs) in square.iter_mut().enumerate() {
+                    let at = [first + column + c, start];
+                    kernel.neighbours(part(b.t(), at, &mut [0.0; 2 * SIDE]), pairs);
+                }
+                kernel.turn(&mut square);
+            }
+            for (row, square) in panel.chunks_exact_mut(COLUMNS).zip(&square) {
+                row[column..column + SIDE].copy_from_slice(square);
             }
         }
-        return;
-    }
-    for (p, pairs) in panel.chunks_exact_mut(WIDTH).enumerate() {
-        let (low, high) = two_columns::<WIDTH>(m, [first, count], [start, inner], p);
-        for ((pair_at, low), high) in pairs.iter_mut().zip(low).zip(high) {
-            *pair_at = pair(low, high);
-        }
     }
 }
 
-/// Pair p of a row; what is beyond its end is 0.
+/// A square (pairs, columns) of a matrix whose rows are contiguous: a pair is of two rows.
 #[inline(always)]
-fn pair_of(row: &[f32], p: usize) -> u32 {
-    let number = |i: usize| row.get(i).copied().unwrap_or(0.0);
-    pair(number(2 * p), number(2 * p + 1))
-}
-
-/// The numbers of pair p in rows of a matrix whose columns are contiguous; 0 outside.
-#[inline(always)]
-fn two_columns<const WIDTH: usize>(
+fn across<K: Kernel>(
+    kernel: &K,
     m: MatRef<'_, f32>,
-    [first, count]: [usize; 2],
-    [start, inner]: [usize; 2],
-    p: usize,
-) -> ([f32; WIDTH], [f32; WIDTH]) {
-    let columns = m.t();
-    let column = |i: usize| {
-        let mut numbers = [0.0; WIDTH];
-        if i < inner {
-            numbers[..count].copy_from_slice(&columns.row(start + i)[first..first + count]);
+    [row, column]: [usize; 2],
+    square: &mut [[u32; SIDE]; SIDE],
+) {
+    for (p, pairs) in square.iter_mut().enumerate() {
+        let (mut low, mut high) = ([0.0; SIDE], [0.0; SIDE]);
+        let low = part(m, [row + 2 * p, column], &mut low);
+        let high = part(m, [row + 2 * p + 1, column], &mut high);
+        kernel.across(low, high, pairs);
+    }
+}
+
+/// Numbers of a row whose elements are contiguous. What lies outside is 0: then they are put together in
+/// `zeros`.
+#[inline(always)]
+fn part<'a, const N: usize>(
+    m: MatRef<'a, f32>,
+    [row, start]: [usize; 2],
+    zeros: &'a mut [f32; N],
+) -> &'a [f32; N] {
+    if row >= m.rows() || start >= m.columns() {
+        return zeros;
+    }
+    let numbers = &m.row(row)[start..];
+    match numbers.first_chunk() {
+        Some(numbers) => numbers,
+        None => {
+            zeros[..numbers.len()].copy_from_slice(numbers);
+            zeros
         }
-        numbers
-    };
-    (column(2 * p), column(2 * p + 1))
+    }
 }
 
 #[inline(always)]
