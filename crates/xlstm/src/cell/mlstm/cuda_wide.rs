@@ -83,25 +83,63 @@ impl Passes {
     }
 }
 
-/// Heads from which on a block keeps a head's state on the chip (mlstm_resident_forward.cu): three for two
+/// Blocks from which on they keep their slices of C on the chip forward (mlstm_resident_forward.cu), and heads
+/// from which on they keep dC there backward (mlstm_resident_backward.cu): one, and three, for two
 /// multiprocessors of an H100. A number of its own on every card would be another sum on each.
-const RESIDENT_TASKS: usize = 198;
+const RESIDENT_BLOCKS: usize = 64;
+const RESIDENT_HEADS: usize = 198;
 
-/// Whether it does.
-fn is_resident(queue: &Queue, sizes: &Sizes) -> bool {
-    let Sizes { batch, heads, dqk, dhv, .. } = *sizes;
-    let fits = has_warp_groups(queue) && dqk <= 2 * L && dhv > L && dhv <= 2 * L;
-    fits && batch * heads >= RESIDENT_TASKS
+/// The kernel forward that keeps C on the chip: its tiles of keys, and the blocks that a head takes.
+struct ResidentForward {
+    keys: usize,
+    blocks: usize,
 }
 
-/// Shared memory of a block that keeps a head's state: `ResidentForward` and `ResidentBackward`.
-fn resident_shared(dqk: usize) -> [usize; 2] {
+impl ResidentForward {
+    /// If there is one for these sizes.
+    fn of(queue: &Queue, sizes: &Sizes) -> Option<ResidentForward> {
+        let keys = [1, 2, 4, 6].into_iter().find(|keys| sizes.dqk <= keys * L)?;
+        let resident = ResidentForward { keys, blocks: sizes.dhv.div_ceil(Self::values(keys) * L) };
+        let blocks = sizes.batch * sizes.heads * resident.blocks;
+        (has_warp_groups(queue) && sizes.dhv > L && blocks >= RESIDENT_BLOCKS).then_some(resident)
+    }
+
+    /// Tiles of values of a block.
+    fn values(keys: usize) -> usize {
+        if keys > 4 { 1 } else { 2 }
+    }
+
+    fn name(&self) -> &'static str {
+        match self.keys {
+            1 => "mlstm_resident_outputs_64",
+            2 => "mlstm_resident_outputs_128",
+            4 => "mlstm_resident_outputs_256",
+            _ => "mlstm_resident_outputs_384",
+        }
+    }
+
+    /// Shared memory of a block: `ResidentForward` of mlstm_resident_forward.cu.
+    fn shared(&self) -> usize {
+        let (keys, values) = (self.keys, Self::values(self.keys));
+        let stages = if keys > 2 { 2 } else { 3 };
+        let tiles = stages * (2 * keys + values) + if values == 1 { 1 } else { 3 };
+        let weights = stages * (2 * L + 4) + 6 * L;
+        tiles * TILE + weights * 4 + 3 * (keys * L + 8 + L + 8) * 2
+    }
+}
+
+/// Whether backward keeps dC on the chip.
+fn is_resident_backward(queue: &Queue, sizes: &Sizes) -> bool {
+    let Sizes { batch, heads, dqk, dhv, .. } = *sizes;
+    let fits = has_warp_groups(queue) && dqk <= 2 * L && dhv > L && dhv <= 2 * L;
+    fits && batch * heads >= RESIDENT_HEADS
+}
+
+/// Shared memory of a block that keeps dC: `ResidentBackward`.
+fn resident_backward_shared(dqk: usize) -> usize {
     let keys = dqk.div_ceil(L);
     let weights = (2 * CHUNK + 2 * L) * 4;
-    let forward = (2 * (4 * keys + 4) + 2 * keys) * TILE + weights + CHUNK * 4 + 3 * (keys * L + 8) * 2;
-    let backward =
-        (4 * keys + 8 + 4 * keys) * TILE + weights + (4 * CHUNK + 2 * keys * L + 2 * GROUP / 32) * 4;
-    [forward, backward]
+    (4 * keys + 8 + 4 * keys) * TILE + weights + (4 * CHUNK + 2 * keys * L + 2 * GROUP / 32) * 4
 }
 
 /// Work space for `n` numbers of bf16.
@@ -141,7 +179,7 @@ pub(super) fn forward(
     queue.launch(&FORWARD, "mlstm_gates", [tasks, 1, 1], 1024, arguments)?;
     let arguments = arguments![i, f, marks, n0, m0, stabilizers, prefix, entry, w, length, heads, dqk, flags];
     queue.launch(&WIDE_FORWARD, "mlstm_wide_exponents", [chunks, tasks, 1], CHUNK, arguments)?;
-    if is_resident(queue, &sizes) {
+    if let Some(resident) = ResidentForward::of(queue, &sizes) {
         let arguments = arguments![
             q,
             k,
@@ -150,7 +188,6 @@ pub(super) fn forward(
             stabilizers,
             prefix,
             entry,
-            w,
             c0,
             n0,
             h,
@@ -164,9 +201,9 @@ pub(super) fn forward(
             flags,
             eps
         ];
-        let name = if dqk <= L { "mlstm_resident_outputs_64" } else { "mlstm_resident_outputs_128" };
-        let [shared, _] = resident_shared(dqk);
-        return queue.launch_shared(&RESIDENT_FORWARD, name, [tasks, 1, 1], 2 * GROUP, shared, arguments);
+        let grid = [resident.blocks, tasks, 1];
+        let (name, shared) = (resident.name(), resident.shared());
+        return queue.launch_shared(&RESIDENT_FORWARD, name, grid, 2 * GROUP, shared, arguments);
     }
     let states = halves(queue, tasks * chunks * dqk * dhv)?;
     let normals = queue.scratch(tasks * chunks * dqk)?;
@@ -215,7 +252,7 @@ pub(super) fn backward(
     let (flags, eps, fresh) = (flags(config), config.eps, fresh(io));
     let (tasks, chunks, key_tiles) = (batch * heads, length.div_ceil(CHUNK), dqk.div_ceil(L));
     let tokens = tasks * chunks * CHUNK;
-    let resident = is_resident(io.queue, &sizes);
+    let resident = is_resident_backward(io.queue, &sizes);
     let passes = Passes::of(io.queue);
     let key_out = passes.slice(dqk);
     let value_out = passes.slice(dhv).max(key_out);
@@ -317,7 +354,7 @@ pub(super) fn backward(
             dhv
         ];
         let name = if dqk <= L { "mlstm_resident_gradients_64" } else { "mlstm_resident_gradients_128" };
-        let [_, shared] = resident_shared(dqk);
+        let shared = resident_backward_shared(dqk);
         queue.launch_shared(&RESIDENT_BACKWARD, name, [tasks, 1, 1], 2 * GROUP, shared, arguments)?;
     } else {
         let dstates = halves(queue, tasks * chunks * dqk * dhv)?;

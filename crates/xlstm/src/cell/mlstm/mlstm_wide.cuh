@@ -6,7 +6,7 @@
 //   backward   mlstm_wide_tokens -> mlstm_wide_backward_states -> mlstm_wide_gradients
 //              -> mlstm_wide_gates -> mlstm_backward_unwind
 //
-// or, where a head's state stays on the chip (mlstm_resident_forward.cu),
+// or, where a head's states stay on the chip (mlstm_resident_forward.cu; mlstm_resident_backward.cu),
 //
 //   forward    mlstm_gates -> mlstm_wide_exponents -> mlstm_resident_outputs
 //   backward   mlstm_wide_tokens -> mlstm_wide_states -> mlstm_resident_gradients
@@ -151,17 +151,29 @@ template <int UNDER_WAY = 0> __device__ __forceinline__ void products_wait() {
 }
 
 #define FOUR(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
-/// to += left right, 64 x 64; RIGHT: the right side's tiles have its columns along their rows.
+/// to += left right, 64 x 32; RIGHT: the right side's tiles have its columns along their rows.
 template <int RIGHT>
+__device__ __forceinline__ void multiply_group(float (&to)[4][4], unsigned long long left, unsigned long long right) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, %16, %17, p, 1, 1, 0, %19;}"
+        : FOUR(to[0]), FOUR(to[1]), FOUR(to[2]), FOUR(to[3])
+        : "l"(left), "l"(right), "r"(1), "n"(RIGHT)
+    );
+}
+/// to += left right, 64 x 64; RIGHT: the right side's tiles have its columns along their rows, LEFT: the left side's
+/// have its rows along theirs.
+template <int RIGHT, int LEFT = 0>
 __device__ __forceinline__ void multiply_group(float (&to)[8][4], unsigned long long left, unsigned long long right) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
         "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, %32, %33, p, 1, 1, 0, %35;}"
+        "}, %32, %33, p, 1, 1, %36, %35;}"
         : FOUR(to[0]), FOUR(to[1]), FOUR(to[2]), FOUR(to[3]), FOUR(to[4]), FOUR(to[5]), 
           FOUR(to[6]), FOUR(to[7])
-        : "l"(left), "l"(right), "r"(1), "n"(RIGHT)
+        : "l"(left), "l"(right), "r"(1), "n"(RIGHT), "n"(LEFT)
     );
 }
 template <int RIGHT>
