@@ -75,11 +75,24 @@ impl Passes {
     }
 
     /// Shared memory of a pass of some groups: `Pass::Shared` of mlstm_wide_pass.cuh.
-    fn shared(&self, out: usize, own: bool, groups: usize) -> usize {
+    fn shared(&self, out: usize, groups: usize) -> usize {
+        self.staged(groups + 2 + out / L, groups)
+    }
+
+    /// Shared memory of dq and dk: of `Both` of mlstm_wide_backward.cu, or of a pass.
+    fn key_shared(&self, out: usize) -> usize {
         let tiles = out / L;
-        let in_stage = (groups + 2 + tiles).max(if own { 4 * tiles } else { 0 });
+        self.staged(if self.warp_groups { 4 + 2 * tiles } else { (4 + tiles).max(4 * tiles) }, 2)
+    }
+
+    fn staged(&self, in_stage: usize, groups: usize) -> usize {
         let stages = if self.warp_groups { groups + 1 } else { 2 };
         stages * in_stage * TILE + (4 * CHUNK + 2 * L) * 4
+    }
+
+    /// Blocks of dq and dk that a slice of features has: KEY_BLOCKS of mlstm_wide_backward.cu.
+    fn key_blocks(&self) -> usize {
+        if self.warp_groups { 1 } else { 2 }
     }
 }
 
@@ -232,7 +245,7 @@ pub(super) fn forward(
     let out = passes.slice(dhv);
     let name = if out == L { "mlstm_wide_outputs_64" } else { "mlstm_wide_outputs_128" };
     // Besides the pass, n in three parts.
-    let shared = passes.shared(out, false, 1) + 3 * (key_tiles * L + 8) * 2;
+    let shared = passes.shared(out, 1) + 3 * (key_tiles * L + 8) * 2;
     queue.launch_shared(&WIDE_FORWARD, name, [dhv.div_ceil(out), 2 * chunks, tasks], GROUP, shared, arguments)
 }
 
@@ -422,8 +435,8 @@ pub(super) fn backward(
             (true, false) => "mlstm_wide_gradients_128_64",
             (_, true) => "mlstm_wide_gradients_128_128",
         };
-        let grid = [value_slices + 2 * key_slices, chunks, tasks];
-        let shared = passes.shared(value_out, false, 2).max(passes.shared(key_out, true, 2));
+        let grid = [value_slices + passes.key_blocks() * key_slices, chunks, tasks];
+        let shared = passes.shared(value_out, 2).max(passes.key_shared(key_out));
         queue.launch_shared(&WIDE_BACKWARD, name, grid, 2 * GROUP, shared, arguments)?;
     }
     let arguments = arguments![a, leaving, b, crossing, di, df, key_slices, value_slices];

@@ -188,8 +188,8 @@ __device__ __forceinline__ void multiply_group(float (&to)[8][4], const unsigned
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(1), "n"(RIGHT)
     );
 }
-/// to += left right, 64 x 128; RIGHT: the right side's tiles have its columns along their rows.
-template <int RIGHT>
+/// The same, 64 x 128.
+template <int RIGHT, int LEFT = 0>
 __device__ __forceinline__ void multiply_group(float (&to)[16][4], unsigned long long left, unsigned long long right) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
@@ -197,11 +197,11 @@ __device__ __forceinline__ void multiply_group(float (&to)[16][4], unsigned long
         "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
         "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
         "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, %64, %65, p, 1, 1, 0, %67;}"
+        "}, %64, %65, p, 1, 1, %68, %67;}"
         : FOUR(to[0]), FOUR(to[1]), FOUR(to[2]), FOUR(to[3]), FOUR(to[4]), FOUR(to[5]), 
           FOUR(to[6]), FOUR(to[7]), FOUR(to[8]), FOUR(to[9]), FOUR(to[10]), FOUR(to[11]), 
           FOUR(to[12]), FOUR(to[13]), FOUR(to[14]), FOUR(to[15])
-        : "l"(left), "l"(right), "r"(1), "n"(RIGHT)
+        : "l"(left), "l"(right), "r"(1), "n"(RIGHT), "n"(LEFT)
     );
 }
 template <int RIGHT>
