@@ -30,6 +30,11 @@ pub fn check(table: &mut Table<'_>) {
         (70, 270, 128, 128, true, Sigmoid, SigmoidForget, false),
         (70, 130, 88, 72, false, Exponential, SigmoidForget, true),
         (70, 60, 40, 96, true, Sigmoid, ExponentialForget, false),
+        // And slices of wider heads.
+        (12, 200, 256, 320, true, Exponential, SigmoidForget, true),
+        (16, 130, 136, 136, true, Sigmoid, ExponentialForget, false),
+        (12, 150, 384, 192, true, Exponential, SigmoidForget, true),
+        (16, 70, 264, 72, false, Sigmoid, SigmoidForget, true),
     ] {
         let heads = 3;
         // An exponential gate that lets the state grow would make all else small.

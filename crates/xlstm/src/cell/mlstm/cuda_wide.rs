@@ -75,33 +75,84 @@ impl Passes {
     }
 
     /// Shared memory of a pass of some groups: `Pass::Shared` of mlstm_wide_pass.cuh.
-    fn shared(&self, out: usize, own: bool, groups: usize) -> usize {
+    fn shared(&self, out: usize, groups: usize) -> usize {
+        self.staged(groups + 2 + out / L, groups)
+    }
+
+    /// Shared memory of dq and dk: of `Both` of mlstm_wide_backward.cu, or of a pass.
+    fn key_shared(&self, out: usize) -> usize {
         let tiles = out / L;
-        let in_stage = (groups + 2 + tiles).max(if own { 4 * tiles } else { 0 });
+        self.staged(if self.warp_groups { 4 + 2 * tiles } else { (4 + tiles).max(4 * tiles) }, 2)
+    }
+
+    fn staged(&self, in_stage: usize, groups: usize) -> usize {
         let stages = if self.warp_groups { groups + 1 } else { 2 };
         stages * in_stage * TILE + (4 * CHUNK + 2 * L) * 4
     }
+
+    /// Blocks of dq and dk that a slice of features has: KEY_BLOCKS of mlstm_wide_backward.cu.
+    fn key_blocks(&self) -> usize {
+        if self.warp_groups { 1 } else { 2 }
+    }
 }
 
-/// Heads from which on a block keeps a head's state on the chip (mlstm_resident_forward.cu): three for two
+/// Blocks from which on they keep their slices of C on the chip forward (mlstm_resident_forward.cu), and heads
+/// from which on they keep dC there backward (mlstm_resident_backward.cu): one, and three, for two
 /// multiprocessors of an H100. A number of its own on every card would be another sum on each.
-const RESIDENT_TASKS: usize = 198;
+const RESIDENT_BLOCKS: usize = 64;
+const RESIDENT_HEADS: usize = 198;
 
-/// Whether it does.
-fn is_resident(queue: &Queue, sizes: &Sizes) -> bool {
+/// The kernel forward that keeps C on the chip: its tiles of keys, and the blocks that a head takes.
+struct ResidentForward {
+    keys: usize,
+    blocks: usize,
+}
+
+impl ResidentForward {
+    /// If there is one for these sizes.
+    fn of(queue: &Queue, sizes: &Sizes) -> Option<ResidentForward> {
+        let keys = [1, 2, 4, 6].into_iter().find(|keys| sizes.dqk <= keys * L)?;
+        let resident = ResidentForward { keys, blocks: sizes.dhv.div_ceil(Self::values(keys) * L) };
+        let blocks = sizes.batch * sizes.heads * resident.blocks;
+        (has_warp_groups(queue) && sizes.dhv > L && blocks >= RESIDENT_BLOCKS).then_some(resident)
+    }
+
+    /// Tiles of values of a block.
+    fn values(keys: usize) -> usize {
+        if keys > 4 { 1 } else { 2 }
+    }
+
+    fn name(&self) -> &'static str {
+        match self.keys {
+            1 => "mlstm_resident_outputs_64",
+            2 => "mlstm_resident_outputs_128",
+            4 => "mlstm_resident_outputs_256",
+            _ => "mlstm_resident_outputs_384",
+        }
+    }
+
+    /// Shared memory of a block: `ResidentForward` of mlstm_resident_forward.cu.
+    fn shared(&self) -> usize {
+        let (keys, values) = (self.keys, Self::values(self.keys));
+        let stages = if keys > 2 { 2 } else { 3 };
+        let tiles = stages * (2 * keys + values) + if values == 1 { 1 } else { 3 };
+        let weights = stages * (2 * L + 4) + 6 * L;
+        tiles * TILE + weights * 4 + 3 * (keys * L + 8 + L + 8) * 2
+    }
+}
+
+/// Whether backward keeps dC on the chip.
+fn is_resident_backward(queue: &Queue, sizes: &Sizes) -> bool {
     let Sizes { batch, heads, dqk, dhv, .. } = *sizes;
     let fits = has_warp_groups(queue) && dqk <= 2 * L && dhv > L && dhv <= 2 * L;
-    fits && batch * heads >= RESIDENT_TASKS
+    fits && batch * heads >= RESIDENT_HEADS
 }
 
-/// Shared memory of a block that keeps a head's state: `ResidentForward` and `ResidentBackward`.
-fn resident_shared(dqk: usize) -> [usize; 2] {
+/// Shared memory of a block that keeps dC: `ResidentBackward`.
+fn resident_backward_shared(dqk: usize) -> usize {
     let keys = dqk.div_ceil(L);
     let weights = (2 * CHUNK + 2 * L) * 4;
-    let forward = (2 * (4 * keys + 4) + 2 * keys) * TILE + weights + CHUNK * 4 + 3 * (keys * L + 8) * 2;
-    let backward =
-        (4 * keys + 8 + 4 * keys) * TILE + weights + (4 * CHUNK + 2 * keys * L + 2 * GROUP / 32) * 4;
-    [forward, backward]
+    (4 * keys + 8 + 4 * keys) * TILE + weights + (4 * CHUNK + 2 * keys * L + 2 * GROUP / 32) * 4
 }
 
 /// Work space for `n` numbers of bf16.
@@ -141,7 +192,7 @@ pub(super) fn forward(
     queue.launch(&FORWARD, "mlstm_gates", [tasks, 1, 1], 1024, arguments)?;
     let arguments = arguments![i, f, marks, n0, m0, stabilizers, prefix, entry, w, length, heads, dqk, flags];
     queue.launch(&WIDE_FORWARD, "mlstm_wide_exponents", [chunks, tasks, 1], CHUNK, arguments)?;
-    if is_resident(queue, &sizes) {
+    if let Some(resident) = ResidentForward::of(queue, &sizes) {
         let arguments = arguments![
             q,
             k,
@@ -150,7 +201,6 @@ pub(super) fn forward(
             stabilizers,
             prefix,
             entry,
-            w,
             c0,
             n0,
             h,
@@ -164,9 +214,9 @@ pub(super) fn forward(
             flags,
             eps
         ];
-        let name = if dqk <= L { "mlstm_resident_outputs_64" } else { "mlstm_resident_outputs_128" };
-        let [shared, _] = resident_shared(dqk);
-        return queue.launch_shared(&RESIDENT_FORWARD, name, [tasks, 1, 1], 2 * GROUP, shared, arguments);
+        let grid = [resident.blocks, tasks, 1];
+        let (name, shared) = (resident.name(), resident.shared());
+        return queue.launch_shared(&RESIDENT_FORWARD, name, grid, 2 * GROUP, shared, arguments);
     }
     let states = halves(queue, tasks * chunks * dqk * dhv)?;
     let normals = queue.scratch(tasks * chunks * dqk)?;
@@ -195,7 +245,7 @@ pub(super) fn forward(
     let out = passes.slice(dhv);
     let name = if out == L { "mlstm_wide_outputs_64" } else { "mlstm_wide_outputs_128" };
     // Besides the pass, n in three parts.
-    let shared = passes.shared(out, false, 1) + 3 * (key_tiles * L + 8) * 2;
+    let shared = passes.shared(out, 1) + 3 * (key_tiles * L + 8) * 2;
     queue.launch_shared(&WIDE_FORWARD, name, [dhv.div_ceil(out), 2 * chunks, tasks], GROUP, shared, arguments)
 }
 
@@ -215,7 +265,7 @@ pub(super) fn backward(
     let (flags, eps, fresh) = (flags(config), config.eps, fresh(io));
     let (tasks, chunks, key_tiles) = (batch * heads, length.div_ceil(CHUNK), dqk.div_ceil(L));
     let tokens = tasks * chunks * CHUNK;
-    let resident = is_resident(io.queue, &sizes);
+    let resident = is_resident_backward(io.queue, &sizes);
     let passes = Passes::of(io.queue);
     let key_out = passes.slice(dqk);
     let value_out = passes.slice(dhv).max(key_out);
@@ -317,7 +367,7 @@ pub(super) fn backward(
             dhv
         ];
         let name = if dqk <= L { "mlstm_resident_gradients_64" } else { "mlstm_resident_gradients_128" };
-        let [_, shared] = resident_shared(dqk);
+        let shared = resident_backward_shared(dqk);
         queue.launch_shared(&RESIDENT_BACKWARD, name, [tasks, 1, 1], 2 * GROUP, shared, arguments)?;
     } else {
         let dstates = halves(queue, tasks * chunks * dqk * dhv)?;
@@ -385,8 +435,8 @@ pub(super) fn backward(
             (true, false) => "mlstm_wide_gradients_128_64",
             (_, true) => "mlstm_wide_gradients_128_128",
         };
-        let grid = [value_slices + 2 * key_slices, chunks, tasks];
-        let shared = passes.shared(value_out, false, 2).max(passes.shared(key_out, true, 2));
+        let grid = [value_slices + passes.key_blocks() * key_slices, chunks, tasks];
+        let shared = passes.shared(value_out, 2).max(passes.key_shared(key_out));
         queue.launch_shared(&WIDE_BACKWARD, name, grid, 2 * GROUP, shared, arguments)?;
     }
     let arguments = arguments![a, leaving, b, crossing, di, df, key_slices, value_slices];

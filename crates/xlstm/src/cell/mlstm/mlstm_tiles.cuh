@@ -141,17 +141,22 @@ template <int STAGES, class Fetch> struct Pipeline {
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
     /// The stage in which is all that fetch(step, stage) copied. For each step in turn, by the
-    /// whole block; a barrier.
+    /// whole block; a barrier. begin(step + STAGES - 1) is to follow.
+    __device__ __forceinline__ int wait(int step) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES > 1 ? STAGES - 2 : 0) : "memory");
+        publish_copies();
+        __syncthreads();
+        return step % STAGES;
+    }
+    /// The same, and it follows.
     __device__ __forceinline__ int arrive(int step) {
         if (STAGES == 1) {
             __syncthreads();
             begin(step);
         }
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES > 1 ? STAGES - 2 : 0) : "memory");
-        publish_copies();
-        __syncthreads();
+        int stage = wait(step);
         if (STAGES > 1) begin(step + STAGES - 1);
-        return step % STAGES;
+        return stage;
     }
 };
 template <int STAGES, class Fetch> __device__ __forceinline__ Pipeline<STAGES, Fetch> start(int steps, Fetch fetch) {

@@ -6,7 +6,7 @@
 //   backward   mlstm_wide_tokens -> mlstm_wide_backward_states -> mlstm_wide_gradients
 //              -> mlstm_wide_gates -> mlstm_backward_unwind
 //
-// or, where a head's state stays on the chip (mlstm_resident_forward.cu),
+// or, where a head's states stay on the chip (mlstm_resident_forward.cu; mlstm_resident_backward.cu),
 //
 //   forward    mlstm_gates -> mlstm_wide_exponents -> mlstm_resident_outputs
 //   backward   mlstm_wide_tokens -> mlstm_wide_states -> mlstm_resident_gradients
@@ -151,17 +151,29 @@ template <int UNDER_WAY = 0> __device__ __forceinline__ void products_wait() {
 }
 
 #define FOUR(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
-/// to += left right, 64 x 64; RIGHT: the right side's tiles have its columns along their rows.
+/// to += left right, 64 x 32; RIGHT: the right side's tiles have its columns along their rows.
 template <int RIGHT>
+__device__ __forceinline__ void multiply_group(float (&to)[4][4], unsigned long long left, unsigned long long right) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, %16, %17, p, 1, 1, 0, %19;}"
+        : FOUR(to[0]), FOUR(to[1]), FOUR(to[2]), FOUR(to[3])
+        : "l"(left), "l"(right), "r"(1), "n"(RIGHT)
+    );
+}
+/// to += left right, 64 x 64; RIGHT: the right side's tiles have its columns along their rows, LEFT: the left side's
+/// have its rows along theirs.
+template <int RIGHT, int LEFT = 0>
 __device__ __forceinline__ void multiply_group(float (&to)[8][4], unsigned long long left, unsigned long long right) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
         "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, %32, %33, p, 1, 1, 0, %35;}"
+        "}, %32, %33, p, 1, 1, %36, %35;}"
         : FOUR(to[0]), FOUR(to[1]), FOUR(to[2]), FOUR(to[3]), FOUR(to[4]), FOUR(to[5]), 
           FOUR(to[6]), FOUR(to[7])
-        : "l"(left), "l"(right), "r"(1), "n"(RIGHT)
+        : "l"(left), "l"(right), "r"(1), "n"(RIGHT), "n"(LEFT)
     );
 }
 template <int RIGHT>
@@ -176,8 +188,8 @@ __device__ __forceinline__ void multiply_group(float (&to)[8][4], const unsigned
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(1), "n"(RIGHT)
     );
 }
-/// to += left right, 64 x 128; RIGHT: the right side's tiles have its columns along their rows.
-template <int RIGHT>
+/// The same, 64 x 128.
+template <int RIGHT, int LEFT = 0>
 __device__ __forceinline__ void multiply_group(float (&to)[16][4], unsigned long long left, unsigned long long right) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
@@ -185,11 +197,11 @@ __device__ __forceinline__ void multiply_group(float (&to)[16][4], unsigned long
         "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
         "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
         "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, %64, %65, p, 1, 1, 0, %67;}"
+        "}, %64, %65, p, 1, 1, %68, %67;}"
         : FOUR(to[0]), FOUR(to[1]), FOUR(to[2]), FOUR(to[3]), FOUR(to[4]), FOUR(to[5]), 
           FOUR(to[6]), FOUR(to[7]), FOUR(to[8]), FOUR(to[9]), FOUR(to[10]), FOUR(to[11]), 
           FOUR(to[12]), FOUR(to[13]), FOUR(to[14]), FOUR(to[15])
-        : "l"(left), "l"(right), "r"(1), "n"(RIGHT)
+        : "l"(left), "l"(right), "r"(1), "n"(RIGHT), "n"(LEFT)
     );
 }
 template <int RIGHT>

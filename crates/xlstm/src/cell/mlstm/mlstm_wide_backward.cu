@@ -240,6 +240,156 @@ __device__ __forceinline__ void wide_values(
     crossing[slice * (long long)gridDim.z * chunks + at] = power(s.weights.prefix[CHUNK - 1]) * inner;
 }
 
+#ifdef WARPGROUP
+
+/// Blocks of dq and dk that a slice of features has.
+#define KEY_BLOCKS 1
+
+/// dq_t += s e_t ((dH C^T)_t / N_t + dd_t n) + sum_j R_tj k_j and dk_j += w_j ((V dC^T)_j + dn) + sum_t R_tj q_t, whose
+/// R is made once; a_t, b_j and leaving_j by slice of features.
+/// dq, dk or null: written whole where fresh, else added to.
+template <int OUT>
+__device__ __forceinline__ void wide_queries_and_keys(
+    const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,
+    const float *entry, const float *inverse, const float *dd, const element_t *states, const float *normals,
+    const element_t *dstates, const float *dnormals, element_t *dq, element_t *dk, int fresh, float *a, float *leaving,
+    float *b, int S, int NH, int dqk, int dhv, int slice
+) {
+    typedef Pass<OUT, false, true, true, 2> Queries;
+    typedef Pass<OUT, true, true, true, 2> Keys;
+    const int TILES = OUT / L, RING = Queries::RING, IN_STAGE = 4 + 2 * TILES;
+    extern __shared__ __align__(1024) char wide_shared[];
+    struct Both {
+        Tile stage[RING][IN_STAGE];
+        TokenSlopes weights;
+    };
+    Both &s = *(Both *)wide_shared;
+    int bh = gridDim.z - 1 - blockIdx.z, chunk = blockIdx.y, chunks = gridDim.y;
+    long long at = (long long)bh * chunks + chunk;
+    Sides x;
+    x.rows = chunk_of(dh, bh, chunk, S, NH, dhv);
+    x.columns = chunk_of(v, bh, chunk, S, NH, dhv);
+    x.state = {states + at * dqk * dhv, dhv, dqk, dhv, true};
+    x.inner = dhv, x.out = slice * OUT;
+    x = Queries::halves(x, 0);
+    float scale = 1.0f / sqrtf((float)dqk);
+    int steps = (dhv + L - 1) / L;
+    // Rows of a half each, then C and dC; at last K and Q.
+    auto begin = [&](int step) {
+        Tile *tile = s.stage[step % RING];
+        int side = x.side;
+        if (step < steps) {
+            fetch(tile[side], x.rows, x.row, step * L);
+            fetch(tile[2 + side], x.columns, x.row, step * L);
+            Rows state = x.state;
+            if (side) state.from = dstates + at * dqk * dhv;
+#pragma unroll
+            for (int i = 0; i < TILES; i++) fetch(tile[4 + side * TILES + i], state, x.out + i * L, step * L);
+        } else if (step == steps) {
+            Rows of_k = chunk_of(k, bh, chunk, S, NH, dqk), of_q = chunk_of(q, bh, chunk, S, NH, dqk);
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+                fetch(tile[side * TILES + i], of_k, x.row, x.out + i * L);
+                fetch(tile[(2 + side) * TILES + i], of_q, x.row, x.out + i * L);
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    auto arrive = [&](int step) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(RING - 1) : "memory");
+        publish_copies();
+        __syncthreads();
+        return s.stage[step % RING];
+    };
+    for (int step = 0; step < RING; step++) begin(step);
+    read_weights(s.weights, at, prefix, entry, inverse, dd, scale);
+    if (dq && !(fresh & 1)) prefetch_rows<OUT>(chunk_of(dq, bh, chunk, S, NH, dqk), x.row, x.out);
+    if (dk && !(fresh & 2)) prefetch_rows<OUT>(chunk_of(dk, bh, chunk, S, NH, dqk), x.row, x.out);
+    Queries pass;
+    Keys other;
+#pragma unroll
+    for (int n = 0; n < 16; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) pass.S[n][i] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < OUT / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) pass.H[n][i] = other.H[n][i] = 0.0f;
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+        Tile *tile = arrive(step);
+        unsigned long long gradients = tile_descriptor(tile[x.side]), values = tile_descriptor(tile[2 + x.side]);
+        unsigned long long before = tile_descriptor(tile[2 + 1 - x.side]);
+        unsigned long long C = tile_descriptor(tile[4]), dC = tile_descriptor(tile[4 + TILES]);
+        products_begin();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            multiply_group<0>(pass.H, gradients + i * ALONG, C + i * ALONG);
+            multiply_group<0>(other.H, values + i * ALONG, dC + i * ALONG);
+            multiply_group<0>(*(float (*)[8][4])pass.S, gradients + i * ALONG, values + i * ALONG);
+        }
+        if (x.both) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                multiply_group<0>(*(float (*)[8][4])(pass.S + 8), gradients + i * ALONG, before + i * ALONG);
+        }
+        products_commit();
+        products_wait();
+        __syncthreads();
+        begin(step + RING);
+    }
+    Tile *tile = arrive(steps), *of_q = tile + 2 * TILES, *R = s.stage[(steps + 1) % RING];
+    finish_queries<OUT>(pass, []() {}, []() {}, tile, s.weights, x, normals + at * dqk, dqk);
+    // R by halves of tokens, then of what they see, for its transpose.
+    {
+        int r = WARP * 16 + LANE / 4, c = LANE % 4 * 2;
+        asm volatile("" : "+r"(r), "+r"(c));
+#pragma unroll
+        for (int n = 0; n < 16; n++) {
+            if (n >= 8 && !x.both) break;
+            Tile &to = R[x.side + (n < 8 ? x.side : 0)];
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                *(Pair *)to.at(r + half * 8, n % 8 * 8 + c) = pass.left[n / 2][n % 2 * 2 + half];
+        }
+    }
+    long long first = (slice * (long long)gridDim.z * chunks + at) * CHUNK;
+    pass.dot_rows(of_q, x, [&](int r, float sum) { a[first + x.row + r] = sum; });
+    if (dq) put_rows<OUT>(pass.H, chunk_of(dq, bh, chunk, S, NH, dqk), x.row + WARP * 16, x.out, !(fresh & 1));
+    publish_copies();
+    __syncthreads();
+    float factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        factor[i] = power(s.weights.prefix[CHUNK - 1] - s.weights.entry[x.row + Keys::row(i * 2)]);
+#pragma unroll
+    for (int n = 0; n < OUT / 8; n++) {
+        int r = x.out + Keys::column(n, 0);
+        float2 normal = r < dqk ? *(const float2 *)(dnormals + at * dqk + r) : make_float2(0.0f, 0.0f);
+#pragma unroll
+        for (int i = 0; i < 4; i++) other.H[n][i] = factor[i / 2] * (other.H[n][i] + (i % 2 ? normal.y : normal.x));
+    }
+    other.dot_rows(tile, x, [&](int r, float sum) { leaving[first + x.row + r] = sum; });
+    products_begin();
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        multiply_group<1, 1>(other.H, tile_descriptor(R[2 * x.side]) + i * DOWN,
+                             tile_descriptor(of_q[x.side * TILES]) + i * DOWN);
+    if (x.side == 0) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            multiply_group<1, 1>(other.H, tile_descriptor(R[1]) + i * DOWN, tile_descriptor(of_q[TILES]) + i * DOWN);
+    }
+    products_commit();
+    products_wait();
+    other.dot_rows(tile, x, [&](int r, float sum) { b[first + x.row + r] = sum; });
+    if (dk) put_rows<OUT>(other.H, chunk_of(dk, bh, chunk, S, NH, dqk), x.row + WARP * 16, x.out, !(fresh & 2));
+}
+
+#else
+
+#define KEY_BLOCKS 2
+
 /// dq_t += s e_t ((dH C^T)_t / N_t + dd_t n) + sum_j R_tj k_j, and a_t by slice of features.
 /// dq or null: written whole where fresh, else added to.
 template <int OUT>
@@ -316,9 +466,28 @@ __device__ __forceinline__ void wide_keys(
     if (dk) put_rows<OUT>(pass.H, chunk_of(dk, bh, chunk, S, NH, dqk), x.row + WARP * 16, x.out, !fresh);
 }
 
+/// Both, those of dq first.
+template <int OUT>
+__device__ __forceinline__ void wide_queries_and_keys(
+    const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,
+    const float *entry, const float *inverse, const float *dd, const element_t *states, const float *normals,
+    const element_t *dstates, const float *dnormals, element_t *dq, element_t *dk, int fresh, float *a, float *leaving,
+    float *b, int S, int NH, int dqk, int dhv, int block
+) {
+    int slices = (dqk + OUT - 1) / OUT;
+    if (block < slices)
+        wide_queries<OUT>(q, k, v, dh, prefix, entry, inverse, dd, states, normals, dq, fresh & 1, a, S, NH, dqk, dhv,
+                          block);
+    else
+        wide_keys<OUT>(q, k, v, dh, prefix, entry, inverse, dd, dstates, dnormals, dk, fresh & 2, leaving, b, S, NH,
+                       dqk, dhv, block - slices);
+}
+
+#endif
+
 /// dv, dq and dk. fresh: those to be written whole, 1 dq, 2 dk, 4 dv. Blocks of a chunk are
 /// neighbours, so that what they share is read once.
-/// grid (ceil(dhv / VALUES) + 2 ceil(dqk / KEYS), N, B NH), block 256.
+/// grid (ceil(dhv / VALUES) + KEY_BLOCKS ceil(dqk / KEYS), N, B NH), block 256.
 #define WIDE_GRADIENTS(VALUES, KEYS)                                                                                   \
     extern "C" __global__ void __launch_bounds__(2 * GROUP, 1) mlstm_wide_gradients_##VALUES##_##KEYS(                 \
         const element_t *q, const element_t *k, const element_t *v, const element_t *dh, const float *prefix,          \
@@ -326,16 +495,13 @@ __device__ __forceinline__ void wide_keys(
         const element_t *dstates, const float *dnormals, element_t *dq, element_t *dk, element_t *dv, int fresh,       \
         float *a, float *leaving, float *b, float *crossing, int S, int NH, int dqk, int dhv                           \
     ) {                                                                                                                \
-        int key_slices = (dqk + KEYS - 1) / KEYS, slice = blockIdx.x;                                                  \
-        if (slice < key_slices)                                                                                        \
-            wide_queries<KEYS>(q, k, v, dh, prefix, entry, inverse, dd, states, normals, dq, fresh & 1, a, S, NH, dqk, \
-                               dhv, slice);                                                                            \
-        else if (slice < 2 * key_slices)                                                                               \
-            wide_keys<KEYS>(q, k, v, dh, prefix, entry, inverse, dd, dstates, dnormals, dk, fresh & 2, leaving, b, S,  \
-                            NH, dqk, dhv, slice - key_slices);                                                         \
+        int key_blocks = KEY_BLOCKS * ((dqk + KEYS - 1) / KEYS), block = blockIdx.x;                                   \
+        if (block < key_blocks)                                                                                        \
+            wide_queries_and_keys<KEYS>(q, k, v, dh, prefix, entry, inverse, dd, states, normals, dstates, dnormals,   \
+                                        dq, dk, fresh, a, leaving, b, S, NH, dqk, dhv, block);                         \
         else                                                                                                           \
             wide_values<VALUES>(q, k, dh, prefix, entry, inverse, states, normals, dstates, dnormals, dv, fresh & 4,   \
-                                crossing, S, NH, dqk, dhv, slice - 2 * key_slices);                                    \
+                                crossing, S, NH, dqk, dhv, block - key_blocks);                                        \
     }
 WIDE_GRADIENTS(64, 64)
 #ifdef WARPGROUP

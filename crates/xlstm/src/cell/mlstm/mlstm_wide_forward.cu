@@ -96,8 +96,8 @@ __device__ __forceinline__ void wide_outputs(
             multiply_add(from_state.x, a, *(const unsigned *)(part + feature), *(const unsigned *)(part + feature + 8));
         }
     );
-    finish_outputs<OUT>(pass, []() {}, []() {}, tile, s.weights, x, from_state, bh, chunk, marks, stabilizers, h,
-                        denominators, S, NH, dqk, dhv, flags, eps);
+    finish_outputs<OUT>(pass, tile, s.weights, x, from_state, bh, chunk, marks, stabilizers, h, denominators, S, NH,
+                        dqk, dhv, flags, eps);
 }
 #define WIDE_OUTPUTS(OUT)                                                                                              \
     extern "C" __global__ void __launch_bounds__(GROUP, 2) mlstm_wide_outputs_##OUT(                                   \

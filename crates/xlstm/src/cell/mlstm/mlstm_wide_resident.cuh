@@ -1,4 +1,4 @@
-// A head's state in the registers of one block; mlstm_resident_forward.cu and mlstm_resident_backward.cu say for what.
+// A head's state in the registers of one block; mlstm_resident_backward.cu says for what.
 
 #ifdef WARPGROUP
 

@@ -3,17 +3,16 @@
 
 #ifdef ELEMENT_BF16
 
-/// h and d, from S, H and n . q of 64 rows. values: the tiles of V, as Pass::attend has them.
-template <int OUT, class P, class Far, class Wait>
+/// h and d, from S, H and n . q of 64 rows, all of which are there. values: the tiles of V, as Pass::attend has them.
+template <int OUT, class P>
 __device__ __forceinline__ void finish_outputs(
-    P &pass, Far far, Wait wait, Tile *values, const TokenWeights &s, const Sides &x, const ColumnSum &from_state, int bh, int chunk,
+    P &pass, Tile *values, const TokenWeights &s, const Sides &x, const ColumnSum &from_state, int bh, int chunk,
     const unsigned *marks, const float *stabilizers, element_t *h, float *denominators, int S, int NH, int dqk, int dhv,
     int flags, float eps
 ) {
     float scale = 1.0f / sqrtf((float)dqk);
     float factor[2], from_before[2], sums[2] = {};
     pass.template weigh_near<0>(s, x, scale, sums);
-    far();
     pass.template weigh_far<0>(s, x, scale, sums);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -30,7 +29,6 @@ __device__ __forceinline__ void finish_outputs(
         if (x.out == 0 && LANE % 4 == 0 && t < S) denominators[(long long)bh * S + t] = pad ? 0.0f : d;
         from_before[half] = state;
     }
-    wait();
 #pragma unroll
     for (int n = 0; n < OUT / 8; n++)
 #pragma unroll
