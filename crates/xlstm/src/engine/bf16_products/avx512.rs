@@ -1,10 +1,10 @@
 //! AVX512-BF16: sums of two products a lane.
 
 use std::arch::x86_64::{
-    __cpuid, __m512bh, __m512i, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh,
-    _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_or_si512, _mm512_permutex2var_epi32,
-    _mm512_set1_epi32, _mm512_setr_epi32, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_slli_epi32,
-    _mm512_storeu_ps, _mm512_storeu_si512,
+    __cpuid, __m256bh, __m256i, __m512bh, __m512i, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh,
+    _mm512_cvtneps_pbh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_or_si512,
+    _mm512_permutex2var_epi32, _mm512_set1_epi32, _mm512_setr_epi32, _mm512_setzero_ps, _mm512_setzero_si512,
+    _mm512_slli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
 };
 use std::mem::transmute;
 
@@ -113,7 +113,10 @@ pub(super) unsafe fn neighbours(numbers: &[f32; 2 * SIDE], pairs: &mut [u32; SID
     unsafe {
         let low = _mm512_loadu_ps(numbers.as_ptr());
         let high = _mm512_loadu_ps(numbers.as_ptr().add(SIDE));
-        _mm512_storeu_si512(pairs.as_mut_ptr().cast(), transmute(_mm512_cvtne2ps_pbh(high, low)));
+        _mm512_storeu_si512(
+            pairs.as_mut_ptr().cast(),
+            transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)),
+        );
     }
 }
 
@@ -123,8 +126,12 @@ pub(super) unsafe fn neighbours(numbers: &[f32; 2 * SIDE], pairs: &mut [u32; SID
 pub(super) unsafe fn across(low: &[f32; SIDE], high: &[f32; SIDE], pairs: &mut [u32; SIDE]) {
     // SAFETY: there are 16 numbers each and 16 pairs; 16 bf16 numbers are 256 bits.
     unsafe {
-        let low = _mm512_cvtepu16_epi32(transmute(_mm512_cvtneps_pbh(_mm512_loadu_ps(low.as_ptr()))));
-        let high = _mm512_cvtepu16_epi32(transmute(_mm512_cvtneps_pbh(_mm512_loadu_ps(high.as_ptr()))));
+        let low = _mm512_cvtepu16_epi32(transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(
+            low.as_ptr(),
+        ))));
+        let high = _mm512_cvtepu16_epi32(transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(
+            _mm512_loadu_ps(high.as_ptr()),
+        )));
         let both = _mm512_or_si512(_mm512_slli_epi32::<16>(high), low);
         _mm512_storeu_si512(pairs.as_mut_ptr().cast(), both);
     }

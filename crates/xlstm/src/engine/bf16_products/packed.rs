@@ -41,9 +41,10 @@ pub(super) trait Kernel: Sized {
     /// Transposes a square.
     #[inline(always)]
     fn turn(&self, square: &mut [[u32; SIDE]; SIDE]) {
-        for i in 0..SIDE {
-            for j in 0..i {
-                (square[i][j], square[j][i]) = (square[j][i], square[i][j]);
+        let before = *square;
+        for (i, row) in square.iter_mut().enumerate() {
+            for (to, column) in row.iter_mut().zip(&before) {
+                *to = column[i];
             }
         }
     }
