@@ -13,7 +13,7 @@
 
 use super::precision::from_bf16;
 use super::quantized::{Code, GROUP, Quantized, nearest_integer, signed};
-use super::vector::{read_ahead, sum, vectorize};
+use super::vector::{sum, vectorize};
 
 /// Codes of a product's sum that one 32-bit lane adds up.
 const LANE: usize = 4;
@@ -183,7 +183,6 @@ macro_rules! all_rows {
             let inner = x[0].codes.len();
             for (n, y) in y.chunks_mut(stride).enumerate() {
                 let w = w.row(n, inner);
-                read_ahead(w.codes);
                 // SAFETY: by the contract.
                 match w.code {
                     Code::Int8 => unsafe { row::<R, true>(y, x, w) },
@@ -229,7 +228,7 @@ fn plain<const R: usize>(y: &mut [f32], x: &[Activations<'_>; R], w: Quantized<'
 mod avx2 {
     use std::arch::x86_64::*;
 
-    use super::{Activations, Code, GROUP, LANE, PARTS, Quantized, Rows, from_bf16, read_ahead, sum};
+    use super::{Activations, Code, GROUP, LANE, PARTS, Quantized, Rows, from_bf16, sum};
 
     /// Sums of groups.
     const SUMS: usize = 2 * PARTS;
@@ -342,7 +341,7 @@ mod avx2 {
 mod vnni {
     use std::arch::x86_64::*;
 
-    use super::{Activations, Code, GROUP, LANE, PARTS, Quantized, Rows, read_ahead, sum};
+    use super::{Activations, Code, GROUP, LANE, PARTS, Quantized, Rows, sum};
 
     /// Groups whose scales are read together.
     const BLOCK: usize = 16;

@@ -17,7 +17,7 @@ use super::precision::Precision;
 use super::quantized::{Code, Quantized};
 use super::scalar::Scalar;
 use super::stored::Slice;
-use super::vector::{read_ahead, sum, vectorize};
+use super::vector::{sum, vectorize};
 
 /// Up to so many rows of x are few.
 const FEW: usize = 8;
@@ -248,7 +248,6 @@ fn rows_dot<T: Scalar, W: Widen<T>, const R: usize, const L: usize>(y: &mut [T],
     while k < whole {
         let mut wide = [T::ZERO; L];
         let bits = &w[k..k + L];
-        read_ahead(bits);
         for lane in 0..L {
             wide[lane] = W::number(bits[lane]);
         }

@@ -119,8 +119,8 @@ impl Kernel for Amx {
             return sums.fill(0.0);
         }
         // SAFETY: a step reads two squares of A, one after the other, and 16 rows of B, COLUMNS apart; there
-        // are as many, by the assertion, as sums that are written. The tiles were set up by `ready`, on this
-        // thread, as the value cannot be sent to another.
+        // are as many, by the assertion, as sums that are written. A prefetch, of A two steps ahead, may have any
+        // address. The tiles were set up by `ready`, on this thread, as the value cannot be sent to another.
         unsafe {
             asm!(
                 "tilezero tmm0",

@@ -10,7 +10,7 @@ use crate::engine::vector::vectorize;
 ///
 /// A panel of A is (at most [`PAIRS`] / [`SIDE`], [`Kernel::ROWS`], `SIDE`), one of B (at most `PAIRS`,
 /// [`COLUMNS`]): each element a pair of bf16 numbers that are neighbours along the inner dimension, the first
-/// in the lower half.
+/// in the lower half. What packs them is for any processor here, and in AVX-512 for the kernels that there are.
 pub(super) trait Kernel: Sized {
     /// Rows of A in a panel.
     const ROWS: usize;
